@@ -1,0 +1,190 @@
+"""The command line: flags, defaults, help texts and what contradicts what. Imports nothing heavy."""
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+# `demo` is `train` with these defaults: the same program on data it makes itself, small enough for two CPU cores.
+DEMO_DEFAULTS = {
+    "dataset_path": "synthetic", "backbone": "resnet10t", "pretrained": False, "decoder_channels": 32, "img_size": 128,
+    "batch_size": 16, "accumulation_steps": 1, "epochs": 10, "stage1_epochs": 1, "lr": 0.003, "stage2_lr_scale": 1.0,
+    "backbone_lr_scale": 1.0, "grad_clip": 2.0, "ema_decay": 0.98,
+}  # fmt: skip
+
+NOT_RESUMED = ("command", "resume", "checkpoint_dir")  # these belong to one invocation, not to the run
+FIXED_AT_START = ("backbone", "decoder_channels")  # they decide the shapes in a checkpoint
+ONLY_AT_START = ("pretrained", "backbone_weights")  # of no use once a checkpoint brings the weights
+
+
+class UsageError(ValueError):
+    """A mistake in the command line, told in one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Without the page of usage that argparse puts before an error, and without guessing at abbreviated flags."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, formatter_class=_HelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def parse(argv: Sequence[str] | None, saved: dict[str, Any] | None = None) -> argparse.Namespace:
+    """Settings from the command line.
+
+    Args:
+        argv: without the program's name; None for ``sys.argv``.
+        saved: settings of the run being resumed; they take the place of the defaults, and each difference is printed.
+
+    Raises:
+        UsageError: unknown or contradictory flags, values out of range.
+    """
+    parser = _Parser(
+        prog="train_ultimate.py", description="Train camouflaged-object segmentation; do not lose the run."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    train = commands.add_parser("train", usage="%(prog)s [flags]", help="train on a data set, or on synthetic scenes")
+    demo = commands.add_parser(
+        "demo", usage="%(prog)s [flags]", help="see it work: about two minutes on two CPU cores, nothing to download"
+    )
+    for command, defaults in ((train, {}), (demo, DEMO_DEFAULTS)):
+        _add_training_flags(command)
+        command.set_defaults(**defaults)
+        command.set_defaults(**{key: value for key, value in (saved or {}).items() if key not in NOT_RESUMED})
+    args = parser.parse_args(argv)
+    _check(commands.choices[args.command], args)
+    if args.checkpoint_dir is None:
+        beside = str(Path(args.resume).parent) if args.resume not in (None, "auto") else None
+        fresh = time.strftime("demo-runs/%Y%m%d-%H%M%S") if args.command == "demo" else "./checkpoints"
+        args.checkpoint_dir = beside or fresh
+    if saved is not None:
+        _reconcile(args, saved)
+    return args
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Adds the default to a help text that does not tell it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        told = "default" in text or action.default in (None, False, argparse.SUPPRESS)
+        return text if told else text + " (default: %(default)s)"
+
+
+def _add_training_flags(parser: argparse.ArgumentParser) -> None:
+    # fmt: off
+    flag = parser.add_argument_group("data").add_argument
+    flag("--dataset-path", help="the data set's folder, in any layout README lists, or 'synthetic'")
+    flag("--include-noncam", action="store_true", help="COD10K: take in its images without camouflaged objects too")
+    flag("--img-size", type=_whole(32), default=384, help="side of the network's input in pixels; a multiple of 32")
+    flag("--val-fraction", type=_number(0, 0.9), default=0.1, help="share of the training images to validate on")
+    flag("--num-workers", type=_whole(0), help="processes that load images (default: CPU cores less one, at most 8)")
+
+    flag = parser.add_argument_group("model").add_argument
+    flag("--backbone", default="pvt_v2_b2", help="any timm model that offers features_only")
+    flag("--pretrained", action=argparse.BooleanOptionalAction, default=True, help="start from timm's ImageNet weights")
+    flag("--backbone-weights", help="start from this .pth or .safetensors file instead; nothing is downloaded")
+    flag("--decoder-channels", type=_whole(8), default=64, help="width of the decoder; a multiple of 8")
+
+    flag = parser.add_argument_group("schedule").add_argument
+    flag("--epochs", type=_whole(1), default=140, help="epochs of both stages together")
+    flag("--stage1-epochs", type=_whole(0), default=30, help="epochs with a frozen backbone at the start")
+    flag("--batch-size", type=_whole(1), default=2, help="images that go through the network at once")
+    flag("--accumulation-steps", type=_whole(1), default=4, help="batches whose gradients make one optimizer step")
+    flag("--lr", type=_number(0), default=0.00025, help="peak learning rate of the decoder in stage 1")
+    flag("--stage2-lr-scale", type=_number(0), default=0.5, help="the decoder's in stage 2, as a multiple of --lr")
+    flag("--backbone-lr-scale", type=_number(0), default=0.1, help="the backbone's, as a multiple of the decoder's")
+    flag("--weight-decay", type=_number(0, zero=True), default=1e-4, help="AdamW's; norms and biases are exempt")
+    flag("--ema-decay", type=_number(0, 1, zero=True), default=0.999,
+         help="decay, per window, of the weight average that is validated and saved for use; 0: none")
+
+    flag = parser.add_argument_group("stability").add_argument
+    flag("--grad-clip", type=_number(0), default=0.5,
+         help="gradients of a larger norm are scaled down to it; 0.3 for unstable runs")
+    flag("--precision", choices=("auto", "fp16", "bf16", "fp32"), default="auto",
+         help="number format of the forward pass; auto: bf16 where the hardware has it, else fp16 on CUDA, fp32 on CPU")
+    flag("--seed", type=_whole(0), default=42, help="decides split, order, augmentation and initial weights")
+    flag("--deterministic", action="store_true", help="the same bits from the same settings on CUDA too; slower")
+
+    flag = parser.add_argument_group("checkpoints").add_argument
+    flag("--resume", metavar="PATH|auto", help="go on from a checkpoint, or with 'auto' from the newest intact one; "
+         "flags given beside it win over the saved settings")
+    flag("--checkpoint-dir", help="where checkpoints, metrics.jsonl and config.json go (default: ./checkpoints; "
+         "with --resume PATH, that file's folder; for demo, a new folder in demo-runs)")
+    flag("--keep-checkpoints", type=_whole(1), default=3, help="how many epoch files to keep")
+
+    flag = parser.add_argument_group("machine").add_argument
+    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one")
+    flag("--channels-last", action=argparse.BooleanOptionalAction, default=True,
+         help="the memory layout convolutions prefer")
+    # fmt: on
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fill in what depends on the machine, refuse what cannot work together."""
+    if args.dataset_path is None and args.resume is None:
+        parser.error("--dataset-path is needed: the data set's folder, or 'synthetic'")
+    if args.stage1_epochs > args.epochs:
+        parser.error(
+            f"--stage1-epochs {args.stage1_epochs} is more than --epochs {args.epochs}, which counts both stages"
+        )
+    if args.img_size % 32:
+        nearest = round(args.img_size / 32) * 32
+        parser.error(f"--img-size {args.img_size} is not a multiple of 32, a backbone's coarsest stride; try {nearest}")
+    if args.decoder_channels % 8:
+        parser.error(f"--decoder-channels {args.decoder_channels} is not a multiple of 8")
+    if args.ema_decay >= 1:
+        parser.error("--ema-decay must be below 1: at 1 the average would never move")
+    if args.num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        args.num_workers = min(8, max(1, cores - 1))
+
+
+def _reconcile(args: argparse.Namespace, saved: dict[str, Any]) -> None:
+    """Print what differs from the run being resumed; refuse what its weights do not fit."""
+    for key, value in saved.items():
+        now, flag = getattr(args, key), "--" + key.replace("_", "-")
+        if now == value or key in NOT_RESUMED:
+            continue
+        if key in FIXED_AT_START:
+            raise UsageError(f"{flag} {now}: the checkpoint was trained with {value}, and its weights fit nothing else")
+        if key in ONLY_AT_START:
+            print(f"Ignored {flag}: the weights come from the checkpoint")
+            setattr(args, key, value)
+        else:
+            print(f"{key}: {value} -> {now}")
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        return value
+
+    return convert
+
+
+def _number(low: float, high: float = math.inf, zero: bool = False) -> Callable[[str], float]:
+    """A finite number above ``low``, or equal to it where ``zero`` is set, and at most ``high``."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not math.isfinite(value) or not (low < value <= high or (zero and value == low)):
+            least = f"at least {low:g}" if zero else f"above {low:g}"
+            most = f" and at most {high:g}" if math.isfinite(high) else ""
+            raise argparse.ArgumentTypeError(f"must be {least}{most}, not {text}")
+        return value
+
+    return convert

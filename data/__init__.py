@@ -1,0 +1,1 @@
+"""Data: folder layouts, decoding, augmentation, sample order and a synthetic data set."""

@@ -1,0 +1,153 @@
+"""Decode image/mask pairs to fixed-size uint8 tensors and batch them."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from data.layouts import Pair
+from data.sampler import SampleKey, derive_seed
+from data.transforms import Augmentation, seeded
+
+# What Pillow raises for a damaged file, depending on the format's plug-in.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Sample:
+    image: Tensor  # (3, S, S) uint8 RGB
+    mask: Tensor  # (1, S, S) uint8, 0 or 1
+    index: int
+    error: str  # empty, or why the file could not be decoded (image and mask are zeros then)
+
+
+class Batch(NamedTuple):
+    """uint8 on purpose: a quarter of the bytes to pin and copy to the device, where they become floats."""
+
+    images: Tensor  # (B, 3, S, S) uint8 RGB
+    masks: Tensor  # (B, 1, S, S) uint8, 0 or 1
+    indices: Tensor  # (B,) int64, positions in the data set's list of pairs
+    errors: list[str]  # one line for each sample that could not be decoded
+
+
+class CamouflageDataset(Dataset[Sample]):
+    """Pairs resized to ``img_size`` x ``img_size``; augmented as a function of (seed, epoch, index) where asked.
+
+    Indexed by ``SampleKey(epoch, index)``. A file that cannot be decoded does not raise here, in a worker process where
+    the traceback would be all a user sees: it comes back as an ``error`` for the training loop to act on.
+    """
+
+    def __init__(
+        self, pairs: Sequence[Pair], img_size: int, augmentation: Augmentation | None = None, seed: int = 0
+    ) -> None:
+        self.pairs = list(pairs)
+        self.img_size = img_size
+        self.augmentation = augmentation
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: SampleKey) -> Sample:
+        pair = self.pairs[key.index]
+        try:
+            image = load_image(pair.image, self.img_size)
+            mask = load_mask(pair.mask, self.img_size)
+        except ValueError as error:
+            blank = torch.zeros(4, self.img_size, self.img_size, dtype=torch.uint8)
+            return Sample(blank[:3], blank[3:], key.index, str(error))
+        if self.augmentation is not None:
+            with seeded(derive_seed(self.seed, key.epoch, key.index)):
+                image, mask = self.augmentation(tv_tensors.Image(image), tv_tensors.Mask(mask))
+        return Sample(image.as_subclass(Tensor), mask.as_subclass(Tensor), key.index, "")
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    return Batch(
+        images=torch.stack([sample.image for sample in samples]),
+        masks=torch.stack([sample.mask for sample in samples]),
+        indices=torch.tensor([sample.index for sample in samples]),
+        errors=[sample.error for sample in samples if sample.error],
+    )
+
+
+def load_image(path: Path, size: int) -> Tensor:
+    """Decode an image of any mode, upright by its EXIF orientation, to a (3, size, size) uint8 RGB tensor.
+
+    Raises:
+        ValueError: the file cannot be decoded.
+    """
+    try:
+        with Image.open(path) as file:
+            image = _to_rgb(ImageOps.exif_transpose(file)).resize((size, size), Image.Resampling.BILINEAR)
+    except _DECODE_ERRORS as error:
+        raise ValueError(_decode_message(path, error)) from error
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def load_mask(path: Path, size: int) -> Tensor:
+    """Decode a mask to a (1, size, size) uint8 tensor of 0 (background) and 1 (object).
+
+    Grey masks are cut at half of white; masks that hold only 0 and 1 are taken as they are; in colour and palette masks
+    any bright channel counts as object.
+
+    Raises:
+        ValueError: the file cannot be decoded.
+    """
+    try:
+        with Image.open(path) as file:
+            mask = ImageOps.exif_transpose(file)
+            if mask.mode in ("P", "PA", "RGB", "RGBA"):
+                values = np.array(mask.convert("RGB")).max(axis=2)
+            else:
+                values = np.array(mask.convert("L") if mask.mode in ("1", "LA", "La", "CMYK") else mask)
+    except _DECODE_ERRORS as error:
+        raise ValueError(_decode_message(path, error)) from error
+    if values.max(initial=0) > 255:  # 16-bit
+        values = values // 257
+    binary = values > 0 if values.max(initial=0) <= 1 else values > 127
+    resized = Image.fromarray(binary.astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)
+    return torch.from_numpy(np.array(resized)).unsqueeze(0)
+
+
+def require_image_headers(pairs: Sequence[Pair]) -> None:
+    """Read every file's header, so that a wrong file is found now and not at epoch 3; about a second for 4,000 pairs.
+
+    Raises:
+        ValueError: files that are no images, the first three by name.
+    """
+    paths = [path for pair in pairs for path in (pair.image, pair.mask)]
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        problems = [problem for problem in pool.map(_header_problem, paths) if problem]
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError("; ".join(problems[:3]) + more + ". Remove or replace them")
+
+
+def _header_problem(path: Path) -> str:
+    try:
+        with Image.open(path):
+            return ""
+    except _DECODE_ERRORS as error:
+        return _decode_message(path, error)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):  # 16-bit grey: convert("RGB") would clip it to white
+        values = np.array(image, dtype=np.float64)
+        scale = 257 if values.max(initial=0) > 255 else 1
+        image = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _decode_message(path: Path, error: Exception) -> str:
+    reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error) or type(error).__name__
+    return f"{path}: cannot be decoded ({reason})"

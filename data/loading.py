@@ -1,0 +1,94 @@
+"""Loaders, and the way of a batch from a loader to the device."""
+
+import itertools
+import signal
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from data.dataset import Batch, CamouflageDataset, collate
+from data.layouts import Pair
+from data.sampler import EpochBatchSampler, SampleKey
+from data.transforms import training_augmentation
+
+
+class UnreadableDataError(ValueError):
+    """A sample that training or validation needs cannot be decoded."""
+
+
+def training_loader(
+    pairs: Sequence[Pair], img_size: int, batch_size: int, seed: int, num_workers: int, pin_memory: bool
+) -> DataLoader[Batch]:
+    """Shuffled, augmented batches; entered at any position through ``windows``."""
+    dataset = CamouflageDataset(pairs, img_size, training_augmentation(img_size), seed)
+    return _loader(dataset, EpochBatchSampler(len(dataset), batch_size, seed), num_workers, pin_memory)
+
+
+def validation_loader(
+    pairs: Sequence[Pair], img_size: int, batch_size: int, num_workers: int, pin_memory: bool
+) -> DataLoader[Batch]:
+    """Every pair once, in order, as it is."""
+    dataset = CamouflageDataset(pairs, img_size)
+    keys = [SampleKey(0, index) for index in range(len(dataset))]
+    batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
+    return _loader(dataset, batches, num_workers, pin_memory)
+
+
+def windows(loader: DataLoader[Batch], accumulation_steps: int, epoch: int, first_window: int) -> Iterator[list[Batch]]:
+    """The batches of each window of an epoch, from ``first_window`` on; the last window has what is left.
+
+    What lies before is not read: the position is set in the sampler.
+    """
+    assert isinstance(loader.batch_sampler, EpochBatchSampler)
+    loader.batch_sampler.set_position(epoch, first_window * accumulation_steps)
+    batches = decoded(loader)
+    while window := list(itertools.islice(batches, accumulation_steps)):
+        yield window
+
+
+def decoded(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """The loader's batches.
+
+    Raises:
+        UnreadableDataError: a file could not be decoded.
+    """
+    for batch in loader:
+        if batch.errors:
+            raise UnreadableDataError(f"{batch.errors[0]}; repair or remove it, then resume")
+        yield batch
+
+
+def to_device(batch: Batch, device: torch.device, memory_format: torch.memory_format) -> tuple[Tensor, Tensor]:
+    """Images in [0, 1] and masks of 0 and 1 as float32. Bytes are copied, floats are made on the device.
+
+    Shape:
+        -> (B, 3, S, S), (B, 1, S, S)
+    """
+    images = batch.images.to(device, non_blocking=True).to(torch.float32, memory_format=memory_format).div_(255)
+    return images, batch.masks.to(device, non_blocking=True).to(torch.float32)
+
+
+def _loader(
+    dataset: CamouflageDataset,
+    batch_sampler: EpochBatchSampler | list[list[SampleKey]],
+    num_workers: int,
+    pin_memory: bool,
+) -> DataLoader[Batch]:
+    loader: DataLoader[Batch] = DataLoader(
+        dataset,  # type: ignore[arg-type]  # a loader is typed by its samples, not by what collate makes of them
+        batch_sampler=batch_sampler,  # type: ignore[arg-type]  # keys are SampleKey, not int
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_interrupts_to_main,
+        generator=torch.Generator(),  # its own: otherwise every epoch draws a seed from the stream that dropout uses
+    )
+    return loader
+
+
+def _leave_interrupts_to_main(_worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the main one decides what becomes of it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,126 @@
+"""timm backbones as multi-scale feature extractors. The only module that imports timm."""
+
+import difflib
+import logging
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.data
+import torch
+from torch import Tensor, nn
+
+_MAX_LEVELS = 4
+
+# timm warns about every classifier weight that a feature extractor has no use for. What matters, weights that are
+# missing, is an error below.
+logging.getLogger("timm.models._builder").setLevel(logging.ERROR)
+
+
+class Backbone(nn.Module):
+    """The last four feature levels of a timm model (fewer where it has fewer), fine to coarse.
+
+    Attributes:
+        channels: channels of each level.
+        mean, std: the input normalisation its weights were trained with, per RGB channel of values in [0, 1].
+
+    Shape:
+        images (B, 3, H, W), normalised -> list of (B, C_i, H / stride_i, W / stride_i)
+    """
+
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.body = body
+        self.channels: list[int] = body.feature_info.channels()[-_MAX_LEVELS:]
+        data_config = timm.data.resolve_model_data_config(body)
+        self.mean: tuple[float, ...] = data_config["mean"]
+        self.std: tuple[float, ...] = data_config["std"]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        levels = self.body(images)[-_MAX_LEVELS:]
+        # Swin and its kin return (B, H, W, C).
+        return [
+            level if level.shape[1] == channels else level.permute(0, 3, 1, 2)
+            for level, channels in zip(levels, self.channels, strict=True)
+        ]
+
+
+def build_backbone(name: str, pretrained: bool, weights_file: Path | None, img_size: int) -> Backbone:
+    """Create a backbone, with ImageNet weights from timm's hub, from a file, or with random ones.
+
+    Args:
+        name: any timm model that supports ``features_only``.
+        pretrained: download timm's weights; ignored where ``weights_file`` is given.
+        weights_file: .pth or .safetensors under timm's key names, or names that timm knows how to convert.
+        img_size: side of the square input; models with a fixed input size are built for it.
+
+    Raises:
+        ValueError: unknown name, no feature pyramid, weights that cannot be had or do not fit.
+    """
+    if not timm.is_model(name):
+        matches = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
+        hint = (
+            f"; did you mean {', '.join(matches)}?"
+            if matches
+            else "; python -c 'import timm; print(timm.list_models())' lists all"
+        )
+        raise ValueError(f"--backbone {name}: timm {timm.__version__} has no model of that name{hint}")
+    if weights_file is not None:
+        return Backbone(_create_from_file(name, weights_file, img_size))
+    try:
+        return Backbone(_create(name, img_size, pretrained=pretrained))
+    except (OSError, RuntimeError, ConnectionError) as error:
+        if not pretrained:
+            raise
+        raise ValueError(
+            f"--backbone {name}: its pretrained weights could not be loaded ({_summary(error)}). Without a connection, "
+            f"give a file with --backbone-weights, or start from random weights with --no-pretrained"
+        ) from error
+
+
+def _create(name: str, img_size: int, **options: Any) -> nn.Module:
+    config = timm.get_pretrained_cfg(name)
+    if config is not None and config.fixed_input_size:
+        options["img_size"] = img_size
+    try:
+        return timm.create_model(name, features_only=True, **options)
+    except (AttributeError, AssertionError, NotImplementedError, TypeError, IndexError) as error:
+        raise ValueError(f"--backbone {name}: timm cannot build it as a feature pyramid ({_summary(error)})") from error
+    except RuntimeError as error:
+        if "features_only" not in str(error):
+            raise
+        raise ValueError(f"--backbone {name}: timm offers no feature pyramid for it; choose another") from error
+
+
+def _create_from_file(name: str, weights_file: Path, img_size: int) -> nn.Module:
+    """Timm's own loading from a file, made strict.
+
+    As a feature extractor timm loads non-strictly: a file of another architecture is accepted without a word and leaves
+    random weights. Built twice from one seed, with the file and without, a weight that came out the same was not in it.
+    """
+    if not weights_file.is_file():
+        raise ValueError(f"--backbone-weights {weights_file}: no such file")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        initial = _create(name, img_size, pretrained=False)
+        torch.manual_seed(0)
+        try:
+            loaded = _create(name, img_size, pretrained=True, pretrained_cfg_overlay={"file": str(weights_file)})
+        except Exception as error:  # safetensors, pickle, zip and shape errors share no base class
+            raise ValueError(
+                f"--backbone-weights {weights_file}: does not load into {name} ({_summary(error)})"
+            ) from error
+    before = dict(initial.named_parameters())
+    matrices = [(key, weight) for key, weight in loaded.named_parameters() if weight.ndim >= 2]
+    missing = [key for key, weight in matrices if torch.equal(weight, before[key])]
+    if missing:
+        raise ValueError(
+            f"--backbone-weights {weights_file}: not the weights of {name}: {len(missing)} of its {len(matrices)} "
+            f"weight tensors are not in the file, the first being {missing[0]}"
+        )
+    return loaded
+
+
+def _summary(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    return " ".join(lines[:2])[:200] or type(error).__name__

@@ -1,0 +1,69 @@
+"""The network: input normalisation, backbone, decoder."""
+
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.backbone import Backbone, build_backbone
+from models.decoder import ForegroundBackgroundDecoder
+
+
+class CamouflageSegmenter(nn.Module):
+    """Camouflaged-object segmentation from RGB images.
+
+    Normalisation is part of the network, so that training, validation and every later use agree on it.
+
+    Args:
+        backbone: feature extractor.
+        decoder_channels: width of the decoder; a multiple of 8.
+        freeze_norm_statistics: keep the running statistics of the backbone's BatchNorm layers as they are even while
+            its weights train: right for pretrained ones, which small batches would only disturb. A backbone that
+            starts from random weights has none worth keeping.
+
+    Shape:
+        images (B, 3, H, W) float RGB in [0, 1]
+        -> side logits, coarse to fine: (B, 1, h_i, w_i); the last one (B, 1, H, W)
+    """
+
+    def __init__(self, backbone: Backbone, decoder_channels: int, freeze_norm_statistics: bool) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.decoder = ForegroundBackgroundDecoder(backbone.channels, decoder_channels)
+        self.freeze_norm_statistics = freeze_norm_statistics
+        self.backbone_frozen = False
+        self.register_buffer("mean", torch.tensor(backbone.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(backbone.std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        features = self.backbone((images - self.get_buffer("mean")) / self.get_buffer("std"))
+        side_logits = self.decoder(features)
+        finest = F.interpolate(side_logits[-1], size=images.shape[-2:], mode="bilinear", align_corners=False)
+        return [*side_logits[:-1], finest]
+
+    def set_backbone_frozen(self, frozen: bool) -> None:
+        """Frozen: no gradients, and evaluation mode whatever ``train()`` says, so that no statistic moves either."""
+        self.backbone_frozen = frozen
+        self.backbone.requires_grad_(not frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.backbone_frozen:
+            self.backbone.eval()
+        elif self.freeze_norm_statistics:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+
+def build_model(
+    backbone: str, decoder_channels: int, img_size: int, pretrained: bool = False, backbone_weights: Path | None = None,
+    freeze_norm_statistics: bool = True,
+) -> CamouflageSegmenter:  # fmt: skip
+    """Build the network; see ``build_backbone`` for the arguments and the errors."""
+    body = build_backbone(backbone, pretrained, backbone_weights, img_size)
+    return CamouflageSegmenter(body, decoder_channels, freeze_norm_statistics)

@@ -1,0 +1,421 @@
+"""Train camouflaged-object segmentation models, and do not lose the run.
+
+    python train_ultimate.py demo                                   about two minutes on two CPU cores, no download
+    python train_ultimate.py train --dataset-path data/COD10K-v3    the real thing
+    python train_ultimate.py train --resume auto                    after a crash, a kill, a pre-emption
+
+Read it from main() upwards: main -> prepare -> train -> run_stage -> train_epoch. Stage 1 trains the decoder on a
+frozen backbone, stage 2 everything; both are rows of build_stages() and go through the same code. A window is one
+optimizer step's worth of batches.
+"""
+
+import argparse
+import math
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import cli
+import metrics
+from data.dataset import Batch, require_image_headers
+from data.layouts import Pair, find_subsets, fingerprint, split_validation, training_pairs
+from data.loading import UnreadableDataError, decoded, to_device, training_loader, validation_loader, windows
+from data.synthetic import write_synthetic_dataset
+from losses import deep_supervision_loss
+from models import CamouflageSegmenter, build_model
+from training.checkpoint import CheckpointError, CheckpointStore, read_checkpoint
+from training.interrupt import StopRequest
+from training.optim import Ema, build_optimizer, gradient_norm, set_learning_rates
+from training.precision import Precision, resolve_device, resolve_precision, use_deterministic_algorithms
+from training.runlog import RunLog, environment, write_json
+from training.stability import PendingWindow, StepVerdict, WindowOutcome, gated_step, should_skip
+from training.stages import CONSERVATIVE_SCALER, Stage, cosine_ramp, learning_rate
+from training.state import EpochStats, TrainState
+
+SYNTHETIC_TRAIN_IMAGES, SYNTHETIC_TEST_IMAGES = 640, 64
+
+
+class StoppedError(Exception):
+    """The run ends before its last epoch, with its state saved: an exit code and a message for the user."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass
+class Run:
+    """One training run. ``state`` changes; the rest is settled when the run is prepared."""
+
+    args: argparse.Namespace
+    config: dict[str, Any]  # the settings and the data's fingerprint, as saved
+    device: torch.device
+    precision: Precision
+    memory_format: torch.memory_format
+    stages: list[Stage]
+    train_pairs: list[Pair]
+    val_pairs: list[Pair]
+    state: TrainState
+    store: CheckpointStore
+    log: RunLog
+    stop: StopRequest
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"config": self.config, **self.state.state_dict()}
+
+
+def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
+    """Train what is left of the epoch under way, or up to a stop request; sums go to ``state.epoch_stats``.
+
+    The host waits for the device once a window, for numbers one window old: see ``PendingWindow``.
+
+    Raises:
+        StoppedError: a loss or gradient norm is not finite and loss scaling does not explain it.
+        UnreadableDataError: an image or mask cannot be decoded.
+    """
+    state, progress, stats = run.state, run.state.progress, run.state.epoch_stats
+    parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+    windows_per_epoch = math.ceil(len(loader) / stage.accumulation_steps)
+    first_window_of_epoch = (progress.epoch - stage.first_epoch) * windows_per_epoch
+    state.model.train()
+    pending: PendingWindow | None = None
+    start = time.perf_counter()
+    bar = tqdm(desc=f"Epoch {progress.epoch + 1}/{run.args.epochs}", total=windows_per_epoch, initial=progress.window,
+               unit="window", disable=None)  # fmt: skip
+    for batches in windows(loader, stage.accumulation_steps, progress.epoch, progress.window):
+        lr = learning_rate(stage, first_window_of_epoch + progress.window, stage.num_epochs * windows_per_epoch)
+        set_learning_rates(state.optimizer, lr, stage.backbone_lr_scale)
+        uncertainty_weight = cosine_ramp((progress.epoch + progress.window / windows_per_epoch) / run.args.epochs)
+        samples = [index for batch in batches for index in batch.indices.tolist()]
+        loss = torch.zeros((), device=run.device)
+        for batch in batches:
+            images, masks = to_device(batch, run.device, run.memory_format)
+            with run.precision.autocast():
+                side_logits = state.model(images)
+            # Divided by the samples this window really has: the short last one, too, equals one large batch.
+            batch_loss = deep_supervision_loss(side_logits, masks, uncertainty_weight) * (len(images) / len(samples))
+            state.scaler.scale(batch_loss).backward()
+            loss += batch_loss.detach()
+
+        if pending is not None:  # before the step: the average takes in the weights as that window left them
+            settle_window(run, stage, pending, bar)
+
+        state.scaler.unscale_(state.optimizer)
+        grad_norm = gradient_norm(parameters)
+        clip_grads_with_norm_(parameters, run.args.grad_clip, grad_norm, foreach=True)
+        found_inf, loss_scale = state.scaler.found_inf(state.optimizer, loss), state.scaler.current_scale(loss)
+        gated_step(state.optimizer, skip=should_skip(loss, grad_norm, found_inf))
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+
+        progress.window += 1
+        progress.global_window += 1
+        progress.samples_seen += len(samples)
+        stats.num_samples += len(samples)
+        pending = PendingWindow(loss, grad_norm, found_inf, loss_scale, progress.window, lr, samples)
+        bar.update()
+        if run.stop.signal_number is not None:
+            break
+    if pending is not None:
+        settle_window(run, stage, pending, bar)
+    bar.close()
+    stats.seconds += time.perf_counter() - start
+
+
+def settle_window(run: Run, stage: Stage, pending: PendingWindow, bar: "tqdm[NoReturn]") -> None:
+    """Act on a window's verdict: update the weight average, count and log; stop on what must not be trained through."""
+    state, stats, outcome = run.state, run.state.epoch_stats, pending.read()
+    stats.add(outcome, large_norm=5 * run.args.grad_clip)
+    if outcome.verdict is StepVerdict.APPLIED and state.ema is not None:
+        state.ema.update(state.model)
+    shown = {"loss": f"{outcome.loss:.2f}", "grad": f"{outcome.grad_norm:.3f}"}
+    bar.set_postfix(shown | ({"overflows": stats.num_overflows} if stats.num_overflows else {}), refresh=False)
+    where = {"stage": stage.number, "epoch": state.progress.epoch + 1, "window": pending.number}
+    run.log.event("window", **where, lr=pending.lr, **asdict(outcome))
+    if outcome.verdict in (StepVerdict.NONFINITE_LOSS, StepVerdict.NONFINITE_GRAD):
+        bar.close()
+        stop_on_nonfinite(run, pending, outcome, where)
+
+
+def stop_on_nonfinite(run: Run, pending: PendingWindow, outcome: WindowOutcome, where: dict[str, int]) -> NoReturn:
+    """Save the state, which the window did not touch, and end the run with everything a user needs to go on."""
+    images = [str(run.train_pairs[index].image) for index in pending.sample_indices]
+    try:
+        last_good = run.store.save_step(run.state.progress.global_window, run.snapshot())
+    except CheckpointError as error:  # the weights themselves are not finite, so an older file has to do
+        print(error, file=sys.stderr)
+        last_good = max(run.store.files(), key=lambda path: path.stat().st_mtime, default=None)
+    run.log.event("incident", **where, **asdict(outcome), samples=images, action=f"stopped; last good: {last_good}")
+    raise StoppedError(
+        3,
+        f"{outcome.verdict.replace('_', ' ')} that loss scaling does not explain, in stage {where['stage']}, epoch "
+        f"{where['epoch']}/{run.args.epochs}, window {where['window']}: loss {outcome.loss:.4g}, gradient norm "
+        f"{outcome.grad_norm:.4g}, loss scale {outcome.loss_scale:g}. Its update was not applied; its batches: "
+        f"{', '.join(images[:4])}{f' and {len(images) - 4} more' if len(images) > 4 else ''}\n"
+        f"Last good checkpoint: {last_good or 'none yet'}. Go on after that window with: {resume_command(run)}",
+    )
+
+
+@torch.inference_mode()
+def validate(run: Run, loader: DataLoader[Batch]) -> dict[str, float]:
+    """Means over images, at the training size: IoU and Dice at 0.5, MAE and S-measure, of the averaged weights."""
+    model = run.state.model_for_use.eval()
+    scores: dict[str, list[Tensor]] = {"iou": [], "dice": [], "mae": [], "s_measure": []}
+    for batch in decoded(loader):
+        images, masks = to_device(batch, run.device, run.memory_format)
+        with run.precision.autocast():
+            logits = model(images)[-1]
+        probabilities = logits.float().sigmoid()
+        for name, values in scores.items():
+            values.append(getattr(metrics, name)(probabilities, masks).cpu())  # a host sync, once a batch
+    return {name: torch.cat(values).mean(dtype=torch.float64).item() for name, values in scores.items()}
+
+
+def run_stage(run: Run, stage: Stage) -> None:
+    """Train, validate and save every epoch of the stage that is still to come.
+
+    Raises:
+        StoppedError: by a signal, or by ``train_epoch``.
+    """
+    state, progress = run.state, run.state.progress
+    assert isinstance(state.model, CamouflageSegmenter)
+    state.model.set_backbone_frozen(stage.freeze_backbone)
+    if progress.stage != stage.number:  # not resumed in its midst
+        progress.stage = stage.number
+        state.scaler = run.precision.new_scaler(stage.scaler)
+    workers = {"num_workers": run.args.num_workers, "pin_memory": run.device.type == "cuda"}
+    train_loader = training_loader(run.train_pairs, run.args.img_size, stage.batch_size, run.args.seed, **workers)
+    val_loader = validation_loader(run.val_pairs, run.args.img_size, stage.batch_size, **workers)
+    backbone = "frozen" if stage.freeze_backbone else f"lr {stage.lr * stage.backbone_lr_scale:g}"
+    epochs = f"epochs {stage.first_epoch + 1} to {stage.end_epoch}"
+    print(f"Stage {stage.number}: {epochs}, lr {stage.lr:g}, backbone {backbone}")
+    while progress.epoch < stage.end_epoch:
+        train_epoch(run, stage, train_loader)
+        if run.stop.signal_number is not None:
+            saved = run.store.save_step(progress.global_window, run.snapshot())
+            run.log.event("checkpoint", file=saved.name, reason=f"signal {run.stop.signal_number}")
+            message = f"stopped by a signal; saved {saved}. Go on with: {resume_command(run)}"
+            raise StoppedError(128 + run.stop.signal_number, message)
+        finish_epoch(run, stage, validate(run, val_loader))
+
+
+def finish_epoch(run: Run, stage: Stage, scores: dict[str, float]) -> None:
+    """Report the epoch, move on to the next, write the checkpoints."""
+    state, progress = run.state, run.state.progress
+    report_epoch(run, stage, scores)
+    progress.epoch += 1
+    progress.window = 0
+    state.epoch_stats = EpochStats()
+    if scores["iou"] > progress.best_iou:  # False for NaN
+        progress.best_iou, progress.best_epoch = scores["iou"], progress.epoch
+        # Ahead of the epoch's own file: a kill between the two repeats the epoch and writes both again.
+        run.log.event("checkpoint", file=run.store.save_best(run.snapshot()).name, reason="best IoU")
+    run.log.event("checkpoint", file=run.store.save_epoch(progress.epoch, run.snapshot()).name, reason="epoch")
+
+
+def report_epoch(run: Run, stage: Stage, scores: dict[str, float]) -> None:
+    """The epoch's lines on the terminal and its event in metrics.jsonl."""
+    stats, epoch = run.state.epoch_stats, run.state.progress.epoch + 1
+    lr = {group["part"]: group["lr"] for group in run.state.optimizer.param_groups}  # of the last window
+    run.log.event(
+        "epoch",
+        **{"stage": stage.number, "epoch": epoch, "loss": stats.loss, **scores},
+        **{"grad_norm_avg": stats.grad_norm_avg, "grad_norm_max": stats.grad_norm_max},
+        **{"lr": lr["decoder"], "backbone_lr": 0.0 if stage.freeze_backbone else lr["backbone"]},
+        **{"skipped": stats.num_skipped, "overflows": stats.num_overflows},
+        **{"seconds": stats.seconds, "images_per_second": stats.images_per_second},
+    )
+    if not sys.stderr.isatty():  # no progress bar above these lines to tell the epoch
+        print(f"Epoch {epoch}/{run.args.epochs}")
+    print(f"Loss: {stats.loss:.4f} | IoU: {scores['iou']:.4f} | Dice: {scores['dice']:.4f}")
+    print(f"   Gradient norm - Avg: {stats.grad_norm_avg:.3f}, Max: {stats.grad_norm_max:.3f}")
+    if stats.num_overflows:
+        print(
+            f"   fp16 overflows: {stats.num_overflows} windows skipped; loss scale now {run.state.scaler.get_scale():g}"
+        )
+    if stats.num_large_norms:
+        share, limit = f"{stats.num_large_norms} of {stats.num_applied} windows", 5 * run.args.grad_clip
+        print(f"   Warning: {share} had a gradient norm above 5 x --grad-clip = {limit:g}; they were clipped")
+
+
+def resume_command(run: Run) -> str:
+    return shlex.join(["python", sys.argv[0], "train", "--resume", "auto", "--checkpoint-dir", run.args.checkpoint_dir])
+
+
+def train(run: Run) -> None:
+    """Run the stages that are left."""
+    if run.state.progress.epoch >= run.args.epochs:
+        print(f"All {run.args.epochs} epochs are done already; a larger --epochs goes on from here")
+    for stage in run.stages:
+        if run.state.progress.epoch < stage.end_epoch:
+            run_stage(run, stage)
+
+
+def build_stages(args: argparse.Namespace) -> list[Stage]:
+    """Stage 1 trains the decoder, stage 2 everything; a stage without epochs is left out."""
+    batch, split = (args.batch_size, args.accumulation_steps), args.stage1_epochs
+    lr2, scale = args.lr * args.stage2_lr_scale, args.backbone_lr_scale
+    stages = [
+        Stage(1, 0, split, *batch, args.lr, scale, freeze_backbone=True),
+        Stage(2, split, args.epochs - split, *batch, lr2, scale, freeze_backbone=False, scaler=CONSERVATIVE_SCALER),
+    ]
+    return [stage for stage in stages if stage.num_epochs > 0]
+
+
+def build_network(args: argparse.Namespace, load_weights: bool) -> CamouflageSegmenter:
+    """The network from the settings. Without ``load_weights`` its weights are random: a checkpoint brings its own."""
+    torch.manual_seed(args.seed)
+    return build_model(
+        args.backbone,
+        args.decoder_channels,
+        args.img_size,
+        pretrained=load_weights and args.pretrained,
+        backbone_weights=Path(args.backbone_weights) if load_weights and args.backbone_weights else None,
+        freeze_norm_statistics=args.pretrained or args.backbone_weights is not None,
+    )
+
+
+def build_pairs(args: argparse.Namespace) -> tuple[list[Pair], list[Pair], str]:
+    """Training pairs, the validation pairs carved out of them, their fingerprint. Test folders are not touched."""
+    root = Path(args.dataset_path)
+    if args.dataset_path == "synthetic":
+        root = Path(args.checkpoint_dir) / "synthetic"
+        write_synthetic_dataset(root, SYNTHETIC_TRAIN_IMAGES, SYNTHETIC_TEST_IMAGES, args.img_size, args.seed)
+    subsets = find_subsets(root, args.include_noncam)
+    pairs = training_pairs(subsets, root)
+    require_image_headers(pairs)
+    train_pairs, val_pairs = split_validation(pairs, args.val_fraction, args.seed)
+    subsets = [subset for subset in subsets if subset.split == "train"]
+    names = ", ".join(subset.name for subset in subsets)
+    print(f"Data: {root}: {names}: {len(train_pairs)} pairs to train on, {len(val_pairs)} to validate on")
+    if unmasked := [path for subset in subsets for path in subset.images_without_mask]:
+        print(f"Warning: {len(unmasked)} images have no mask and are left out, the first: {unmasked[0]}")
+    if num_noncam := sum(subset.num_noncam_skipped for subset in subsets):
+        print(
+            f"Left out {num_noncam} images without camouflaged objects (COD10K-NonCAM); --include-noncam takes them in"
+        )
+    return train_pairs, val_pairs, fingerprint(pairs, root)
+
+
+def prepare(argv: Sequence[str] | None) -> Run:
+    """From the command line to a run that is ready to train, new or resumed.
+
+    A setting comes from the first of: the command line; the checkpoint being resumed; the defaults.
+
+    Raises:
+        ValueError, OSError: a mistake in the flags, the data or the checkpoint.
+    """
+    args = cli.parse(argv)
+    directory = Path(args.checkpoint_dir)
+    resumed = find_checkpoint(args.resume, directory)
+    if resumed is not None:
+        args = cli.parse(argv, saved=resumed[1]["config"]["settings"])
+    if args.dataset_path is None:
+        raise ValueError("--dataset-path is needed: the data set's folder, or 'synthetic'")
+    if any(directory.glob("*.pth")) and (resumed is None or resumed[0].parent.resolve() != directory.resolve()):
+        raise ValueError(
+            f"{directory} holds a run already: go on with --resume auto, or choose another --checkpoint-dir"
+        )
+    device = resolve_device(args.device)
+    precision = resolve_precision(args.precision, device)
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    if args.deterministic:
+        use_deterministic_algorithms()
+    train_pairs, val_pairs, data_fingerprint = build_pairs(args)
+    stages = build_stages(args)
+    model = build_network(args, load_weights=resumed is None).to(device)
+    model = model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types no such overload
+    optimizer = build_optimizer(model.decoder, model.backbone, args.weight_decay)
+    ema = Ema(model, args.ema_decay) if args.ema_decay > 0 else None
+    state = TrainState(model, optimizer, precision.new_scaler(stages[0].scaler), ema)
+    store = CheckpointStore(directory, args.keep_checkpoints)
+    config = {"settings": vars(args), "data": data_fingerprint}
+    if resumed is not None:
+        source, checkpoint = resumed
+        resume(state, checkpoint, source, stages, precision)
+        if checkpoint["config"]["data"] != data_fingerprint:
+            print("Warning: files were added, removed or changed since the checkpoint was written")
+        for path in store.set_aside_after(state.progress.global_window):
+            print(f"Set aside as {path}: further on than the checkpoint being resumed")
+    log = RunLog(directory)
+    facts = {"command": shlex.join(sys.argv), "device": str(device), "precision": precision.name, **config,
+             **environment(Path(__file__), ("torch", "torchvision", "timm", "numpy", "pillow"))}  # fmt: skip
+    write_json(directory / "config.json", facts)
+    log.event("run_start" if resumed is None else "resume", **facts, progress=asdict(state.progress))
+    return Run(
+        args, config, device, precision, memory_format, stages, train_pairs, val_pairs, state, store, log, StopRequest()
+    )
+
+
+def find_checkpoint(requested: str | None, directory: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The verified checkpoint that --resume asks for; None for a run from the beginning."""
+    if requested is None:
+        return None
+    if requested != "auto":
+        return Path(requested), read_checkpoint(Path(requested))
+    newest = CheckpointStore(directory, keep=1).newest() if directory.is_dir() else None
+    if newest is None:
+        print(f"--resume auto: no checkpoint in {directory} yet, starting from the beginning")
+    return newest
+
+
+def resume(
+    state: TrainState, checkpoint: dict[str, Any], source: Path, stages: list[Stage], precision: Precision
+) -> None:
+    """Put the run back where the checkpoint left it. At the border of the stages, stage 2 brings its own scaler."""
+    try:
+        state.load_state_dict(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    progress = state.progress
+    for stage in stages:
+        if stage.number == progress.stage:
+            state.scaler = precision.new_scaler(stage.scaler)
+            state.scaler.resume(checkpoint["scaler"])
+    print(f"Resumed {source}: {progress.epoch} epochs and {progress.window} windows done")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done; 2 bad usage or input; 3 diverged; 130 / 143 stopped by SIGINT / SIGTERM."""
+    try:
+        run = prepare(argv)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted before training began; nothing to resume", file=sys.stderr)
+        return 130
+    exit_code, message = 0, ""
+    try:
+        with run.stop:
+            train(run)
+    except StoppedError as stopped:
+        exit_code, message = stopped.exit_code, str(stopped)
+    except UnreadableDataError as error:
+        exit_code, message = 2, str(error)
+    except KeyboardInterrupt:
+        exit_code, message = 130, f"stopped at once. Go on from the newest checkpoint with: {resume_command(run)}"
+    progress = run.state.progress
+    run.log.event("run_end", exit_code=exit_code, best_iou=progress.best_iou, best_epoch=progress.best_epoch)
+    run.log.close()
+    if exit_code:
+        print(f"error: {message}", file=sys.stderr)
+    else:
+        directory = run.store.directory
+        print(f"Done: validation IoU {progress.best_iou:.4f}, reached at epoch {progress.best_epoch}")
+        print(f"Weights: {directory / 'best_model.pth'}, curves: {directory / 'metrics.jsonl'}")
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""Stop requests from outside: SIGINT (Ctrl-C) and SIGTERM end a run after the window under way, not in its midst."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+
+class StopRequest:
+    """While entered, remembers the first SIGINT or SIGTERM instead of dying of it; a second one acts at once.
+
+    Attributes:
+        signal_number: the signal received, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        self.signal_number = number
+        self.__exit__()

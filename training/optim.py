@@ -1,0 +1,86 @@
+"""Optimizer, gradient norm and weight averaging."""
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+def build_optimizer(decoder: nn.Module, backbone: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """Fused AdamW over every parameter, the backbone's in groups of their own.
+
+    All parameters are in it from the start: a frozen backbone has no gradients and is passed over, and unfreezing it
+    rebuilds nothing. Biases and norm scales (one dimension) are not decayed.
+
+    Only the fused kernel can be told on the device, without waiting for it, to skip a step.
+    """
+    groups: list[dict[str, Any]] = []
+    for name, module in (("decoder", decoder), ("backbone", backbone)):
+        parameters = list(module.parameters())
+        matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+        vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+        groups.append({"params": matrices, "weight_decay": weight_decay, "part": name})
+        groups.append({"params": vectors, "weight_decay": 0.0, "part": name})
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, fused=True)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float, backbone_lr_scale: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * backbone_lr_scale if group["part"] == "backbone" else lr
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load moments and step counts; hyperparameters stay as this run's settings made them.
+
+    Raises:
+        ValueError: the state belongs to other parameters.
+    """
+    current = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, hyperparameters in zip(optimizer.param_groups, current, strict=True):
+        group.update(hyperparameters)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """L2 norm over all gradients, a scalar on the device: one fused pass, nothing waits for it."""
+    return get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None], foreach=True)
+
+
+class Ema:
+    """Exponential moving average of a module's parameters and buffers, in a module of its own.
+
+    The decay rises to its final value as (1 + n) / (10 + n), n being the number of updates: with a constant 0.999, the
+    first thousand windows would be validated with weights that are mostly the initial ones.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.num_updates = 0
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        averaged, current = _tensors(self.module), _tensors(module)
+        floating = [index for index, tensor in enumerate(averaged) if tensor.is_floating_point()]
+        update = get_ema_multi_avg_fn(decay)
+        update([averaged[index] for index in floating], [current[index] for index in floating], self.num_updates)
+        for target, source in zip(averaged, current, strict=True):
+            if not target.is_floating_point():  # BatchNorm's count of batches
+                target.copy_(source)
+        self.num_updates += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": self.module.state_dict(), "num_updates": self.num_updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.module.load_state_dict(state["model"])
+        self.num_updates = state["num_updates"]
+
+
+def _tensors(module: nn.Module) -> Sequence[Tensor]:
+    return [*module.parameters(), *module.buffers()]

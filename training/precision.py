@@ -1,0 +1,112 @@
+"""Number formats: what the hardware offers, autocast, and fp16 loss scaling that can be trusted at its lower end."""
+
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from training.stages import ScalerSettings
+
+PrecisionName = Literal["fp16", "bf16", "fp32"]
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Number format of the forward pass. Weights, gradients, losses and optimizer state are float32 in all three."""
+
+    name: PrecisionName
+    device_type: str
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device_type, dtype=_DTYPES[self.name], enabled=self.name != "fp32")
+
+    def new_scaler(self, settings: ScalerSettings) -> "LossScaler":
+        return LossScaler(self.device_type, settings, enabled=self.name == "fp16")
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is a device.
+
+    Raises:
+        ValueError: CUDA is asked for and not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device; see nvidia-smi and torch.version.cuda, or use cpu")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def use_deterministic_algorithms() -> None:
+    """The same bits from the same inputs on CUDA, too. Call before CUDA is used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+
+
+def resolve_precision(name: str, device: torch.device) -> Precision:
+    """``auto`` is bf16 where the hardware computes in it, else fp16 on CUDA and fp32 on the CPU."""
+    if name == "auto":
+        name = "bf16" if _has_native_bf16(device) else "fp16" if device.type == "cuda" else "fp32"
+    assert name == "fp16" or name == "bf16" or name == "fp32", name
+    return Precision(name, device.type)
+
+
+def _has_native_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+class LossScaler(torch.amp.GradScaler):
+    """GradScaler with a floor, and with its overflow flag readable on the device.
+
+    The stock scaler can be driven below 2^-128 by overflows in a row. There the reciprocal of the scale is infinite,
+    its overflow check, which looks at gradients before they are unscaled, sees nothing, and NaN reaches the weights.
+    Below 1 a scale has no use: gradients would be shrunk, not protected from underflow.
+    """
+
+    def __init__(self, device_type: str, settings: ScalerSettings, enabled: bool) -> None:
+        self.settings = settings
+        super().__init__(
+            device_type,
+            init_scale=settings.init_scale,
+            growth_factor=settings.growth_factor,
+            backoff_factor=settings.backoff_factor,
+            growth_interval=settings.growth_interval,
+            enabled=enabled,
+        )
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        super().update(new_scale)
+        if self.is_enabled():
+            assert self._scale is not None
+            self._scale.clamp_(min=1.0)
+
+    def found_inf(self, optimizer: torch.optim.Optimizer, like: Tensor) -> Tensor:
+        """1 if the last ``unscale_`` met a non-finite gradient, else 0 (always, when scaling is off).
+
+        A scalar on the device of ``like``; nothing waits for it.
+        """
+        flags = self._found_inf_per_device(optimizer).values() if self.is_enabled() else ()
+        return torch.stack([flag.to(like.device) for flag in flags]).amax() if flags else torch.zeros_like(like)
+
+    def current_scale(self, like: Tensor) -> Tensor:
+        """The current scale, 1 when scaling is off. A scalar on the device of ``like``; nothing waits for it."""
+        if not self.is_enabled():
+            return torch.ones_like(like)
+        assert self._scale is not None
+        return self._scale.to(like.device, copy=True)  # a copy: update() changes the scale in place
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Take over scale and growth counter from a checkpoint, keeping this stage's own growth and backoff.
+
+        ``load_state_dict`` alone would bring back the settings of the run that wrote the checkpoint, and it refuses the
+        empty state of a run without scaling.
+        """
+        if self.is_enabled() and state:
+            ours = {"growth_factor", "backoff_factor", "growth_interval"}
+            kept = {key: value for key, value in self.state_dict().items() if key in ours}
+            self.load_state_dict({**state, **kept})

@@ -1,0 +1,72 @@
+"""What a run leaves behind to be read: ``metrics.jsonl``, one JSON object a line, and ``config.json``."""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+class RunLog:
+    """Appends events to ``metrics.jsonl``.
+
+    Each line is complete and flushed to the operating system when ``event`` returns, so a killed process loses none. A
+    resumed run appends: windows it repeats appear twice, the later line counts.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        path = directory / "metrics.jsonl"
+        self._file = open(path, "a", encoding="utf-8")
+        if _ends_in_mid_line(path):
+            self._file.write("\n")
+
+    def event(self, event: str, **fields: Any) -> None:
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **_finite(fields)}, allow_nan=False)
+        self._file.write(line + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def environment(program: Path, packages: Sequence[str]) -> dict[str, Any]:
+    """Versions and, where the program lies in a git checkout, its commit ("-dirty" with local changes)."""
+    try:
+        git = ["git", "-C", str(program.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    return {"git_commit": commit, "python": platform.python_version(), **versions}
+
+
+def _ends_in_mid_line(path: Path) -> bool:
+    """True where power was lost, or a disk ran full, while a line was being written."""
+    with open(path, "rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Replace a JSON file in one step."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN or infinity: they become the strings "nan", "inf" and "-inf"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(child) for child in value]
+    return value

@@ -1,0 +1,121 @@
+"""Everything that training changes, in one place, with its way into a checkpoint and back."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from training.optim import Ema, load_optimizer_state
+from training.precision import LossScaler
+from training.stability import StepVerdict, WindowOutcome
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Plain numbers: with the seed they determine every batch that is still to come."""
+
+    stage: int = 0  # number of the stage under way
+    epoch: int = 0  # epochs finished, over both stages
+    window: int = 0  # windows finished in the epoch under way, applied or not
+    global_window: int = 0  # windows finished since the start of the run
+    samples_seen: int = 0
+    best_iou: float = -1.0
+    best_epoch: int = 0  # 1-based; 0: none yet
+
+
+@dataclass
+class EpochStats:
+    """Sums over the windows of the epoch under way; saved too, so that a resumed epoch reports the whole of it."""
+
+    num_applied: int = 0
+    num_overflows: int = 0
+    num_skipped: int = 0  # overflows included
+    loss_sum: float = 0.0
+    grad_norm_sum: float = 0.0
+    grad_norm_max: float = 0.0
+    num_large_norms: int = 0
+    num_samples: int = 0
+    seconds: float = 0.0
+
+    def add(self, outcome: WindowOutcome, large_norm: float) -> None:
+        """Count a window; averages are over applied ones."""
+        if outcome.verdict is StepVerdict.APPLIED:
+            self.num_applied += 1
+            self.loss_sum += outcome.loss
+            self.grad_norm_sum += outcome.grad_norm
+            self.grad_norm_max = max(self.grad_norm_max, outcome.grad_norm)
+            self.num_large_norms += outcome.grad_norm > large_norm
+        else:
+            self.num_skipped += 1
+            self.num_overflows += outcome.verdict is StepVerdict.OVERFLOW
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.num_applied if self.num_applied else math.nan
+
+    @property
+    def grad_norm_avg(self) -> float:
+        return self.grad_norm_sum / self.num_applied if self.num_applied else math.nan
+
+    @property
+    def images_per_second(self) -> float:
+        return self.num_samples / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass
+class TrainState:
+    """Model, optimizer, scaler, weight average and progress of a run.
+
+    Not saved, because settings and progress determine them: the learning rate, the order of samples, augmentation, the
+    stage's scaler settings. Dropout and drop-path draw from torch's generators, whose states are saved.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: LossScaler
+    ema: Ema | None
+    progress: Progress = field(default_factory=Progress)
+    epoch_stats: EpochStats = field(default_factory=EpochStats)
+
+    @property
+    def model_for_use(self) -> nn.Module:
+        """The weights to validate and to ship: the average, where there is one."""
+        return self.ema.module if self.ema is not None else self.model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers, strings, lists and dicts only, so that it loads with ``weights_only=True``."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "progress": asdict(self.progress),
+            "epoch_stats": asdict(self.epoch_stats),
+            "rng": {
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore all but the scaler, whose settings are the stage's: see ``LossScaler.resume``.
+
+        Raises:
+            ValueError: the weights or moments are those of another network.
+        """
+        try:
+            self.model.load_state_dict(state["model"])
+            load_optimizer_state(self.optimizer, state["optimizer"])
+            if self.ema is not None and state["ema"] is not None:
+                self.ema.load_state_dict(state["ema"])
+            elif self.ema is not None:  # averaging is switched on now: it starts from the weights at hand
+                self.ema.module.load_state_dict(state["model"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(f"its weights do not fit this network ({str(error).splitlines()[0]})") from error
+        self.progress = Progress(**state["progress"])
+        self.epoch_stats = EpochStats(**state["epoch_stats"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if torch.cuda.is_available() and len(state["rng"]["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
