@@ -42,7 +42,7 @@ def parse(argv: Sequence[str] | None, saved: dict[str, Any] | None = None) -> ar
         saved: settings of the run being resumed; they take the place of the defaults, and each difference is printed.
 
     Raises:
-        UsageError: unknown or contradictory flags, values out of range.
+        UsageError: unknown flags, values out of range, a change that the run being resumed does not allow.
     """
     parser = _Parser(
         prog="train_ultimate.py", description="Train camouflaged-object segmentation; do not lose the run."
@@ -57,7 +57,9 @@ def parse(argv: Sequence[str] | None, saved: dict[str, Any] | None = None) -> ar
         command.set_defaults(**defaults)
         command.set_defaults(**{key: value for key, value in (saved or {}).items() if key not in NOT_RESUMED})
     args = parser.parse_args(argv)
-    _check(commands.choices[args.command], args)
+    if args.num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        args.num_workers = min(8, max(1, cores - 1))
     if args.checkpoint_dir is None:
         beside = str(Path(args.resume).parent) if args.resume not in (None, "auto") else None
         fresh = time.strftime("demo-runs/%Y%m%d-%H%M%S") if args.command == "demo" else "./checkpoints"
@@ -125,24 +127,27 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     # fmt: on
 
 
-def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Fill in what depends on the machine, refuse what cannot work together."""
-    if args.dataset_path is None and args.resume is None:
-        parser.error("--dataset-path is needed: the data set's folder, or 'synthetic'")
+def check(args: argparse.Namespace) -> None:
+    """Refuse settings that cannot work together; called once it is settled where each of them comes from.
+
+    Raises:
+        UsageError: naming the flags and a way out.
+    """
+    if args.dataset_path is None:
+        raise UsageError("--dataset-path is needed: the data set's folder, or 'synthetic'")
     if args.stage1_epochs > args.epochs:
-        parser.error(
-            f"--stage1-epochs {args.stage1_epochs} is more than --epochs {args.epochs}, which counts both stages"
+        raise UsageError(
+            f"--stage1-epochs {args.stage1_epochs} is more than --epochs {args.epochs}, the sum of both stages"
         )
     if args.img_size % 32:
         nearest = round(args.img_size / 32) * 32
-        parser.error(f"--img-size {args.img_size} is not a multiple of 32, a backbone's coarsest stride; try {nearest}")
+        raise UsageError(
+            f"--img-size {args.img_size} is not a multiple of 32, a backbone's coarsest stride; try {nearest}"
+        )
     if args.decoder_channels % 8:
-        parser.error(f"--decoder-channels {args.decoder_channels} is not a multiple of 8")
-    if args.ema_decay >= 1:
-        parser.error("--ema-decay must be below 1: at 1 the average would never move")
-    if args.num_workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        args.num_workers = min(8, max(1, cores - 1))
+        raise UsageError(f"--decoder-channels {args.decoder_channels} is not a multiple of 8")
+    if args.ema_decay == 1:
+        raise UsageError("--ema-decay must be below 1: at 1 the average would never move")
 
 
 def _reconcile(args: argparse.Namespace, saved: dict[str, Any]) -> None:

@@ -5,10 +5,15 @@ image, (B,): averages over a data set are means of image scores. Pooling pixels 
 objects speak for small ones.
 """
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-_EPSILON = torch.finfo(torch.float64).eps  # as in the reference implementation, pysodmetrics
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+_EPSILON = float(np.spacing(1))
 
 
 def iou(probabilities: Tensor, masks: Tensor) -> Tensor:
@@ -32,10 +37,12 @@ def mae(probabilities: Tensor, masks: Tensor) -> Tensor:
 def s_measure(probabilities: Tensor, masks: Tensor) -> Tensor:
     """Structure measure with alpha = 0.5 (Fan et al., ICCV 2017): agreement of objects and of four regions.
 
-    Runs image by image on the CPU in float64: the four regions meet at the mask's centroid, which differs per image.
+    Image by image in float64 on the CPU: the regions meet at the mask's centroid, which differs from image to image.
+    In NumPy, since flat regions divide rounding errors by each other, and only the same sums give the same score as
+    the reference implementation, pysodmetrics.
     """
-    pairs = zip(probabilities.double().cpu(), masks.cpu() > 0.5, strict=True)
-    return torch.stack([_s_measure_of_image(prediction[0], mask[0]) for prediction, mask in pairs])
+    pairs = zip(probabilities.double().cpu().numpy(), masks.cpu().numpy() > 0.5, strict=True)
+    return torch.tensor([_s_measure(prediction[0], mask[0]) for prediction, mask in pairs], dtype=torch.float64)
 
 
 def _overlap(probabilities: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,46 +50,42 @@ def _overlap(probabilities: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     return (predicted * masks).sum(dim=(1, 2, 3)), (predicted + masks).sum(dim=(1, 2, 3))
 
 
-def _s_measure_of_image(prediction: Tensor, mask: Tensor) -> Tensor:
-    share = mask.double().mean()
+def _s_measure(prediction: FloatArray, mask: BoolArray) -> float:
+    share = float(mask.mean())
     if share == 0:
-        return 1 - prediction.mean()
+        return 1 - float(prediction.mean())
     if share == 1:
-        return prediction.mean()
-    objects = share * _object_similarity(prediction[mask]) + (1 - share) * _object_similarity(1 - prediction[~mask])
-    return (0.5 * objects + 0.5 * _region_similarity(prediction, mask.double())).clamp(min=0)
+        return float(prediction.mean())
+    objects = _object_score(prediction[mask]) * share + _object_score((1 - prediction)[~mask]) * (1 - share)
+    return max(0.0, 0.5 * objects + 0.5 * _region_score(prediction, mask))
 
 
-def _object_similarity(values: Tensor) -> Tensor:
-    mean = values.mean()
-    deviation = values.std() if values.numel() > 1 else torch.zeros_like(mean)
-    return 2 * mean / (mean.square() + 1 + deviation + _EPSILON)
+def _object_score(values: FloatArray) -> float:
+    mean = float(values.mean())
+    deviation = float(values.std(ddof=1)) if values.size > 1 else 0.0
+    return 2 * mean / (mean**2 + 1 + deviation + _EPSILON)
 
 
-def _region_similarity(prediction: Tensor, mask: Tensor) -> Tensor:
+def _region_score(prediction: FloatArray, mask: BoolArray) -> float:
     """Structural similarity of the four rectangles that meet at the mask's centroid, weighted by their areas."""
-    height, width = mask.shape
-    rows, columns = mask.nonzero(as_tuple=True)
-    split_row = int(rows.double().mean().round()) + 1
-    split_column = int(columns.double().mean().round()) + 1
-    score = torch.zeros((), dtype=torch.float64)
-    for row_span in (slice(0, split_row), slice(split_row, height)):
-        for column_span in (slice(0, split_column), slice(split_column, width)):
-            region = mask[row_span, column_span]
-            if region.numel() > 0:
-                similarity = _structural_similarity(prediction[row_span, column_span], region)
-                score = score + similarity * region.numel() / (height * width)
+    row, column = (int(centre) + 1 for centre in np.argwhere(mask).mean(axis=0).round())
+    score = 0.0
+    for rows in (slice(None, row), slice(row, None)):
+        for columns in (slice(None, column), slice(column, None)):
+            region = mask[rows, columns]
+            if region.size:
+                score += _structural_similarity(prediction[rows, columns], region) * region.size / mask.size
     return score
 
 
-def _structural_similarity(prediction: Tensor, mask: Tensor) -> Tensor:
-    count = mask.numel()
+def _structural_similarity(prediction: FloatArray, mask: BoolArray) -> float:
     mean_p, mean_m = prediction.mean(), mask.mean()
-    variance_p = (prediction - mean_p).square().sum() / max(count - 1, 1)
-    variance_m = (mask - mean_m).square().sum() / max(count - 1, 1)
-    covariance = ((prediction - mean_p) * (mask - mean_m)).sum() / max(count - 1, 1)
+    freedom = mask.size - 1 + _EPSILON
+    variance_p = np.sum((prediction - mean_p) ** 2) / freedom
+    variance_m = np.sum((mask - mean_m) ** 2) / freedom
+    covariance = np.sum((prediction - mean_p) * (mask - mean_m)) / freedom
     numerator = 4 * mean_p * mean_m * covariance
-    denominator = (mean_p.square() + mean_m.square()) * (variance_p + variance_m)
+    denominator = (mean_p**2 + mean_m**2) * (variance_p + variance_m)
     if numerator != 0:
-        return numerator / (denominator + _EPSILON)
-    return torch.ones_like(numerator) if denominator == 0 else torch.zeros_like(numerator)
+        return float(numerator / (denominator + _EPSILON))
+    return 1.0 if denominator == 0 else 0.0

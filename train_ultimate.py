@@ -320,8 +320,7 @@ def prepare(argv: Sequence[str] | None) -> Run:
     resumed = find_checkpoint(args.resume, directory)
     if resumed is not None:
         args = cli.parse(argv, saved=resumed[1]["config"]["settings"])
-    if args.dataset_path is None:
-        raise ValueError("--dataset-path is needed: the data set's folder, or 'synthetic'")
+    cli.check(args)
     if any(directory.glob("*.pth")) and (resumed is None or resumed[0].parent.resolve() != directory.resolve()):
         raise ValueError(
             f"{directory} holds a run already: go on with --resume auto, or choose another --checkpoint-dir"

@@ -127,10 +127,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, damaged, not finite, or no checkpoint of this program.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path}: not a checkpoint, or cut short (no zip archive)")
+    _require_archive(path)
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -145,8 +142,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def _require_archive(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path}: not a checkpoint, or cut short (no zip archive)")
+
+
 def _load(path: Path, mmap: bool) -> dict[str, Any]:
     """With ``mmap``, tensors stay on disk: for looking at the numbers beside them."""
+    _require_archive(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged archives raise anything from OSError to UnpicklingError and RuntimeError

@@ -1,0 +1,63 @@
+"""Fixtures: a tiny data set, and the command line of a run that takes a second or two."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data.synthetic import write_synthetic_dataset
+
+SHARED = Path(__file__).parents[2] / "shared"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs photographs and weights in ../shared")
+
+Argv = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """22 training and 3 test scenes of 64 px; at --val-fraction 0.1, 20 to train on and 2 to validate on."""
+    root = tmp_path_factory.mktemp("data") / "tiny"
+    write_synthetic_dataset(root, num_train=22, num_test=3, img_size=64, seed=7)
+    return root
+
+
+@pytest.fixture
+def tiny_argv(tiny_dataset: Path, tmp_path: Path) -> Argv:
+    """Arguments of ``train`` on the tiny data set: 2 + 2 epochs of 4 windows, the last of which is short."""
+
+    def build(*extra: str, checkpoint_dir: str | Path = tmp_path / "run") -> list[str]:
+        return [
+            *("train", "--dataset-path", str(tiny_dataset), "--checkpoint-dir", str(checkpoint_dir)),
+            *("--backbone", "test_efficientnet", "--no-pretrained", "--decoder-channels", "16", "--img-size", "64"),
+            *("--batch-size", "2", "--accumulation-steps", "3", "--epochs", "4", "--stage1-epochs", "2"),
+            *("--lr", "0.002", "--num-workers", "0", "--precision", "fp32", "--device", "cpu"),
+            *extra,
+        ]
+
+    return build
+
+
+def read_events(directory: Path, event: str) -> list[dict[str, Any]]:
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [entry for entry in map(json.loads, lines) if entry["event"] == event]
+
+
+def differing_tensors(first: Any, second: Any, name: str = "") -> list[str]:
+    """Names of the tensors and values in two nested structures that are not bitwise equal."""
+    if isinstance(first, torch.Tensor):
+        same = first.dtype == second.dtype and first.shape == second.shape and torch.equal(first, second)
+        return [] if same else [name]
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), name
+        return [bad for key in first for bad in differing_tensors(first[key], second[key], f"{name}.{key}")]
+    if isinstance(first, list | tuple):
+        assert len(first) == len(second), name
+        return [
+            bad
+            for i, pair in enumerate(zip(first, second, strict=True))
+            for bad in differing_tensors(*pair, f"{name}[{i}]")
+        ]
+    return [] if first == second else [name]

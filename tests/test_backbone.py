@@ -1,0 +1,87 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from models import backbone as backbone_module
+from models.backbone import build_backbone
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """Weights of a test_efficientnet, as a classifier's checkpoint would name them."""
+    torch.manual_seed(11)
+    body = build_backbone("test_efficientnet", pretrained=False, weights_file=None, img_size=64).body
+    path = tmp_path / "weights.safetensors"
+    save_file({**body.state_dict(), "classifier.weight": torch.zeros(1000, 256)}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "img_size", "strides"),
+    [
+        ("test_efficientnet", 64, [4, 8, 16, 32]),  # five levels, the finest is dropped
+        ("test_convnext", 64, [4, 8, 16, 32]),
+        ("swin_tiny_patch4_window7_224", 224, [4, 8, 16, 32]),  # channels last, fixed input size
+        ("vit_tiny_patch16_224", 160, [16, 16, 16]),  # one resolution, another size than it was trained at
+    ],
+)
+def test_levels_are_channels_first_fine_to_coarse(name: str, img_size: int, strides: list[int]) -> None:
+    backbone = build_backbone(name, pretrained=False, weights_file=None, img_size=img_size).eval()
+    with torch.no_grad():
+        levels = backbone(torch.rand(1, 3, img_size, img_size))
+    assert [tuple(level.shape) for level in levels] == [
+        (1, channels, img_size // stride, img_size // stride)
+        for channels, stride in zip(backbone.channels, strides, strict=True)
+    ]
+
+
+def test_unknown_name_is_answered_with_near_matches() -> None:
+    with pytest.raises(ValueError, match=r"no model of that name; did you mean .*pvt_v2_b2"):
+        build_backbone("pvt2_v2_b2", pretrained=False, weights_file=None, img_size=64)
+
+
+def test_failed_download_names_the_two_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_connection(*_: object, **__: object) -> None:
+        raise OSError("Connection refused")
+
+    monkeypatch.setattr(backbone_module.timm, "create_model", no_connection)
+    with pytest.raises(ValueError, match=r"Connection refused.*--backbone-weights.*--no-pretrained"):
+        build_backbone("resnet18", pretrained=True, weights_file=None, img_size=64)
+
+
+def test_weights_file_is_loaded_whole(weights: Path) -> None:
+    loaded = build_backbone("test_efficientnet", True, weights, 64).body.state_dict()
+    torch.manual_seed(11)
+    saved = build_backbone("test_efficientnet", False, None, 64).body.state_dict()
+    assert all(torch.equal(saved[key], loaded[key]) for key in saved)
+
+
+def test_pickled_weights_load_too_from_under_a_state_dict_key(weights: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    torch.save({"state_dict": load_file(weights)}, tmp_path / "weights.pth")
+    first = build_backbone("test_efficientnet", True, weights, 64).body.state_dict()
+    second = build_backbone("test_efficientnet", True, tmp_path / "weights.pth", 64).body.state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_loading_a_file_leaves_the_global_generator_alone(weights: Path) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    build_backbone("test_efficientnet", True, weights, 64)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weights_that_do_not_fit_are_refused(weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"does not load into resnet18|not the weights of resnet18"):
+        build_backbone("resnet18", True, weights, 64)
+    save_file({"unrelated": torch.zeros(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"not the weights of test_efficientnet: \d+ of its \d+ weight tensors"):
+        build_backbone("test_efficientnet", True, tmp_path / "other.safetensors", 64)
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(ValueError, match="does not load"):
+        build_backbone("test_efficientnet", True, tmp_path / "text.pth", 64)
+    with pytest.raises(ValueError, match="no such file"):
+        build_backbone("test_efficientnet", True, tmp_path / "nowhere.pth", 64)

@@ -1,0 +1,102 @@
+import re
+from pathlib import Path
+
+import pytest
+
+import cli
+
+# Other programs rely on these names and defaults: a change here is a breaking change.
+FROZEN = {
+    "dataset_path": None, "include_noncam": False, "img_size": 384, "val_fraction": 0.1,
+    "backbone": "pvt_v2_b2", "pretrained": True, "backbone_weights": None, "decoder_channels": 64,
+    "epochs": 140, "stage1_epochs": 30, "batch_size": 2, "accumulation_steps": 4, "lr": 0.00025,
+    "stage2_lr_scale": 0.5, "backbone_lr_scale": 0.1, "weight_decay": 1e-4, "ema_decay": 0.999,
+    "grad_clip": 0.5, "precision": "auto", "seed": 42, "deterministic": False,
+    "resume": None, "checkpoint_dir": "./checkpoints", "keep_checkpoints": 3,
+    "device": "auto", "channels_last": True,
+}  # fmt: skip
+
+
+def test_flags_and_defaults_are_frozen() -> None:
+    settings = vars(cli.parse(["train", "--dataset-path", "somewhere"]))
+    assert settings.pop("num_workers") >= 1  # depends on the machine
+    assert settings.pop("command") == "train"
+    assert settings == {**FROZEN, "dataset_path": "somewhere"}
+
+
+def test_readme_has_every_flag_with_its_default() -> None:
+    rows = re.findall(r"^\| `(--[a-z0-9-]+)[^`]*` \| ([^|]*) \|", Path("README.md").read_text(), flags=re.MULTILINE)
+    documented = {flag[2:].replace("-", "_"): default.strip().strip("`") for flag, default in rows}
+    assert documented.keys() == {*FROZEN, "num_workers"}
+    for name, default in FROZEN.items():
+        if default is not None and not isinstance(default, bool):
+            assert documented[name] == str(default), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-size", "0"], "argument --batch-size: must be at least 1, not 0"),
+        (["--batch-size", "two"], "argument --batch-size: 'two' is not a whole number"),
+        (["--lr", "0"], "argument --lr: must be above 0, not 0"),
+        (["--lr", "nan"], "argument --lr: must be above 0, not nan"),
+        (["--lr", "inf"], "argument --lr: must be above 0, not inf"),
+        (["--val-fraction", "1"], "argument --val-fraction: must be above 0 and at most 0.9, not 1"),
+        (["--weight-decay", "-1"], "argument --weight-decay: must be at least 0, not -1"),
+        (["--ema-decay", "1"], "--ema-decay must be below 1"),
+        (["--stage1-epochs", "200"], "--stage1-epochs 200 is more than --epochs 140"),
+        (["--img-size", "350"], "--img-size 350 is not a multiple of 32, a backbone's coarsest stride; try 352"),
+        (["--decoder-channels", "60"], "--decoder-channels 60 is not a multiple of 8"),
+        (["--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
+        (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(flags: list[str], message: str) -> None:
+    with pytest.raises(cli.UsageError) as error:
+        cli.check(cli.parse(["train", "--dataset-path", "somewhere", *flags]))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_data_set_is_needed_unless_resuming() -> None:
+    with pytest.raises(cli.UsageError, match="--dataset-path is needed"):
+        cli.check(cli.parse(["train"]))
+    cli.check(cli.parse(["train", "--resume", "auto"], saved_settings()))
+
+
+def test_demo_is_train_with_other_defaults_and_a_folder_of_its_own() -> None:
+    demo, train = cli.parse(["demo", "--epochs", "5"]), cli.parse(["train", "--dataset-path", "x"])
+    assert vars(demo).keys() == vars(train).keys()
+    assert (demo.dataset_path, demo.pretrained, demo.epochs) == ("synthetic", False, 5)
+    assert demo.checkpoint_dir.startswith("demo-runs/")
+
+
+def test_resuming_a_file_goes_on_in_its_folder_unless_told_otherwise() -> None:
+    assert cli.parse(["train", "--resume", "runs/a/epoch_0003.pth"]).checkpoint_dir == str(Path("runs/a"))
+    assert cli.parse(["train", "--resume", "auto"]).checkpoint_dir == "./checkpoints"
+    assert cli.parse(["train", "--resume", "runs/a/x.pth", "--checkpoint-dir", "b"]).checkpoint_dir == "b"
+
+
+def saved_settings() -> dict[str, object]:
+    flags = ["--lr", "0.1", "--epochs", "50", "--checkpoint-dir", "old", "--no-pretrained"]
+    return vars(cli.parse(["train", "--dataset-path", "photos", *flags]))
+
+
+def test_resumed_settings_take_the_place_of_defaults_and_flags_win(capsys: pytest.CaptureFixture[str]) -> None:
+    args = cli.parse(["train", "--resume", "auto", "--lr", "0.05"], saved_settings())
+    assert (args.dataset_path, args.lr, args.epochs, args.pretrained) == ("photos", 0.05, 50, False)
+    assert (args.resume, args.checkpoint_dir) == ("auto", "./checkpoints")  # of this invocation, not of the run
+    assert capsys.readouterr().out == "lr: 0.1 -> 0.05\n"
+
+
+def test_weights_flags_are_ignored_on_resume_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    args = cli.parse(["train", "--resume", "auto", "--pretrained"], saved_settings())
+    assert args.pretrained is False
+    assert "Ignored --pretrained" in capsys.readouterr().out
+
+
+def test_backbone_and_decoder_cannot_change_on_resume() -> None:
+    with pytest.raises(cli.UsageError, match="--backbone resnet18: the checkpoint was trained with pvt_v2_b2"):
+        cli.parse(["train", "--resume", "auto", "--backbone", "resnet18"], saved_settings())
+    with pytest.raises(cli.UsageError, match="--decoder-channels 32"):
+        cli.parse(["train", "--resume", "auto", "--decoder-channels", "32"], saved_settings())

@@ -1,0 +1,112 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.dataset import CamouflageDataset, collate, load_image, load_mask, require_image_headers
+from data.layouts import Pair, find_subsets, training_pairs
+from data.sampler import SampleKey
+from data.transforms import training_augmentation
+
+
+def half_red(mode: str, size: tuple[int, int] = (40, 20)) -> Image.Image:
+    """Left half bright, right half dark."""
+    pixels = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+    pixels[:, : size[0] // 2] = 200
+    return Image.fromarray(pixels).convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [("RGB", "jpg"), ("L", "png"), ("RGBA", "png"), ("CMYK", "jpg"), ("P", "png"), ("LA", "png"), ("1", "png")],
+)
+def test_image_modes_become_rgb(tmp_path: Path, mode: str, suffix: str) -> None:
+    path = tmp_path / f"image.{suffix}"
+    half_red(mode).save(path)
+    image = load_image(path, 32)
+    assert image.shape == (3, 32, 32)
+    assert image.dtype == torch.uint8
+    assert image[:, :, :12].float().mean() > 150
+    assert image[:, :, 20:].float().mean() < 60
+
+
+def test_sixteen_bit_grey_keeps_its_range(tmp_path: Path) -> None:
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)).save(path)
+    image = load_image(path, 64)
+    assert image.min() == 0
+    assert image.max() == 255
+    assert 120 < image.float().mean() < 135
+
+
+def test_exif_orientation_is_honoured(tmp_path: Path) -> None:
+    path = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to show
+    half_red("RGB").save(path, exif=exif, quality=95)
+    image = load_image(path, 32).float().mean(dim=0)
+    assert image[:12].mean() > 150  # the left half has become the top
+    assert image[20:].mean() < 60
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *((np.array([[0, 255]], dtype=np.uint8)), np.array([[0, 1]], dtype=np.uint8)),
+        *((np.array([[40, 200]], dtype=np.uint8)), np.array([[0, 65535]], dtype=np.uint16)),
+        np.array([[[0, 0, 0], [255, 0, 0]]], dtype=np.uint8),
+        np.array([[[0, 0, 0, 255], [255, 255, 255, 255]]], dtype=np.uint8),
+    ],
+    ids=["0-255", "0-1", "grey", "16-bit", "red", "rgba"],
+)
+def test_mask_encodings_become_binary(tmp_path: Path, values: np.ndarray) -> None:
+    path = tmp_path / "mask.png"
+    Image.fromarray(np.repeat(values, 2, axis=0)).resize((32, 32), Image.Resampling.NEAREST).save(path)
+    mask = load_mask(path, 32)
+    assert mask.shape == (1, 32, 32)
+    assert mask[:, :, :16].sum() == 0
+    assert mask[:, :, 16:].all()
+
+
+def test_palette_mask_counts_any_bright_colour_as_object(tmp_path: Path) -> None:
+    image = Image.fromarray(np.repeat(np.array([[0, 1]], dtype=np.uint8), 2, axis=0)).resize((32, 32), 0)
+    image.putpalette([0, 0, 0, 128, 0, 0])
+    image.save(tmp_path / "mask.png")
+    assert Image.open(tmp_path / "mask.png").mode == "P"
+    mask = load_mask(tmp_path / "mask.png", 32)
+    assert mask.float().mean() == 0.5
+
+
+def test_truncated_file_becomes_an_error_not_an_exception(tmp_path: Path) -> None:
+    image, mask = tmp_path / "a.jpg", tmp_path / "a.png"
+    half_red("RGB", (400, 400)).save(image)
+    half_red("L", (400, 400)).save(mask)
+    image.write_bytes(image.read_bytes()[:-200])
+    batch = collate([CamouflageDataset([Pair(image, mask)], 32)[SampleKey(0, 0)]])
+    assert len(batch.errors) == 1
+    assert str(image) in batch.errors[0]
+    assert "truncated" in batch.errors[0]
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(tiny_dataset: Path) -> None:
+    pairs = training_pairs(find_subsets(tiny_dataset), tiny_dataset)
+    first = CamouflageDataset(pairs, 64, training_augmentation(64), seed=1)
+    torch.manual_seed(123)  # whatever the global generator does
+    second = CamouflageDataset(pairs, 64, training_augmentation(64), seed=1)
+    key = SampleKey(3, 5)
+    assert torch.equal(first[key].image, second[key].image)
+    assert torch.equal(first[key].mask, second[key].mask)
+    other_seed = CamouflageDataset(pairs, 64, training_augmentation(64), seed=2)
+    assert not torch.equal(first[key].image, first[SampleKey(4, 5)].image)
+    assert not torch.equal(first[key].image, other_seed[key].image)
+
+
+def test_header_check_names_files_that_are_no_images(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.png", tmp_path / "bad.jpg"
+    half_red("L").save(good)
+    bad.write_text("<html>404</html>")
+    require_image_headers([Pair(good, good)])
+    with pytest.raises(ValueError, match=r"bad\.jpg: cannot be decoded \(not an image\)"):
+        require_image_headers([Pair(good, good), Pair(bad, good)])

@@ -1,0 +1,167 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from data.layouts import Pair, find_subsets, fingerprint, split_validation, training_pairs
+
+
+def put(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        Image.new("RGB" if name.endswith("jpg") else "L", (4, 4)).save(folder / name)
+
+
+def summary(root: Path, include_noncam: bool = False) -> list[tuple[str, str, int]]:
+    return [(subset.name, subset.split, len(subset.pairs)) for subset in find_subsets(root, include_noncam)]
+
+
+def test_traindataset_and_four_test_sets(tmp_path: Path) -> None:
+    put(tmp_path / "TrainDataset" / "Imgs", "a.jpg", "b.jpg")
+    put(tmp_path / "TrainDataset" / "GT", "a.png", "b.png")
+    put(tmp_path / "TrainDataset" / "Edge", "a.png", "b.png")
+    for name in ("CAMO", "CHAMELEON", "COD10K", "NC4K"):
+        put(tmp_path / "TestDataset" / name / "Imgs", "c.jpg")
+        put(tmp_path / "TestDataset" / name / "GT", "c.png")
+    assert summary(tmp_path) == [
+        *((f"TestDataset/{name}", "test", 1) for name in ("CAMO", "CHAMELEON", "COD10K", "NC4K")),
+        ("TrainDataset", "train", 2),
+    ]
+
+
+def test_single_test_set(tmp_path: Path) -> None:
+    put(tmp_path / "TestDataset" / "Imgs", "c.jpg")
+    put(tmp_path / "TestDataset" / "GT", "c.png")
+    assert summary(tmp_path) == [("TestDataset", "test", 1)]
+
+
+def test_cod10k_leaves_out_images_without_camouflage_unless_asked(tmp_path: Path) -> None:
+    cam, noncam = "COD10K-CAM-1-Aquatic-1-BatFish-2", "COD10K-NonCAM-5-Background-1-Sky-7"
+    for split in ("Train", "Test"):
+        put(tmp_path / "COD10K-v3" / split / "Image", f"{cam}.jpg", f"{noncam}.jpg")
+        put(tmp_path / "COD10K-v3" / split / "GT_Object", f"{cam}.png", f"{noncam}.png")
+        put(tmp_path / "COD10K-v3" / split / "GT_Edge", f"{cam}.png")
+    train = next(subset for subset in find_subsets(tmp_path) if subset.split == "train")
+    assert [pair.superclass for pair in train.pairs] == ["Aquatic"]
+    assert train.num_noncam_skipped == 1
+    assert summary(tmp_path, include_noncam=True) == [("COD10K-v3/Test", "test", 2), ("COD10K-v3/Train", "train", 2)]
+
+
+def test_camo_v1_with_one_mask_folder_for_both_splits(tmp_path: Path) -> None:
+    put(tmp_path / "Images" / "Train", "a.jpg", "b.jpg")
+    put(tmp_path / "Images" / "Test", "c.jpg")
+    put(tmp_path / "GT", "a.png", "b.png", "c.png")
+    assert summary(tmp_path) == [("Images/Test", "test", 1), ("Images/Train", "train", 2)]
+
+
+@pytest.mark.parametrize(
+    ("images", "masks"), [("Image", "Mask"), ("im", "gt"), ("Imgs", "GT"), ("images", "masks"), ("IMAGE", "MASK")]
+)
+def test_plain_folder_pair_is_for_training(tmp_path: Path, images: str, masks: str) -> None:
+    put(tmp_path / "own" / images, "a.jpg")
+    put(tmp_path / "own" / masks, "a.png")
+    assert summary(tmp_path / "own") == [("own", "train", 1)]
+
+
+@pytest.mark.parametrize(("folder", "split"), [("TR-COD10K", "train"), ("COD10K-TE", "test"), ("my_test_set", "test")])
+def test_split_is_read_off_the_folder_name(tmp_path: Path, folder: str, split: str) -> None:
+    put(tmp_path / folder / "im", "a.jpg")
+    put(tmp_path / folder / "gt", "a.png")
+    assert summary(tmp_path) == [(folder, split, 1)]
+    assert summary(tmp_path / folder) == [(folder, split, 1)]
+
+
+def test_words_of_parent_folders_do_not_decide_the_split(tmp_path: Path) -> None:
+    root = tmp_path / "test" / "animals"
+    put(root / "Imgs", "a.jpg")
+    put(root / "GT", "a.png")
+    assert summary(root) == [("animals", "train", 1)]
+
+
+def test_pairs_by_stem_across_formats_and_reports_what_has_no_mask(tmp_path: Path) -> None:
+    put(tmp_path / "Imgs", "a.jpg", "b.png", "c.bmp", "d.webp", "e.JPEG", "no_mask.jpg")
+    put(tmp_path / "GT", "a.png", "b.bmp", "c.jpg", "d.png", "e.png", "no_image.png")
+    (tmp_path / "Imgs" / "notes.txt").write_text("not an image")
+    (tmp_path / "Imgs" / ".hidden.jpg").write_text("macOS leaves these")
+    (subset,) = find_subsets(tmp_path)
+    assert [(pair.image.name, pair.mask.name) for pair in subset.pairs] == [
+        *(("a.jpg", "a.png"), ("b.png", "b.bmp"), ("c.bmp", "c.jpg"), ("d.webp", "d.png"), ("e.JPEG", "e.png")),
+    ]
+    assert [path.name for path in subset.images_without_mask] == ["no_mask.jpg"]
+
+
+def test_two_images_of_one_stem_are_refused(tmp_path: Path) -> None:
+    put(tmp_path / "Imgs", "a.jpg", "a.png")
+    put(tmp_path / "GT", "a.png")
+    with pytest.raises(ValueError, match=r"a\.jpg and a\.png share a stem"):
+        find_subsets(tmp_path)
+
+
+def test_unknown_layout_lists_what_was_looked_for_and_found(tmp_path: Path) -> None:
+    put(tmp_path / "photos" / "zebras", "a.jpg")
+    with pytest.raises(ValueError, match=r"Looked for \{image,gt_object\}.*found photos/, photos/zebras/"):
+        find_subsets(tmp_path)
+
+
+def test_missing_folder_and_empty_folder_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such folder"):
+        find_subsets(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="found no folders"):
+        find_subsets(tmp_path)
+
+
+def test_training_needs_a_training_folder_with_masks(tmp_path: Path) -> None:
+    put(tmp_path / "TestDataset" / "Imgs", "a.jpg")
+    put(tmp_path / "TestDataset" / "GT", "a.png")
+    with pytest.raises(ValueError, match="only test folders found"):
+        training_pairs(find_subsets(tmp_path), tmp_path)
+    put(tmp_path / "TrainDataset" / "Imgs", "a.jpg", "b.jpg")
+    put(tmp_path / "TrainDataset" / "GT")
+    with pytest.raises(ValueError, match="2 images in TrainDataset and not one has a mask"):
+        training_pairs(find_subsets(tmp_path), tmp_path)
+
+
+def make_pairs(superclasses: list[str]) -> list[Pair]:
+    stems = [f"COD10K-CAM-1-{name}-1-Kind-{i}" if name else f"photo_{i}" for i, name in enumerate(superclasses)]
+    return [Pair(Path(f"{stem}.jpg"), Path(f"{stem}.png")) for stem in stems]
+
+
+@given(
+    superclasses=st.lists(st.sampled_from(["", "Aquatic", "Flying", "Terrestrial"]), min_size=2, max_size=60),
+    fraction=st.floats(0.01, 0.9),
+    seed=st.integers(0, 2**32),
+)
+def test_validation_split_is_a_partition_stratified_to_within_one(
+    superclasses: list[str], fraction: float, seed: int
+) -> None:
+    pairs = make_pairs(superclasses)
+    train, val = split_validation(pairs, fraction, seed)
+    assert train
+    assert val
+    assert sorted(train + val, key=pairs.index) == pairs
+    assert (train, val) == split_validation(pairs, fraction, seed)
+    for name in set(superclasses):
+        share = len(val) * superclasses.count(name) / len(pairs)
+        assert abs(sum(pair.superclass == name for pair in val) - share) < 1
+
+
+def test_validation_split_depends_on_the_seed() -> None:
+    pairs = make_pairs([""] * 100)
+    assert split_validation(pairs, 0.1, seed=1)[1] != split_validation(pairs, 0.1, seed=2)[1]
+
+
+def test_fingerprint_changes_with_names_and_sizes_only(tmp_path: Path) -> None:
+    root = tmp_path / "animals"
+    put(root / "Imgs", "a.jpg", "b.jpg")
+    put(root / "GT", "a.png", "b.png")
+
+    def now() -> str:
+        return fingerprint(training_pairs(find_subsets(root), root), root)
+
+    before = now()
+    (root / "Imgs" / "a.jpg").touch()
+    assert now() == before
+    (root / "Imgs" / "a.jpg").write_bytes(b"another size")
+    assert now() != before

@@ -1,0 +1,65 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.layouts import Pair, find_subsets, training_pairs
+from data.loading import UnreadableDataError, decoded, to_device, training_loader, validation_loader, windows
+
+
+@pytest.fixture
+def pairs(tiny_dataset: Path) -> list[Pair]:
+    return training_pairs(find_subsets(tiny_dataset), tiny_dataset)
+
+
+def test_batches_are_the_same_for_any_number_of_workers(pairs: list[Pair]) -> None:
+    def epoch(num_workers: int) -> list[list[tuple[torch.Tensor, ...]]]:
+        loader = training_loader(pairs, 64, batch_size=4, seed=5, num_workers=num_workers, pin_memory=False)
+        return [[batch[:3] for batch in window] for window in windows(loader, 2, epoch=3, first_window=1)]
+
+    expected = epoch(0)
+    assert len(expected) == 2  # 22 samples: 6 batches, 3 windows, the first one passed over
+    for num_workers in (1, 2):
+        for window, reference in zip(epoch(num_workers), expected, strict=True):
+            for batch, expected_batch in zip(window, reference, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(batch, expected_batch, strict=True))
+
+
+def test_last_window_has_what_is_left(pairs: list[Pair]) -> None:
+    loader = training_loader(pairs, 64, batch_size=4, seed=5, num_workers=0, pin_memory=False)
+    sizes = [[len(batch.indices) for batch in window] for window in windows(loader, 4, epoch=0, first_window=0)]
+    assert sizes == [[4, 4, 4, 4], [4, 2]]
+
+
+def test_iterating_leaves_the_global_generator_alone(pairs: list[Pair]) -> None:
+    """Otherwise the dropout of a resumed run would depend on how often the run had been interrupted."""
+    loader = training_loader(pairs, 64, batch_size=4, seed=5, num_workers=0, pin_memory=False)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    for _ in range(2):
+        list(windows(loader, 2, epoch=0, first_window=0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_validation_reads_every_pair_once_in_order(pairs: list[Pair]) -> None:
+    loader = validation_loader(pairs, 64, batch_size=5, num_workers=0, pin_memory=False)
+    for _ in range(2):
+        assert torch.cat([batch.indices for batch in decoded(loader)]).tolist() == list(range(len(pairs)))
+
+
+def test_undecodable_file_raises_with_its_path_from_a_worker_too(pairs: list[Pair], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(pairs[0].image.read_bytes()[:300])
+    for num_workers in (0, 1):
+        loader = validation_loader([Pair(broken, pairs[0].mask)], 64, 1, num_workers, pin_memory=False)
+        with pytest.raises(UnreadableDataError, match=r"broken\.jpg.*repair or remove"):
+            list(decoded(loader))
+
+
+def test_to_device_scales_to_unit_range(pairs: list[Pair]) -> None:
+    batch = next(iter(validation_loader(pairs, 64, 2, 0, pin_memory=False)))
+    images, masks = to_device(batch, torch.device("cpu"), torch.channels_last)
+    assert images.dtype == masks.dtype == torch.float32
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(images.mul(255).round().to(torch.uint8), batch.images)
+    assert set(masks.unique().tolist()) == {0.0, 1.0}

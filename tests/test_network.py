@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from models import CamouflageSegmenter, build_model
+
+
+def build(name: str = "test_efficientnet", freeze_norm_statistics: bool = True) -> CamouflageSegmenter:
+    return build_model(name, decoder_channels=16, img_size=64, freeze_norm_statistics=freeze_norm_statistics)
+
+
+@pytest.mark.parametrize("size", [64, 96])
+def test_finest_logits_have_the_images_size(size: int) -> None:
+    outputs = build()(torch.rand(2, 3, size, size))
+    assert len(outputs) == 5
+    assert outputs[-1].shape == (2, 1, size, size)
+
+
+def test_input_is_normalised_inside() -> None:
+    model = build().eval()
+    mean, std = model.get_buffer("mean"), model.get_buffer("std")
+    assert mean.flatten().tolist() == pytest.approx([0.5, 0.5, 0.5], abs=0.1)
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        direct = model.decoder(model.backbone((images - mean) / std))
+        assert torch.equal(model(images)[0], direct[0])
+
+
+def test_frozen_backbone_has_no_gradients_and_moves_no_statistic() -> None:
+    model = build(freeze_norm_statistics=False)
+    model.set_backbone_frozen(True)
+    model.train()
+    before = {key: value.clone() for key, value in model.backbone.state_dict().items()}
+    model(torch.rand(4, 3, 64, 64))[-1].mean().backward()
+    assert all(parameter.grad is None for parameter in model.backbone.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.backbone.state_dict().items())
+    assert not any(module.training for module in model.backbone.modules())
+    assert model.decoder.training
+
+
+def test_unfrozen_pretrained_backbone_trains_but_keeps_its_batchnorm_statistics() -> None:
+    model = build(freeze_norm_statistics=True)
+    model.set_backbone_frozen(True)
+    model.set_backbone_frozen(False)
+    model.train()
+    before = {key: value.clone() for key, value in model.backbone.named_buffers()}
+    model(torch.rand(4, 3, 64, 64))[-1].mean().backward()
+    assert all(torch.equal(value, before[key]) for key, value in model.backbone.named_buffers())
+    assert any(parameter.grad is not None for parameter in model.backbone.parameters())
+    assert model.backbone.training
+
+
+def test_backbone_from_random_weights_learns_its_statistics() -> None:
+    model = build(freeze_norm_statistics=False).train()
+    before = {key: value.clone() for key, value in model.backbone.named_buffers() if "running_mean" in key}
+    model(torch.rand(4, 3, 64, 64))
+    assert all(not torch.equal(value, before[key]) for key, value in model.backbone.named_buffers() if key in before)
+
+
+def test_normalisation_constants_are_not_in_the_checkpoint() -> None:
+    assert not {"mean", "std"} & build().state_dict().keys()

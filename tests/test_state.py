@@ -1,0 +1,69 @@
+import math
+
+import pytest
+import torch
+from conftest import differing_tensors
+from torch import nn
+
+from training.optim import Ema, build_optimizer, set_learning_rates
+from training.precision import resolve_precision
+from training.stability import StepVerdict, WindowOutcome
+from training.stages import ScalerSettings
+from training.state import EpochStats, Progress, TrainState
+
+
+def new_state(width: int = 4, ema: bool = True) -> TrainState:
+    model = nn.ModuleDict({"decoder": nn.Linear(width, 2), "backbone": nn.Linear(width, 3)})
+    optimizer = build_optimizer(model["decoder"], model["backbone"], weight_decay=0.1)
+    set_learning_rates(optimizer, 0.1, 0.1)
+    scaler = resolve_precision("fp32", torch.device("cpu")).new_scaler(ScalerSettings())
+    return TrainState(model, optimizer, scaler, Ema(model, 0.9) if ema else None)
+
+
+def train_a_little(state: TrainState) -> None:
+    for _ in range(3):
+        state.optimizer.zero_grad()
+        sum(module(torch.randn(5, 4)).square().mean() for module in state.model.children()).backward()  # type: ignore
+        state.optimizer.step()
+        if state.ema is not None:
+            state.ema.update(state.model)
+    state.progress = Progress(stage=2, epoch=3, window=1, global_window=17, samples_seen=99, best_iou=0.5, best_epoch=2)
+    state.epoch_stats.add(WindowOutcome(StepVerdict.APPLIED, 1.0, 2.0, 1.0), large_norm=9)
+
+
+def test_everything_saved_comes_back_bitwise() -> None:
+    first, second = new_state(), new_state()
+    train_a_little(first)
+    saved = first.state_dict()
+    expected_draw = torch.rand(3)
+    torch.manual_seed(999)
+    second.load_state_dict(saved)
+    assert torch.equal(torch.rand(3), expected_draw)
+    after = second.state_dict()
+    del saved["rng"], after["rng"]
+    assert differing_tensors(saved, after) == []
+
+
+def test_other_networks_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="do not fit this network"):
+        new_state(width=4).load_state_dict(new_state(width=5).state_dict())
+
+
+def test_averaging_switched_on_at_resume_starts_from_the_weights() -> None:
+    without, with_ema = new_state(ema=False), new_state(ema=True)
+    train_a_little(without)
+    assert without.model_for_use is without.model
+    with_ema.load_state_dict(without.state_dict())
+    assert with_ema.ema is not None
+    assert with_ema.model_for_use is with_ema.ema.module
+    assert differing_tensors(with_ema.ema.module.state_dict(), without.model.state_dict()) == []
+
+
+def test_epoch_averages_are_over_applied_windows() -> None:
+    stats = EpochStats()
+    assert math.isnan(stats.loss)
+    stats.add(WindowOutcome(StepVerdict.APPLIED, 1.0, 2.0, 1024.0), large_norm=3.0)
+    stats.add(WindowOutcome(StepVerdict.OVERFLOW, 1.0, math.inf, 1024.0), large_norm=3.0)
+    stats.add(WindowOutcome(StepVerdict.APPLIED, 3.0, 4.0, 512.0), large_norm=3.0)
+    assert (stats.loss, stats.grad_norm_avg, stats.grad_norm_max) == (2.0, 3.0, 4.0)
+    assert (stats.num_applied, stats.num_skipped, stats.num_overflows, stats.num_large_norms) == (2, 1, 1, 1)

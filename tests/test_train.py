@@ -1,0 +1,556 @@
+"""train_ultimate.py: whole runs on a tiny data set, and what a user sees when something is wrong."""
+
+import copy
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SHARED, Argv, differing_tensors, needs_shared, read_events
+from torch import Tensor
+
+import train_ultimate
+from data.loading import to_device, training_loader
+from losses import deep_supervision_loss
+from train_ultimate import Run, main, prepare, run_stage, train_epoch
+from training.checkpoint import read_checkpoint
+from training.stages import ScalerSettings, Stage
+
+SCRIPT = Path(train_ultimate.__file__)
+
+
+def final_state(directory: Path, name: str = "epoch_0004.pth") -> dict[str, Any]:
+    state = read_checkpoint(directory / name)
+    del state["config"], state["epoch_stats"]
+    return state
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint directory of an undisturbed run of two stages."""
+    directory = tmp_path_factory.mktemp("finished")
+    arguments = [
+        *("train", "--dataset-path", str(tiny_dataset), "--checkpoint-dir", str(directory)),
+        *("--backbone", "test_efficientnet", "--no-pretrained", "--decoder-channels", "16", "--img-size", "64"),
+        *("--batch-size", "2", "--accumulation-steps", "3", "--epochs", "4", "--stage1-epochs", "2"),
+        *("--lr", "0.002", "--num-workers", "0", "--precision", "fp32", "--device", "cpu", "--keep-checkpoints", "9"),
+    ]
+    assert main(arguments) == 0
+    return directory
+
+
+# What a run leaves behind
+
+
+def test_run_leaves_the_files_and_events_of_the_design(finished: Path) -> None:
+    epochs = [f"epoch_{epoch:04d}.pth" for epoch in range(1, 5)]
+    expected = ["best_model.pth", "config.json", *epochs, "metrics.jsonl"]
+    assert sorted(path.name for path in finished.iterdir()) == expected
+    events = read_events(finished, "epoch")
+    assert [(event["stage"], event["epoch"]) for event in events] == [(1, 1), (1, 2), (2, 3), (2, 4)]
+    assert set(events[0]) >= {
+        *("stage", "epoch", "loss", "iou", "dice", "mae", "s_measure", "grad_norm_avg", "grad_norm_max", "lr"),
+        *("backbone_lr", "images_per_second", "skipped", "overflows", "seconds"),
+    }
+    windows = read_events(finished, "window")
+    assert [window["window"] for window in windows] == [1, 2, 3, 4] * 4
+    assert {window["verdict"] for window in windows} == {"applied"}
+    assert read_events(finished, "run_end")[0]["exit_code"] == 0
+
+
+def test_config_tells_settings_versions_and_data(finished: Path) -> None:
+    config = json.loads((finished / "config.json").read_text())
+    assert config["settings"]["lr"] == 0.002
+    assert config["precision"] == "fp32"
+    assert config["torch"] == torch.__version__.split("+")[0]
+    assert re.fullmatch("[0-9a-f]{16}", config["data"])
+
+
+def test_best_model_is_the_epoch_of_best_validation_iou(finished: Path) -> None:
+    events = read_events(finished, "epoch")
+    best = max(events, key=lambda event: event["iou"])
+    progress = read_checkpoint(finished / "best_model.pth")["progress"]
+    assert (progress["best_epoch"], progress["best_iou"]) == (best["epoch"], best["iou"])
+
+
+def test_epoch_lines_have_the_agreed_form(tiny_argv: Argv, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(tiny_argv("--epochs", "1", "--stage1-epochs", "1", "--grad-clip", "0.0001")) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^Loss: \d\.\d{4} \| IoU: 0\.\d{4} \| Dice: 0\.\d{4}$", out, re.MULTILINE)
+    assert re.search(r"^   Gradient norm - Avg: \d+\.\d{3}, Max: \d+\.\d{3}$", out, re.MULTILINE)
+    assert "Warning: 4 of 4 windows had a gradient norm above 5 x --grad-clip = 0.0005" in out
+    assert re.search(r"^Done: validation IoU 0\.\d{4}, reached at epoch 1$", out, re.MULTILINE)
+
+
+def test_stage_two_alone_and_stage_one_alone(tiny_argv: Argv, tmp_path: Path) -> None:
+    for epochs, expected in ((0, [2]), (1, [1])):
+        directory = tmp_path / str(epochs)
+        argv = tiny_argv("--epochs", "1", "--stage1-epochs", str(epochs), checkpoint_dir=directory)
+        assert main(argv) == 0
+        assert [event["stage"] for event in read_events(directory, "epoch")] == expected
+
+
+# Stages and learning rates
+
+
+def test_frozen_means_frozen(finished: Path) -> None:
+    """After stage 1 every backbone parameter and buffer is bitwise what it was; this backbone has BatchNorm."""
+    run = prepare_again(finished)
+    initial = {key: value for key, value in run.state.model.state_dict().items() if key.startswith("backbone.")}
+    assert any("running_mean" in key for key in initial)
+    after_stage1 = read_checkpoint(finished / "epoch_0002.pth")
+    after_stage2 = read_checkpoint(finished / "epoch_0004.pth")["model"]
+    for weights in (after_stage1["model"], after_stage1["ema"]["model"]):
+        assert all(torch.equal(weights[key], value) for key, value in initial.items())
+    assert not any(torch.equal(after_stage2[key], value) for key, value in initial.items() if "weight" in key)
+    assert not torch.equal(
+        after_stage1["model"]["decoder.coarse_head.weight"], run.state.model.state_dict()["decoder.coarse_head.weight"]
+    )
+
+
+def prepare_again(directory: Path, **changes: Any) -> Run:
+    """A fresh run with the settings of a finished one, not resumed."""
+    settings = {**json.loads((directory / "config.json").read_text())["settings"], **changes}
+    fresh = directory.parent / f"{directory.name}-again-{time.monotonic_ns()}"
+    flags = []
+    for name, value in settings.items():
+        flag = "--" + name.replace("_", "-")
+        if (
+            name in ("command", "resume", "checkpoint_dir")
+            or value is None
+            or (value is False and name != "pretrained")
+        ):
+            continue
+        flags += ["--no-pretrained"] if name == "pretrained" else [flag] if value is True else [flag, str(value)]
+    return prepare(["train", *flags, "--checkpoint-dir", str(fresh)])
+
+
+def test_backbone_learns_at_a_tenth_of_the_decoders_rate_in_every_window(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[tuple[int, float, float]] = []
+    run = prepare_again(finished)
+    original = train_ultimate.gated_step
+
+    def recording(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+        lr = {group["part"]: group["lr"] for group in optimizer.param_groups}
+        rates.append((run.state.progress.stage, lr["decoder"], lr["backbone"]))
+        original(optimizer, skip)
+
+    monkeypatch.setattr(train_ultimate, "gated_step", recording)
+    for stage in run.stages:
+        run_stage(run, stage)
+    for number, peak in ((1, 0.002), (2, 0.001)):
+        decoder = [rate for stage, rate, _ in rates if stage == number]
+        backbone = [rate for stage, _, rate in rates if stage == number]
+        assert len(decoder) == 8
+        assert backbone == pytest.approx([0.1 * rate for rate in decoder])
+        assert max(decoder) == pytest.approx(peak)
+        assert decoder[-1] == backbone[-1] == 0
+    events = read_events(finished, "epoch")
+    assert [event["backbone_lr"] > 0 for event in events] == [False, False, True, False]
+    assert (events[1]["lr"], events[3]["lr"], events[3]["backbone_lr"]) == (0, 0, 0)
+
+
+# Windows
+
+
+def gradients_of_first_epoch(run: Run, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
+    """Gradients, clipped by nothing, of each window of one epoch in which no update is applied."""
+    collected: list[list[Tensor]] = []
+
+    def collect(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        collected.append([parameter.grad.clone() for parameter in parameters if parameter.grad is not None])
+
+    monkeypatch.setattr(train_ultimate, "gated_step", collect)
+    run.state.model.set_backbone_frozen(stage.freeze_backbone)  # type: ignore[operator]
+    loader = training_loader(run.train_pairs, 64, stage.batch_size, run.args.seed, num_workers=0, pin_memory=False)
+    train_epoch(run, stage, loader)
+    return collected
+
+
+@pytest.mark.parametrize("stage_index", [0, 1])
+def test_accumulation_of_four_batches_of_two_equals_one_batch_of_eight(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, stage_index: int
+) -> None:
+    """20 images are two windows of 8 and a short one of 4. Tolerance: 1e-3 relative, 2e-5 absolute, in float32."""
+    run = prepare_again(finished, grad_clip=1e9)
+    assert len(run.train_pairs) == 20
+    stage = run.stages[stage_index]
+    run.state.model.freeze_norm_statistics = True  # type: ignore[assignment]  # batch statistics differ by design
+    by_shape = {}
+    for batch_size, steps in ((8, 1), (2, 4), (4, 2)):
+        shaped = dataclasses.replace(stage, batch_size=batch_size, accumulation_steps=steps)
+        run.state.progress.epoch, run.state.progress.window = shaped.first_epoch, 0
+        by_shape[batch_size, steps] = gradients_of_first_epoch(run, shaped, monkeypatch)
+    assert [len(gradients) for gradients in by_shape.values()] == [3, 3, 3]
+    for shape in ((2, 4), (4, 2)):
+        for window, reference in zip(by_shape[shape], by_shape[8, 1], strict=True):
+            for gradient, expected in zip(window, reference, strict=True):
+                torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=2e-5)
+
+
+def test_short_last_batch_counts_by_its_samples(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 images in batches of 3, seven to a window: the last batch has 2 and must not weigh like one of 3."""
+    run = prepare_again(finished, grad_clip=1e9)
+    gradients = {}
+    for batch_size, steps in ((20, 1), (3, 7)):
+        stage = dataclasses.replace(run.stages[0], batch_size=batch_size, accumulation_steps=steps)
+        run.state.progress.window = 0
+        (gradients[batch_size],) = gradients_of_first_epoch(run, stage, monkeypatch)
+    for gradient, expected in zip(gradients[3], gradients[20], strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=2e-5)
+
+
+# Resume
+
+
+@pytest.mark.parametrize("boundary", [1, 2, 3])
+def test_epoch_boundary_resume_ends_in_bitwise_the_same_weights(finished: Path, tmp_path: Path, boundary: int) -> None:
+    """Killed after an epoch of stage 1, at the border of the stages, and in stage 2."""
+    shutil.copy(finished / f"epoch_{boundary:04d}.pth", tmp_path)
+    assert main(["train", "--resume", "auto", "--checkpoint-dir", str(tmp_path)]) == 0
+    assert differing_tensors(final_state(tmp_path), final_state(finished)) == []
+    resumed = {event["epoch"]: event for event in read_events(tmp_path, "epoch")}
+    for event in read_events(finished, "epoch")[boundary:]:
+        again = resumed[event["epoch"]]
+        assert all(again[key] == event[key] for key in ("loss", "iou", "lr", "backbone_lr", "grad_norm_avg"))
+
+
+def test_resume_with_workers_in_another_number_changes_nothing(finished: Path, tmp_path: Path) -> None:
+    shutil.copy(finished / "epoch_0003.pth", tmp_path)
+    assert main(["train", "--resume", str(tmp_path / "epoch_0003.pth"), "--num-workers", "2"]) == 0
+    assert differing_tensors(final_state(tmp_path), final_state(finished)) == []
+
+
+def test_fp16_resume_brings_back_the_scale_and_bf16_resume_is_bitwise(tiny_argv: Argv, tmp_path: Path) -> None:
+    for precision in ("fp16", "bf16"):
+        whole, cut = tmp_path / f"{precision}-whole", tmp_path / f"{precision}-cut"
+        flags = ("--precision", precision, "--keep-checkpoints", "9")
+        assert main(tiny_argv(*flags, checkpoint_dir=whole)) == 0
+        cut.mkdir()
+        shutil.copy(whole / "epoch_0003.pth", cut)
+        assert main(["train", "--resume", "auto", "--checkpoint-dir", str(cut)]) == 0
+        assert differing_tensors(final_state(cut), final_state(whole)) == []
+
+
+def test_stage_two_begins_with_its_own_scaler_also_when_resumed_at_the_border(tiny_argv: Argv, tmp_path: Path) -> None:
+    assert main(tiny_argv("--precision", "fp16", "--epochs", "3", "--keep-checkpoints", "9")) == 0
+    run_dir, cut = tmp_path / "run", tmp_path / "cut"
+    assert read_checkpoint(run_dir / "epoch_0002.pth")["scaler"]["scale"] == 2.0**12
+    cut.mkdir()
+    shutil.copy(run_dir / "epoch_0002.pth", cut)
+    assert main(["train", "--resume", "auto", "--checkpoint-dir", str(cut)]) == 0
+    for directory in (run_dir, cut):
+        scaler = read_checkpoint(directory / "epoch_0003.pth")["scaler"]
+        assert scaler["scale"] <= 2.0**10
+        assert (scaler["growth_factor"], scaler["growth_interval"]) == (1.5, 1000)
+
+
+def test_flags_beside_resume_win_and_are_printed(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(finished / "epoch_0003.pth", tmp_path)
+    argv = ["train", "--resume", "auto", "--checkpoint-dir", str(tmp_path), "--lr", "0.001", "--weight-decay", "0.5"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "lr: 0.002 -> 0.001" in out
+    assert read_events(tmp_path, "window")[0]["lr"] <= 0.0005
+    groups = read_checkpoint(tmp_path / "epoch_0004.pth")["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.5, 0.0}
+
+
+def test_resume_auto_in_an_empty_folder_starts_from_the_beginning(
+    tiny_argv: Argv, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that one command line serves the first start and every restart of a pre-emptible job."""
+    assert main(tiny_argv("--epochs", "1", "--stage1-epochs", "1", "--resume", "auto")) == 0
+    assert "starting from the beginning" in capsys.readouterr().out
+
+
+def test_resuming_a_finished_run_says_so(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(finished / "epoch_0004.pth", tmp_path)
+    assert main(["train", "--resume", "auto", "--checkpoint-dir", str(tmp_path)]) == 0
+    assert "All 4 epochs are done already" in capsys.readouterr().out
+
+
+def test_going_back_to_an_older_epoch_sets_the_later_ones_aside(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for epoch in (1, 2, 3):
+        shutil.copy(finished / f"epoch_{epoch:04d}.pth", tmp_path)
+    assert main(["train", "--resume", str(tmp_path / "epoch_0001.pth"), "--epochs", "2"]) == 0
+    assert (tmp_path / "epoch_0003.pth.superseded").exists()
+    assert "further on than the checkpoint being resumed" in capsys.readouterr().out
+
+
+def start(argv: list[str], log: Path) -> "subprocess.Popen[bytes]":
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as many as the reference has: sums depend on it
+    with open(log, "ab") as file:
+        return subprocess.Popen([sys.executable, str(SCRIPT), *argv], stdout=file, stderr=file, env=environment)
+
+
+def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[bytes]", timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be interrupted"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def undisturbed(tiny_argv: Argv, tmp_path: Path) -> Path:
+    """A run in a process of its own, to compare with interrupted ones."""
+    directory = tmp_path / "undisturbed"
+    assert start(tiny_argv(checkpoint_dir=directory), tmp_path / "log").wait(120) == 0
+    return directory
+
+
+def test_killed_with_9_and_resumed_ends_in_the_same_weights(undisturbed: Path, tiny_argv: Argv, tmp_path: Path) -> None:
+    directory, log = tmp_path / "killed", tmp_path / "log"
+    for after_epoch in (1, 3):
+        process = start(tiny_argv("--resume", "auto", checkpoint_dir=directory), log)
+        wait_until((directory / f"epoch_{after_epoch:04d}.pth").exists, process)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert start(["train", "--resume", "auto", "--checkpoint-dir", str(directory)], log).wait(120) == 0
+    assert differing_tensors(final_state(directory), final_state(undisturbed)) == []
+
+
+@pytest.mark.parametrize(("signal_number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_saves_and_exits_and_the_resumed_run_is_bitwise_the_same(
+    undisturbed: Path, tiny_argv: Argv, tmp_path: Path, signal_number: int, exit_code: int
+) -> None:
+    directory, log = tmp_path / "stopped", tmp_path / "stopped.log"
+    process = start(tiny_argv(checkpoint_dir=directory), log)
+    wait_until((directory / "epoch_0001.pth").exists, process)
+    process.send_signal(signal_number)
+    assert process.wait(60) == exit_code
+    text = log.read_text()
+    assert "Traceback" not in text
+    assert "Go on with: python" in text
+    assert list(directory.glob("step_*.pth"))
+    assert start(["train", "--resume", "auto", "--checkpoint-dir", str(directory)], log).wait(120) == 0
+    assert differing_tensors(final_state(directory), final_state(undisturbed)) == []
+
+
+# Numbers that are not finite
+
+
+def with_scale(run: Run, scale: float) -> Run:
+    run.stages = [dataclasses.replace(stage, scaler=ScalerSettings(init_scale=scale)) for stage in run.stages]
+    return run
+
+
+def test_fp16_overflow_is_survived_where_a_loop_that_raises_would_have_died(finished: Path) -> None:
+    """A scale of 2^24 overflows for real, on the CPU, in both stages: windows are skipped until the scale fits."""
+    run = with_scale(prepare_again(finished, precision="fp16"), 2.0**24)
+    for stage in run.stages:
+        run_stage(run, stage)
+    windows = read_events(run.store.directory, "window")
+    overflows = [window for window in windows if window["verdict"] == "overflow"]
+    assert len(overflows) >= 4
+    assert {window["verdict"] for window in windows} == {"overflow", "applied"}
+    assert sum(event["overflows"] for event in read_events(run.store.directory, "epoch")) == len(overflows)
+    assert all(torch.isfinite(value).all() for value in run.state.model.state_dict().values())
+    raises_at = bare_loop_that_raises(with_scale(prepare_again(finished, precision="fp16"), 2.0**24))
+    assert raises_at == (overflows[0]["epoch"], overflows[0]["window"]) == (1, 1)
+
+
+def bare_loop_that_raises(run: Run) -> tuple[int, int]:
+    """The usual loop, with ``error_if_nonfinite``: returns (epoch, window) at which it dies."""
+    stage = run.stages[0]
+    model, optimizer = run.state.model, torch.optim.AdamW(run.state.model.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=stage.scaler.init_scale)
+    loader = training_loader(run.train_pairs, 64, stage.batch_size, run.args.seed, num_workers=0, pin_memory=False)
+    for window, batch in enumerate(loader, start=1):
+        images, masks = to_device(batch, torch.device("cpu"), torch.channels_last)
+        with run.precision.autocast():
+            outputs = model(images)
+        scaler.scale(deep_supervision_loss(outputs, masks, 0.0)).backward()
+        scaler.unscale_(optimizer)
+        try:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5, error_if_nonfinite=True)
+        except RuntimeError:
+            return 1, window
+        scaler.step(optimizer)
+        scaler.update()
+    raise AssertionError("no window overflowed")
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_non_finite_number_that_scaling_does_not_explain_stops_the_run_resumably(
+    tiny_argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    calls = 0
+
+    def poisoned(*args: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        loss = deep_supervision_loss(*args)
+        if calls == 25:  # an epoch has 10 batches, a window 3: the second batch of epoch 3, window 2
+            if where == "loss":
+                return loss * float("nan")
+            args[0][-1].register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    monkeypatch.setattr(train_ultimate, "deep_supervision_loss", poisoned)
+    before_poison: dict[str, Any] = {}
+    original = train_ultimate.gated_step
+
+    def remember(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+        if skip:
+            before_poison.update(copy.deepcopy(optimizer.state_dict()["state"]))
+        original(optimizer, skip)
+
+    monkeypatch.setattr(train_ultimate, "gated_step", remember)
+    assert main(tiny_argv()) == 3
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    kind = "nonfinite loss" if where == "loss" else "nonfinite grad"
+    assert re.search(rf"{kind} .* in stage 2, epoch 3/4, window 2: loss .*, gradient norm .*, loss scale 1\.", error)
+    assert "scene_" in error
+    (saved,) = (tmp_path / "run").glob("step_*.pth")
+    assert str(saved) in error
+    assert "--resume auto" in error
+    (incident,) = read_events(tmp_path / "run", "incident")
+    assert incident["verdict"] == kind.replace(" ", "_")
+    stored = read_checkpoint(saved)["optimizer"]["state"]
+    assert differing_tensors(stored, before_poison) == []
+    monkeypatch.setattr(train_ultimate, "deep_supervision_loss", deep_supervision_loss)
+    assert main(["train", "--resume", "auto", "--checkpoint-dir", str(tmp_path / "run")]) == 0
+
+
+# What a user gets wrong
+
+
+def failing(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a mistake is answered with."""
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_wrong_path_and_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere = failing(["train", "--dataset-path", str(tmp_path / "nowhere")], capsys)
+    assert "no such folder; --dataset-path must name" in nowhere
+    assert "no image/mask folders found" in failing(["train", "--dataset-path", str(tmp_path)], capsys)
+
+
+def test_missing_masks(tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(tiny_dataset / "TrainDataset", tmp_path / "TrainDataset")
+    for mask in (tmp_path / "TrainDataset" / "GT").iterdir():
+        mask.unlink()
+    assert "22 images in TrainDataset and not one has a mask" in failing(
+        ["train", "--dataset-path", str(tmp_path)], capsys
+    )
+
+
+def test_image_that_is_no_image(tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(tiny_dataset / "TrainDataset", tmp_path / "TrainDataset")
+    (tmp_path / "TrainDataset" / "Imgs" / "scene_00004.jpg").write_text("<html>not found</html>")
+    line = failing(["train", "--dataset-path", str(tmp_path), "--no-pretrained"], capsys)
+    assert "scene_00004.jpg: cannot be decoded (not an image)" in line
+
+
+@pytest.mark.parametrize("num_workers", ["0", "1"])
+def test_image_cut_short_is_named_when_training_meets_it(
+    tiny_dataset: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str], num_workers: str
+) -> None:
+    root = tmp_path / "damaged"
+    shutil.copytree(tiny_dataset / "TrainDataset", root / "TrainDataset")
+    image = root / "TrainDataset" / "Imgs" / "scene_00004.jpg"
+    image.write_bytes(image.read_bytes()[:-300])
+    line = failing(tiny_argv("--dataset-path", str(root), "--num-workers", num_workers), capsys)
+    assert "scene_00004.jpg: cannot be decoded" in line
+
+
+def test_bad_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--batch-size: must be at least 1" in failing(["train", "--dataset-path", "x", "--batch-size", "0"], capsys)
+    assert "--stage1-epochs 200 is more" in failing(["train", "--dataset-path", "x", "--stage1-epochs", "200"], capsys)
+
+
+def test_resume_of_a_text_file_and_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "notes.pth"
+    text.write_text("hello")
+    assert "notes.pth: not a checkpoint" in failing(["train", "--resume", str(text)], capsys)
+    assert "no such file" in failing(["train", "--resume", str(tmp_path / "nowhere.pth")], capsys)
+
+
+def test_a_second_run_does_not_overwrite_the_first(
+    finished: Path, tiny_argv: Argv, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in finished.iterdir())
+    assert "holds a run already" in failing(tiny_argv(checkpoint_dir=finished), capsys)
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in finished.iterdir()) == before
+
+
+def test_unknown_backbone(tiny_argv: Argv, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean" in failing(tiny_argv("--backbone", "resnet5"), capsys)
+
+
+def test_command_is_needed_and_help_shows_every_flag() -> None:
+    for argv, code, expected in (
+        (["--help"], 0, "COMMAND"),
+        ([], 2, "error:"),
+        (["train", "--help"], 0, "--grad-clip"),
+    ):
+        result = subprocess.run([sys.executable, str(SCRIPT), *argv], capture_output=True, text=True, check=False)
+        assert result.returncode == code
+        assert expected in result.stdout + result.stderr
+        assert "Traceback" not in result.stderr
+
+
+# Longer runs
+
+
+@pytest.mark.slow
+def test_demo_learns_in_minutes(tmp_path: Path) -> None:
+    start_time = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), "demo"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert time.monotonic() - start_time < 240
+    match = re.search(r"Done: validation IoU (0\.\d+)", result.stdout)
+    assert match is not None
+    assert float(match[1]) >= 0.60
+
+
+@pytest.mark.slow
+@needs_shared
+def test_photographs_are_learnt_with_a_pretrained_backbone(tmp_path: Path) -> None:
+    """Two epochs of CAMO, one in each stage: nothing non-finite, and an IoU that no untrained decoder reaches."""
+    argv = [
+        *("train", "--dataset-path", str(SHARED / "data" / "CAMO"), "--checkpoint-dir", str(tmp_path / "run")),
+        *("--backbone", "tf_efficientnet_lite0"),
+        *("--backbone-weights", str(SHARED / "weights" / "tf_efficientnet_lite0.safetensors")),
+        *(
+            "--img-size",
+            "224",
+            "--batch-size",
+            "8",
+            "--accumulation-steps",
+            "1",
+            "--epochs",
+            "2",
+            "--stage1-epochs",
+            "1",
+        ),
+    ]
+    assert main(argv) == 0
+    assert {window["verdict"] for window in read_events(tmp_path / "run", "window")} == {"applied"}
+    assert read_events(tmp_path / "run", "epoch")[-1]["iou"] > 0.45
