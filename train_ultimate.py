@@ -342,6 +342,10 @@ def prepare(argv: Sequence[str] | None) -> Run:
     if resumed is not None:
         source, checkpoint = resumed
         resume(state, checkpoint, source, stages, precision)
+        # An epoch under way goes on at the same sample, also where a window now holds more of them or fewer.
+        before = checkpoint["config"]["settings"]
+        samples_done = state.progress.window * before["batch_size"] * before["accumulation_steps"]
+        state.progress.window = samples_done // (args.batch_size * args.accumulation_steps)
         if checkpoint["config"]["data"] != data_fingerprint:
             print("Warning: files were added, removed or changed since the checkpoint was written")
         for path in store.set_aside_after(state.progress.global_window):

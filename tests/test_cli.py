@@ -25,7 +25,11 @@ def test_flags_and_defaults_are_frozen() -> None:
 
 
 def test_readme_has_every_flag_with_its_default() -> None:
-    rows = re.findall(r"^\| `(--[a-z0-9-]+)[^`]*` \| ([^|]*) \|", Path("README.md").read_text(), flags=re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(--[a-z0-9-]+)[^`]*` \| ([^|]*) \|",
+        (Path(__file__).parents[1] / "README.md").read_text(),
+        flags=re.MULTILINE,
+    )
     documented = {flag[2:].replace("-", "_"): default.strip().strip("`") for flag, default in rows}
     assert documented.keys() == {*FROZEN, "num_workers"}
     for name, default in FROZEN.items():

@@ -271,6 +271,19 @@ def test_flags_beside_resume_win_and_are_printed(
     assert {group["weight_decay"] for group in groups} == {0.5, 0.0}
 
 
+def test_epoch_under_way_goes_on_at_the_same_sample_when_the_window_changes(
+    tiny_argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after 6 of 20 images; at 2 to a window instead of 6, the epoch has 7 windows left."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ultimate.StopRequest, "__enter__", lambda self: setattr(self, "signal_number", 15))
+        assert main(tiny_argv()) == 143
+    argv = ["train", "--resume", "auto", "--checkpoint-dir", str(tmp_path / "run"), "--accumulation-steps", "1"]
+    assert main(argv) == 0
+    first_epoch = [window for window in read_events(tmp_path / "run", "window") if window["epoch"] == 1]
+    assert [window["window"] for window in first_epoch] == [1, *range(4, 11)]
+
+
 def test_resume_auto_in_an_empty_folder_starts_from_the_beginning(
     tiny_argv: Argv, capsys: pytest.CaptureFixture[str]
 ) -> None:
