@@ -15,6 +15,8 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs photographs
 
 Argv = Callable[..., list[str]]
 
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, most of all on a busy machine
+
 
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
