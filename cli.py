@@ -17,7 +17,8 @@ DEMO_DEFAULTS = {
 
 NOT_RESUMED = ("command", "resume", "checkpoint_dir")  # these belong to one invocation, not to the run
 FIXED_AT_START = ("backbone", "decoder_channels")  # they decide the shapes in a checkpoint
-ONLY_AT_START = ("pretrained", "backbone_weights")  # of no use once a checkpoint brings the weights
+# Of no use once a checkpoint brings the weights and the list of images to validate on.
+ONLY_AT_START = ("pretrained", "backbone_weights", "val_fraction")
 
 
 class UsageError(ValueError):
@@ -57,9 +58,6 @@ def parse(argv: Sequence[str] | None, saved: dict[str, Any] | None = None) -> ar
         command.set_defaults(**defaults)
         command.set_defaults(**{key: value for key, value in (saved or {}).items() if key not in NOT_RESUMED})
     args = parser.parse_args(argv)
-    if args.num_workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        args.num_workers = min(8, max(1, cores - 1))
     if args.checkpoint_dir is None:
         beside = str(Path(args.resume).parent) if args.resume not in (None, "auto") else None
         fresh = time.strftime("demo-runs/%Y%m%d-%H%M%S") if args.command == "demo" else "./checkpoints"
@@ -82,8 +80,9 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     flag = parser.add_argument_group("data").add_argument
     flag("--dataset-path", help="the data set's folder, in any layout README lists, or 'synthetic'")
-    flag("--include-noncam", action="store_true", help="COD10K: take in its images without camouflaged objects too")
-    flag("--img-size", type=_whole(32), default=384, help="side of the network's input in pixels; a multiple of 32")
+    flag("--include-noncam", action=argparse.BooleanOptionalAction, default=False,
+         help="COD10K: take in its images without camouflaged objects too")
+    flag("--img-size", type=_whole(64), default=384, help="side of the network's input in pixels; a multiple of 32")
     flag("--val-fraction", type=_number(0, 0.9), default=0.1, help="share of the training images to validate on")
     flag("--num-workers", type=_whole(0), help="processes that load images (default: CPU cores less one, at most 8)")
 
@@ -110,8 +109,9 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
          help="gradients of a larger norm are scaled down to it; 0.3 for unstable runs")
     flag("--precision", choices=("auto", "fp16", "bf16", "fp32"), default="auto",
          help="number format of the forward pass; auto: bf16 where the hardware has it, else fp16 on CUDA, fp32 on CPU")
-    flag("--seed", type=_whole(0), default=42, help="decides split, order, augmentation and initial weights")
-    flag("--deterministic", action="store_true", help="the same bits from the same settings on CUDA too; slower")
+    flag("--seed", type=_whole(0, 2**63 - 1), default=42, help="decides split, order, augmentation and initial weights")
+    flag("--deterministic", action=argparse.BooleanOptionalAction, default=False,
+         help="the same bits from the same settings on CUDA too; slower")
 
     flag = parser.add_argument_group("checkpoints").add_argument
     flag("--resume", metavar="PATH|auto", help="go on from a checkpoint, or with 'auto' from the newest intact one; "
@@ -125,6 +125,12 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--channels-last", action=argparse.BooleanOptionalAction, default=True,
          help="the memory layout convolutions prefer")
     # fmt: on
+
+
+def default_num_workers() -> int:
+    """One process for each core this program may use but one, at most eight. Of the machine, so never saved."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, max(1, cores - 1))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -159,13 +165,13 @@ def _reconcile(args: argparse.Namespace, saved: dict[str, Any]) -> None:
         if key in FIXED_AT_START:
             raise UsageError(f"{flag} {now}: the checkpoint was trained with {value}, and its weights fit nothing else")
         if key in ONLY_AT_START:
-            print(f"Ignored {flag}: the weights come from the checkpoint")
+            print(f"Ignored {flag}: weights and validation images are those of the checkpoint")
             setattr(args, key, value)
         else:
             print(f"{key}: {value} -> {now}")
 
 
-def _whole(least: int) -> Callable[[str], int]:
+def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
     def convert(text: str) -> int:
         try:
             value = int(text)
@@ -173,6 +179,8 @@ def _whole(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if value < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, not {value}")
         return value
 
     return convert

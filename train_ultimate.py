@@ -14,6 +14,7 @@ import math
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,17 +29,17 @@ from tqdm import tqdm
 import cli
 import metrics
 from data.dataset import Batch, require_image_headers
-from data.layouts import Pair, find_subsets, fingerprint, split_validation, training_pairs
+from data.layouts import Pair, describe, find_subsets, fingerprint, split_as_before, split_validation, training_pairs
 from data.loading import UnreadableDataError, decoded, to_device, training_loader, validation_loader, windows
 from data.synthetic import write_synthetic_dataset
 from losses import deep_supervision_loss
 from models import CamouflageSegmenter, build_model
-from training.checkpoint import CheckpointError, CheckpointStore, read_checkpoint
+from training.checkpoint import CheckpointError, CheckpointStore, find_checkpoint
 from training.interrupt import StopRequest
 from training.optim import Ema, build_optimizer, gradient_norm, set_learning_rates
 from training.precision import Precision, resolve_device, resolve_precision, use_deterministic_algorithms
 from training.runlog import RunLog, environment, write_json
-from training.stability import PendingWindow, StepVerdict, WindowOutcome, gated_step, should_skip
+from training.stability import BufferGuard, PendingWindow, StepVerdict, WindowOutcome, gated_step, should_skip
 from training.stages import CONSERVATIVE_SCALER, Stage, cosine_ramp, learning_rate
 from training.state import EpochStats, TrainState
 
@@ -88,6 +89,7 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
     windows_per_epoch = math.ceil(len(loader) / stage.accumulation_steps)
     first_window_of_epoch = (progress.epoch - stage.first_epoch) * windows_per_epoch
     state.model.train()
+    guard = BufferGuard(state.model)
     pending: PendingWindow | None = None
     start = time.perf_counter()
     bar = tqdm(desc=f"Epoch {progress.epoch + 1}/{run.args.epochs}", total=windows_per_epoch, initial=progress.window,
@@ -97,6 +99,7 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
         set_learning_rates(state.optimizer, lr, stage.backbone_lr_scale)
         uncertainty_weight = cosine_ramp((progress.epoch + progress.window / windows_per_epoch) / run.args.epochs)
         samples = [index for batch in batches for index in batch.indices.tolist()]
+        guard.begin_window()
         loss = torch.zeros((), device=run.device)
         for batch in batches:
             images, masks = to_device(batch, run.device, run.memory_format)
@@ -108,13 +111,15 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
             loss += batch_loss.detach()
 
         if pending is not None:  # before the step: the average takes in the weights as that window left them
-            settle_window(run, stage, pending, bar)
+            settle_window(run, stage, pending, guard, bar)
 
         state.scaler.unscale_(state.optimizer)
         grad_norm = gradient_norm(parameters)
         clip_grads_with_norm_(parameters, run.args.grad_clip, grad_norm, foreach=True)
         found_inf, loss_scale = state.scaler.found_inf(state.optimizer, loss), state.scaler.current_scale(loss)
-        gated_step(state.optimizer, skip=should_skip(loss, grad_norm, found_inf))
+        skip = should_skip(loss, grad_norm, found_inf)
+        gated_step(state.optimizer, skip)
+        guard.end_window(skip)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
 
@@ -127,17 +132,19 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
         if run.stop.signal_number is not None:
             break
     if pending is not None:
-        settle_window(run, stage, pending, bar)
+        guard.begin_window()
+        settle_window(run, stage, pending, guard, bar)
     bar.close()
     stats.seconds += time.perf_counter() - start
 
 
-def settle_window(run: Run, stage: Stage, pending: PendingWindow, bar: "tqdm[NoReturn]") -> None:
+def settle_window(run: Run, stage: Stage, pending: PendingWindow, guard: BufferGuard, bar: "tqdm[NoReturn]") -> None:
     """Act on a window's verdict: update the weight average, count and log; stop on what must not be trained through."""
     state, stats, outcome = run.state, run.state.epoch_stats, pending.read()
     stats.add(outcome, large_norm=5 * run.args.grad_clip)
+    stats.lr = pending.lr
     if outcome.verdict is StepVerdict.APPLIED and state.ema is not None:
-        state.ema.update(state.model)
+        state.ema.update(state.model, guard.at_start)
     shown = {"loss": f"{outcome.loss:.2f}", "grad": f"{outcome.grad_norm:.3f}"}
     bar.set_postfix(shown | ({"overflows": stats.num_overflows} if stats.num_overflows else {}), refresh=False)
     where = {"stage": stage.number, "epoch": state.progress.epoch + 1, "window": pending.number}
@@ -153,7 +160,7 @@ def stop_on_nonfinite(run: Run, pending: PendingWindow, outcome: WindowOutcome, 
     try:
         last_good = run.store.save_step(run.state.progress.global_window, run.snapshot())
     except CheckpointError as error:  # the weights themselves are not finite, so an older file has to do
-        print(error, file=sys.stderr)
+        print(f"Not saved: {error}", file=sys.stderr)
         last_good = max(run.store.files(), key=lambda path: path.stat().st_mtime, default=None)
     run.log.event("incident", **where, **asdict(outcome), samples=images, action=f"stopped; last good: {last_good}")
     raise StoppedError(
@@ -162,16 +169,27 @@ def stop_on_nonfinite(run: Run, pending: PendingWindow, outcome: WindowOutcome, 
         f"{where['epoch']}/{run.args.epochs}, window {where['window']}: loss {outcome.loss:.4g}, gradient norm "
         f"{outcome.grad_norm:.4g}, loss scale {outcome.loss_scale:g}. Its update was not applied; its batches: "
         f"{', '.join(images[:4])}{f' and {len(images) - 4} more' if len(images) > 4 else ''}\n"
-        f"Last good checkpoint: {last_good or 'none yet'}. Go on after that window with: {resume_command(run)}",
+        f"Last good checkpoint: {last_good or 'none yet'}. Go on from there with: {resume_command(run)}",
     )
+
+
+def stop_if_asked(run: Run) -> None:
+    """End the run after a signal, saved where it stands; an epoch trained to its end is only validated on resume."""
+    number = run.stop.signal_number
+    if number is None:
+        return
+    saved = run.store.save_step(run.state.progress.global_window, run.snapshot())
+    run.log.event("checkpoint", file=saved.name, reason=f"signal {number}")
+    raise StoppedError(128 + number, f"stopped by a signal; saved {saved}. Go on with: {resume_command(run)}")
 
 
 @torch.inference_mode()
 def validate(run: Run, loader: DataLoader[Batch]) -> dict[str, float]:
     """Means over images, at the training size: IoU and Dice at 0.5, MAE and S-measure, of the averaged weights."""
-    model = run.state.model_for_use.eval()
+    model = run.state.model_for_use.train().eval()  # train() first: some timm models cache weights when eval() begins
     scores: dict[str, list[Tensor]] = {"iou": [], "dice": [], "mae": [], "s_measure": []}
     for batch in decoded(loader):
+        stop_if_asked(run)
         images, masks = to_device(batch, run.device, run.memory_format)
         with run.precision.autocast():
             logits = model(images)[-1]
@@ -193,19 +211,17 @@ def run_stage(run: Run, stage: Stage) -> None:
     if progress.stage != stage.number:  # not resumed in its midst
         progress.stage = stage.number
         state.scaler = run.precision.new_scaler(stage.scaler)
-    workers = {"num_workers": run.args.num_workers, "pin_memory": run.device.type == "cuda"}
+    num_workers = cli.default_num_workers() if run.args.num_workers is None else run.args.num_workers
+    workers = {"num_workers": num_workers, "pin_memory": run.device.type == "cuda"}
     train_loader = training_loader(run.train_pairs, run.args.img_size, stage.batch_size, run.args.seed, **workers)
     val_loader = validation_loader(run.val_pairs, run.args.img_size, stage.batch_size, **workers)
     backbone = "frozen" if stage.freeze_backbone else f"lr {stage.lr * stage.backbone_lr_scale:g}"
     epochs = f"epochs {stage.first_epoch + 1} to {stage.end_epoch}"
     print(f"Stage {stage.number}: {epochs}, lr {stage.lr:g}, backbone {backbone}")
     while progress.epoch < stage.end_epoch:
+        stop_if_asked(run)
         train_epoch(run, stage, train_loader)
-        if run.stop.signal_number is not None:
-            saved = run.store.save_step(progress.global_window, run.snapshot())
-            run.log.event("checkpoint", file=saved.name, reason=f"signal {run.stop.signal_number}")
-            message = f"stopped by a signal; saved {saved}. Go on with: {resume_command(run)}"
-            raise StoppedError(128 + run.stop.signal_number, message)
+        stop_if_asked(run)
         finish_epoch(run, stage, validate(run, val_loader))
 
 
@@ -218,7 +234,7 @@ def finish_epoch(run: Run, stage: Stage, scores: dict[str, float]) -> None:
     state.epoch_stats = EpochStats()
     if scores["iou"] > progress.best_iou:  # False for NaN
         progress.best_iou, progress.best_epoch = scores["iou"], progress.epoch
-        # Ahead of the epoch's own file: a kill between the two repeats the epoch and writes both again.
+        # Ahead of the epoch's own file: a kill between the two resumes from this one, which holds the same state.
         run.log.event("checkpoint", file=run.store.save_best(run.snapshot()).name, reason="best IoU")
     run.log.event("checkpoint", file=run.store.save_epoch(progress.epoch, run.snapshot()).name, reason="epoch")
 
@@ -226,12 +242,12 @@ def finish_epoch(run: Run, stage: Stage, scores: dict[str, float]) -> None:
 def report_epoch(run: Run, stage: Stage, scores: dict[str, float]) -> None:
     """The epoch's lines on the terminal and its event in metrics.jsonl."""
     stats, epoch = run.state.epoch_stats, run.state.progress.epoch + 1
-    lr = {group["part"]: group["lr"] for group in run.state.optimizer.param_groups}  # of the last window
+    backbone_lr = 0.0 if stage.freeze_backbone else stats.lr * stage.backbone_lr_scale
     run.log.event(
         "epoch",
         **{"stage": stage.number, "epoch": epoch, "loss": stats.loss, **scores},
         **{"grad_norm_avg": stats.grad_norm_avg, "grad_norm_max": stats.grad_norm_max},
-        **{"lr": lr["decoder"], "backbone_lr": 0.0 if stage.freeze_backbone else lr["backbone"]},
+        **{"lr": stats.lr, "backbone_lr": backbone_lr},  # of the last window
         **{"skipped": stats.num_skipped, "overflows": stats.num_overflows},
         **{"seconds": stats.seconds, "images_per_second": stats.images_per_second},
     )
@@ -285,26 +301,29 @@ def build_network(args: argparse.Namespace, load_weights: bool) -> CamouflageSeg
     )
 
 
-def build_pairs(args: argparse.Namespace) -> tuple[list[Pair], list[Pair], str]:
-    """Training pairs, the validation pairs carved out of them, their fingerprint. Test folders are not touched."""
+def build_pairs(args: argparse.Namespace, validation: list[str] | None) -> tuple[list[Pair], list[Pair], Path]:
+    """Training pairs, the validation pairs carved out of them, and the data set's folder. Test folders are not touched.
+
+    Args:
+        args: the settings.
+        validation: paths below the folder of the images that the run being resumed is validated on.
+    """
     root = Path(args.dataset_path)
     if args.dataset_path == "synthetic":
         root = Path(args.checkpoint_dir) / "synthetic"
+        print(f"Synthetic scenes: {SYNTHETIC_TRAIN_IMAGES} to train on, {SYNTHETIC_TEST_IMAGES} to test on, in {root}")
         write_synthetic_dataset(root, SYNTHETIC_TRAIN_IMAGES, SYNTHETIC_TEST_IMAGES, args.img_size, args.seed)
     subsets = find_subsets(root, args.include_noncam)
     pairs = training_pairs(subsets, root)
     require_image_headers(pairs)
-    train_pairs, val_pairs = split_validation(pairs, args.val_fraction, args.seed)
-    subsets = [subset for subset in subsets if subset.split == "train"]
-    names = ", ".join(subset.name for subset in subsets)
-    print(f"Data: {root}: {names}: {len(train_pairs)} pairs to train on, {len(val_pairs)} to validate on")
-    if unmasked := [path for subset in subsets for path in subset.images_without_mask]:
-        print(f"Warning: {len(unmasked)} images have no mask and are left out, the first: {unmasked[0]}")
-    if num_noncam := sum(subset.num_noncam_skipped for subset in subsets):
-        print(
-            f"Left out {num_noncam} images without camouflaged objects (COD10K-NonCAM); --include-noncam takes them in"
-        )
-    return train_pairs, val_pairs, fingerprint(pairs, root)
+    if validation is None:
+        train_pairs, val_pairs = split_validation(pairs, args.val_fraction, args.seed)
+    else:
+        train_pairs, val_pairs = split_as_before(pairs, root, validation)
+    print(f"Data: {root}, {len(train_pairs)} pairs to train on, {len(val_pairs)} to validate on")
+    for line in describe(subsets, len(pairs)):
+        print(f"   {line}")
+    return train_pairs, val_pairs, root
 
 
 def prepare(argv: Sequence[str] | None) -> Run:
@@ -317,75 +336,75 @@ def prepare(argv: Sequence[str] | None) -> Run:
     """
     args = cli.parse(argv)
     directory = Path(args.checkpoint_dir)
-    resumed = find_checkpoint(args.resume, directory)
-    if resumed is not None:
-        args = cli.parse(argv, saved=resumed[1]["config"]["settings"])
+    source, checkpoint = find_checkpoint(args.resume, directory)
+    before = checkpoint["config"] if checkpoint is not None else None
+    if before is not None:
+        args = cli.parse(argv, saved=before["settings"])
     cli.check(args)
-    if any(directory.glob("*.pth")) and (resumed is None or resumed[0].parent.resolve() != directory.resolve()):
+    store = CheckpointStore(directory, args.keep_checkpoints)
+    if store.files() and (source is None or source.parent.resolve() != directory.resolve()):
         raise ValueError(
             f"{directory} holds a run already: go on with --resume auto, or choose another --checkpoint-dir"
         )
+    if args.deterministic:
+        use_deterministic_algorithms()
     device = resolve_device(args.device)
     precision = resolve_precision(args.precision, device)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    if args.deterministic:
-        use_deterministic_algorithms()
-    train_pairs, val_pairs, data_fingerprint = build_pairs(args)
+    no_cuda = "" if torch.cuda.is_available() else " (no CUDA device found)"
+    print(f"Device: {device}{no_cuda}, precision {precision.name}, backbone {args.backbone}")
+    train_pairs, val_pairs, root = build_pairs(args, before["validation"] if before is not None else None)
     stages = build_stages(args)
-    model = build_network(args, load_weights=resumed is None).to(device)
+    model = build_network(args, load_weights=checkpoint is None).to(device)
     model = model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types no such overload
     optimizer = build_optimizer(model.decoder, model.backbone, args.weight_decay)
     ema = Ema(model, args.ema_decay) if args.ema_decay > 0 else None
     state = TrainState(model, optimizer, precision.new_scaler(stages[0].scaler), ema)
-    store = CheckpointStore(directory, args.keep_checkpoints)
-    config = {"settings": vars(args), "data": data_fingerprint}
-    if resumed is not None:
-        source, checkpoint = resumed
-        resume(state, checkpoint, source, stages, precision)
-        # An epoch under way goes on at the same sample, also where a window now holds more of them or fewer.
-        before = checkpoint["config"]["settings"]
-        samples_done = state.progress.window * before["batch_size"] * before["accumulation_steps"]
-        state.progress.window = samples_done // (args.batch_size * args.accumulation_steps)
-        if checkpoint["config"]["data"] != data_fingerprint:
-            print("Warning: files were added, removed or changed since the checkpoint was written")
+    config = {
+        "settings": vars(args),
+        "precision": precision.name,
+        "data": fingerprint([*train_pairs, *val_pairs], root),
+        "validation": [pair.image.relative_to(root).as_posix() for pair in val_pairs],
+    }
+    if checkpoint is not None:
+        resume(state, checkpoint, config, source, stages, precision)
         for path in store.set_aside_after(state.progress.global_window):
             print(f"Set aside as {path}: further on than the checkpoint being resumed")
+        if not store.best_path.exists():  # of another folder, or set aside: the best of what follows is the best
+            state.progress.best_iou = -1.0
+    directory.mkdir(parents=True, exist_ok=True)
     log = RunLog(directory)
-    facts = {"command": shlex.join(sys.argv), "device": str(device), "precision": precision.name, **config,
-             **environment(Path(__file__), ("torch", "torchvision", "timm", "numpy", "pillow"))}  # fmt: skip
+    packages = environment(Path(__file__), ("torch", "torchvision", "timm", "numpy", "pillow"))
+    facts = {"command": shlex.join(sys.argv), "device": str(device), **config, **packages}
     write_json(directory / "config.json", facts)
-    log.event("run_start" if resumed is None else "resume", **facts, progress=asdict(state.progress))
+    log.event("run_start" if checkpoint is None else "resume", **facts, progress=asdict(state.progress))
     return Run(
         args, config, device, precision, memory_format, stages, train_pairs, val_pairs, state, store, log, StopRequest()
     )
 
 
-def find_checkpoint(requested: str | None, directory: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The verified checkpoint that --resume asks for; None for a run from the beginning."""
-    if requested is None:
-        return None
-    if requested != "auto":
-        return Path(requested), read_checkpoint(Path(requested))
-    newest = CheckpointStore(directory, keep=1).newest() if directory.is_dir() else None
-    if newest is None:
-        print(f"--resume auto: no checkpoint in {directory} yet, starting from the beginning")
-    return newest
-
-
 def resume(
-    state: TrainState, checkpoint: dict[str, Any], source: Path, stages: list[Stage], precision: Precision
-) -> None:
+    state: TrainState, checkpoint: dict[str, Any], config: dict[str, Any], source: Path | None, stages: list[Stage],
+    precision: Precision,
+) -> None:  # fmt: skip
     """Put the run back where the checkpoint left it. At the border of the stages, stage 2 brings its own scaler."""
     try:
         state.load_state_dict(checkpoint)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    progress = state.progress
     for stage in stages:
-        if stage.number == progress.stage:
+        if stage.number == state.progress.stage:
             state.scaler = precision.new_scaler(stage.scaler)
             state.scaler.resume(checkpoint["scaler"])
-    print(f"Resumed {source}: {progress.epoch} epochs and {progress.window} windows done")
+    # An epoch under way goes on at the same sample, also where a window now holds more of them or fewer.
+    before, now = checkpoint["config"]["settings"], config["settings"]
+    samples_done = state.progress.window * before["batch_size"] * before["accumulation_steps"]
+    state.progress.window = samples_done // (now["batch_size"] * now["accumulation_steps"])
+    print(f"Resumed {source}: {state.progress.epoch} epochs and {state.progress.window} windows done")
+    if checkpoint["config"]["precision"] != config["precision"]:
+        print(f"precision in use: {checkpoint['config']['precision']} -> {config['precision']}")
+    if checkpoint["config"]["data"] != config["data"]:
+        print("Warning: files were added, removed or changed since the checkpoint was written")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -396,7 +415,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted before training began; nothing to resume", file=sys.stderr)
+        print("interrupted before training began", file=sys.stderr)
         return 130
     exit_code, message = 0, ""
     try:
@@ -405,9 +424,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StoppedError as stopped:
         exit_code, message = stopped.exit_code, str(stopped)
     except UnreadableDataError as error:
-        exit_code, message = 2, str(error)
+        exit_code, message = 2, f"{error} with: {resume_command(run)}"
     except KeyboardInterrupt:
         exit_code, message = 130, f"stopped at once. Go on from the newest checkpoint with: {resume_command(run)}"
+    except Exception:
+        traceback.print_exc()
+        exit_code, message = 1, f"unexpected, see above. Go on from the newest checkpoint with: {resume_command(run)}"
     progress = run.state.progress
     run.log.event("run_end", exit_code=exit_code, best_iou=progress.best_iou, best_epoch=progress.best_epoch)
     run.log.close()
@@ -421,4 +443,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a redirected log is to be read as it grows
     sys.exit(main())

@@ -17,9 +17,6 @@ from data.layouts import Pair
 from data.sampler import SampleKey, derive_seed
 from data.transforms import Augmentation, seeded
 
-# What Pillow raises for a damaged file, depending on the format's plug-in.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -88,7 +85,9 @@ def load_image(path: Path, size: int) -> Tensor:
     try:
         with Image.open(path) as file:
             image = _to_rgb(ImageOps.exif_transpose(file)).resize((size, size), Image.Resampling.BILINEAR)
-    except _DECODE_ERRORS as error:
+    except (
+        Exception
+    ) as error:  # Pillow's plug-ins raise anything for a damaged file, TypeError and struct.error included
         raise ValueError(_decode_message(path, error)) from error
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
@@ -96,24 +95,23 @@ def load_image(path: Path, size: int) -> Tensor:
 def load_mask(path: Path, size: int) -> Tensor:
     """Decode a mask to a (1, size, size) uint8 tensor of 0 (background) and 1 (object).
 
-    Grey masks are cut at half of white; masks that hold only 0 and 1 are taken as they are; in colour and palette masks
-    any bright channel counts as object.
+    Cut at half of the mask's own brightest value, whatever that is: 255, 1 (label images), 65,535 (16 bits), or a dark
+    palette colour. In colour masks the brightest channel counts. A JPEG with nothing above 31 is an empty mask: what it
+    holds is compression noise.
 
     Raises:
         ValueError: the file cannot be decoded.
     """
     try:
         with Image.open(path) as file:
+            lossy = file.format == "JPEG"
             mask = ImageOps.exif_transpose(file)
-            if mask.mode in ("P", "PA", "RGB", "RGBA"):
-                values = np.array(mask.convert("RGB")).max(axis=2)
-            else:
-                values = np.array(mask.convert("L") if mask.mode in ("1", "LA", "La", "CMYK") else mask)
-    except _DECODE_ERRORS as error:
+            grey = mask.mode == "L" or mask.mode.startswith(("I", "F"))
+            values = np.array(mask) if grey else np.array(mask.convert("RGB")).max(axis=2)
+    except Exception as error:
         raise ValueError(_decode_message(path, error)) from error
-    if values.max(initial=0) > 255:  # 16-bit
-        values = values // 257
-    binary = values > 0 if values.max(initial=0) <= 1 else values > 127
+    brightest = float(values.max(initial=0))
+    binary = values > (31 if lossy and brightest < 32 else brightest / 2)
     resized = Image.fromarray(binary.astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)
     return torch.from_numpy(np.array(resized)).unsqueeze(0)
 
@@ -136,7 +134,7 @@ def _header_problem(path: Path) -> str:
     try:
         with Image.open(path):
             return ""
-    except _DECODE_ERRORS as error:
+    except Exception as error:
         return _decode_message(path, error)
 
 

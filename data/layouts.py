@@ -6,13 +6,13 @@ Recognised below the given folder, at most three levels down, in any letter case
     SINet, most      TrainDataset/{Imgs,GT}  TestDataset/{CAMO,CHAMELEON,COD10K,NC4K}/{Imgs,GT}  TestDataset/{Imgs,GT}
     ZoomNeXt         {Image,Mask}
     BiRefNet         {im,gt}
-    CAMO-V.1.0       Images/{Train,Test} with one GT folder for both
+    CAMO-V.1.0       Images/{Train,Test} with one GT folder for both, or {images,masks}/{train,val}
     NC4K             {Imgs,GT}
     your own         {images,masks}
 
 Images and masks are paired by file stem, never by position in a sorted list: one missing mask would otherwise shift
 every pair after it. Whether a folder is for training or for testing is read off its path ("Train", "TR-COD10K",
-"TestDataset"); a folder that says neither is taken for training.
+"TestDataset", "valid"); a folder that says neither is taken for training.
 """
 
 import hashlib
@@ -38,8 +38,8 @@ _PAIR_FOLDERS = (
     ("image", "gt"),
 )
 _MAX_DEPTH = 3
-_TRAIN_WORDS = {"train", "training", "tr"}
-_TEST_WORDS = {"test", "testing", "te", "val", "validation"}
+_TRAIN_WORD = re.compile(r"train.*|tr")
+_TEST_WORD = re.compile(r"test.*|te|val|valid|validation|vd|eval.*")
 _COD10K_NAME = re.compile(r"COD10K-CAM-\d+-(?P<superclass>[^-]+)-\d+-[^-]+-\d+")
 
 Split = Literal["train", "test"]
@@ -84,16 +84,20 @@ def find_subsets(root: Path, include_noncam: bool = False) -> list[Subset]:
         raise ValueError(f"{root}: no such folder; --dataset-path must name the data set's folder, or be 'synthetic'")
     subsets = []
     for images, masks in _find_pair_folders(root):
-        nested = [child for child in _subfolders(images).values() if _split_of([child.name]) is not None]
+        nested = [child for child in _subfolders(images) if _split_of([child.name]) is not None]
         for folder in nested or [images]:
-            subsets.append(_read_subset(root, folder, masks, shared_masks=bool(nested), include_noncam=include_noncam))
+            own_masks = masks / folder.name if nested and (masks / folder.name).is_dir() else masks
+            subsets.append(_read_subset(root, folder, own_masks, nested=bool(nested), include_noncam=include_noncam))
     if not subsets:
         raise ValueError(_describe_unknown_layout(root))
     return subsets
 
 
 def training_pairs(subsets: Sequence[Subset], root: Path) -> list[Pair]:
-    """All pairs meant for training, in an order that depends on file names alone.
+    """All pairs meant for training, each once, in an order that depends on file names alone.
+
+    A photograph that is there twice, by a symbolic link or because one collection holds another (TrainDataset holds
+    COD10K's training images), would end up on both sides of the validation split: the first one counts.
 
     Raises:
         ValueError: there is no training folder, or no training image has a mask.
@@ -112,7 +116,46 @@ def training_pairs(subsets: Sequence[Subset], root: Path) -> list[Pair]:
             f"{root}: {num_images} images in {names} and not one has a mask; a mask carries its image's file name, "
             f"with {', '.join(MASK_SUFFIXES)}"
         )
-    return pairs
+    first_of_its_kind: dict[tuple[str, int], Pair] = {}
+    for pair in pairs:
+        first_of_its_kind.setdefault((pair.image.name, pair.image.stat().st_size), pair)
+    return list(first_of_its_kind.values())
+
+
+def describe(subsets: Sequence[Subset], num_used: int) -> list[str]:
+    """A line for each folder, with what was left out of it and why; ``num_used``: what ``training_pairs`` took."""
+    lines = []
+    for subset in subsets:
+        use = "for training" if subset.split == "train" else "for testing, not touched"
+        lines.append(f"{subset.name}: {len(subset.pairs)} pairs, {use}")
+        if subset.images_without_mask:
+            count, first = len(subset.images_without_mask), subset.images_without_mask[0].name
+            lines.append(f"   Warning: {count} images without a mask left out, the first: {first}")
+        if subset.num_noncam_skipped:
+            lines.append(f"   {subset.num_noncam_skipped} without camouflaged objects left out (see --include-noncam)")
+    num_for_training = sum(len(subset.pairs) for subset in subsets if subset.split == "train")
+    if num_for_training > num_used:
+        lines.append(f"{num_for_training - num_used} pairs are there twice and count once")
+    return lines
+
+
+def split_as_before(pairs: Sequence[Pair], root: Path, validation: Sequence[str]) -> tuple[list[Pair], list[Pair]]:
+    """The split of an earlier run, by the paths below ``root`` of its validation images; new images are trained on.
+
+    Drawn anew after files were added or removed, the validation set would hold images the network was trained on.
+
+    Raises:
+        ValueError: none of the validation images is there.
+    """
+    names = set(validation)
+    chosen = [pair for pair in pairs if pair.image.relative_to(root).as_posix() in names]
+    rest = [pair for pair in pairs if pair.image.relative_to(root).as_posix() not in names]
+    if not chosen or not rest:
+        raise ValueError(
+            f"{root}: none of the {len(names)} images that the checkpoint's run was validated on is there (such as "
+            f"{min(names)}); resume with the data set it was trained on"
+        )
+    return rest, chosen
 
 
 def split_validation(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -154,7 +197,7 @@ def fingerprint(pairs: Sequence[Pair], root: Path) -> str:
 
 def _find_pair_folders(root: Path) -> Iterator[tuple[Path, Path]]:
     for directory, depth in _walk(root):
-        children = _subfolders(directory)
+        children = {child.name.lower(): child for child in _subfolders(directory)}
         for image_name, mask_name in _PAIR_FOLDERS:
             if depth < _MAX_DEPTH and image_name in children and mask_name in children:
                 yield children[image_name], children[mask_name]
@@ -167,28 +210,31 @@ def _walk(root: Path) -> Iterator[tuple[Path, int]]:
         directory, depth = pending.pop()
         yield directory, depth
         if depth < _MAX_DEPTH:
-            pending.extend((child, depth + 1) for child in reversed(_subfolders(directory).values()))
+            pending.extend((child, depth + 1) for child in reversed(_subfolders(directory)))
 
 
-def _subfolders(directory: Path) -> dict[str, Path]:
-    """Lower-case name -> path of each visible subfolder, sorted by name."""
-    with os.scandir(directory) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    return {name.lower(): directory / name for name in names}
+def _subfolders(directory: Path) -> list[Path]:
+    """Visible subfolders by name; none where the directory may not be read (``lost+found``)."""
+    try:
+        with os.scandir(directory) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except PermissionError:
+        return []
+    return [directory / name for name in names]
 
 
 def _split_of(path_parts: Sequence[str]) -> Split | None:
     for part in reversed(path_parts):
-        words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)}
-        if words & _TRAIN_WORDS:
+        words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)]
+        if any(_TRAIN_WORD.fullmatch(word) for word in words):
             return "train"
-        if words & _TEST_WORDS:
+        if any(_TEST_WORD.fullmatch(word) for word in words):
             return "test"
     return None
 
 
-def _read_subset(root: Path, images: Path, masks: Path, shared_masks: bool, include_noncam: bool) -> Subset:
-    location = images if shared_masks else images.parent
+def _read_subset(root: Path, images: Path, masks: Path, nested: bool, include_noncam: bool) -> Subset:
+    location = images if nested else images.parent
     relative = location.relative_to(root)
     image_by_stem = _files_by_stem(images, IMAGE_SUFFIXES)
     mask_by_stem = _files_by_stem(masks, MASK_SUFFIXES)

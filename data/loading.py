@@ -56,7 +56,7 @@ def decoded(loader: DataLoader[Batch]) -> Iterator[Batch]:
     """
     for batch in loader:
         if batch.errors:
-            raise UnreadableDataError(f"{batch.errors[0]}; repair or remove it, then resume")
+            raise UnreadableDataError(f"{batch.errors[0]}; repair or replace it, then go on")
         yield batch
 
 
@@ -83,12 +83,17 @@ def _loader(
         collate_fn=collate,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_leave_interrupts_to_main,
+        worker_init_fn=_leave_signals_to_main,
         generator=torch.Generator(),  # its own: otherwise every epoch draws a seed from the stream that dropout uses
     )
     return loader
 
 
-def _leave_interrupts_to_main(_worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one decides what becomes of it."""
+def _leave_signals_to_main(_worker: int) -> None:
+    """Ctrl-C, ``timeout`` and Slurm signal whole groups of processes; the main one decides what becomes of the run.
+
+    It may need batches to finish its window, so a worker outlives SIGTERM by a minute. (A worker whose main process is
+    gone ends by itself.)
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))

@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import timm.data
+import timm.models
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +32,8 @@ class Backbone(nn.Module):
     def __init__(self, body: Any) -> None:
         super().__init__()
         self.body = body
+        # Swin and its kin return (B, H, W, C). Told by timm: shapes alone cannot tell 96 channels from a height of 96.
+        self.channels_last_features = "NHWC" in str(getattr(body, "output_fmt", ""))
         self.channels: list[int] = body.feature_info.channels()[-_MAX_LEVELS:]
         data_config = timm.data.resolve_model_data_config(body)
         self.mean: tuple[float, ...] = data_config["mean"]
@@ -38,11 +41,7 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         levels = self.body(images)[-_MAX_LEVELS:]
-        # Swin and its kin return (B, H, W, C).
-        return [
-            level if level.shape[1] == channels else level.permute(0, 3, 1, 2)
-            for level, channels in zip(levels, self.channels, strict=True)
-        ]
+        return [level.permute(0, 3, 1, 2) for level in levels] if self.channels_last_features else levels
 
 
 def build_backbone(name: str, pretrained: bool, weights_file: Path | None, img_size: int) -> Backbone:
@@ -69,9 +68,9 @@ def build_backbone(name: str, pretrained: bool, weights_file: Path | None, img_s
         return Backbone(_create_from_file(name, weights_file, img_size))
     try:
         return Backbone(_create(name, img_size, pretrained=pretrained))
-    except (OSError, RuntimeError, ConnectionError) as error:
+    except (OSError, RuntimeError) as error:
         if not pretrained:
-            raise
+            raise ValueError(f"--backbone {name}: timm cannot build it ({_summary(error)})") from error
         raise ValueError(
             f"--backbone {name}: its pretrained weights could not be loaded ({_summary(error)}). Without a connection, "
             f"give a file with --backbone-weights, or start from random weights with --no-pretrained"
@@ -105,7 +104,10 @@ def _create_from_file(name: str, weights_file: Path, img_size: int) -> nn.Module
         initial = _create(name, img_size, pretrained=False)
         torch.manual_seed(0)
         try:
-            loaded = _create(name, img_size, pretrained=True, pretrained_cfg_overlay={"file": str(weights_file)})
+            weights = timm.models.load_state_dict(
+                str(weights_file), weights_only=True
+            )  # executes nothing from the file
+            loaded = _create(name, img_size, pretrained=True, pretrained_cfg_overlay={"state_dict": weights})
         except Exception as error:  # safetensors, pickle, zip and shape errors share no base class
             raise ValueError(
                 f"--backbone-weights {weights_file}: does not load into {name} ({_summary(error)})"

@@ -64,6 +64,13 @@ def build_model(
     backbone: str, decoder_channels: int, img_size: int, pretrained: bool = False, backbone_weights: Path | None = None,
     freeze_norm_statistics: bool = True,
 ) -> CamouflageSegmenter:  # fmt: skip
-    """Build the network; see ``build_backbone`` for the arguments and the errors."""
+    """Build the network and run it once on an empty image; see ``build_backbone`` for the arguments and the errors."""
     body = build_backbone(backbone, pretrained, backbone_weights, img_size)
-    return CamouflageSegmenter(body, decoder_channels, freeze_norm_statistics)
+    model = CamouflageSegmenter(body, decoder_channels, freeze_norm_statistics)
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, img_size, img_size))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"--backbone {backbone} does not take images of --img-size {img_size} ({reason})") from error
+    return model.train()

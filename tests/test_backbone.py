@@ -1,11 +1,22 @@
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from models import backbone as backbone_module
 from models.backbone import build_backbone
+
+
+def test_channels_last_features_are_turned_where_shapes_cannot_tell() -> None:
+    backbone = build_backbone("swin_tiny_patch4_window7_224", False, None, img_size=384).eval()
+    images = torch.rand(1, 3, 384, 384)
+    with torch.no_grad():
+        raw, turned = backbone.body(images)[0], backbone(images)[0]
+    assert raw.shape == turned.shape == (1, 96, 96, 96)
+    assert torch.equal(turned, raw.permute(0, 3, 1, 2))
 
 
 @pytest.fixture
@@ -23,7 +34,7 @@ def weights(tmp_path: Path) -> Path:
     [
         ("test_efficientnet", 64, [4, 8, 16, 32]),  # five levels, the finest is dropped
         ("test_convnext", 64, [4, 8, 16, 32]),
-        ("swin_tiny_patch4_window7_224", 224, [4, 8, 16, 32]),  # channels last, fixed input size
+        ("swin_tiny_patch4_window7_224", 384, [4, 8, 16, 32]),  # channels last, and as high as wide as deep: 96
         ("vit_tiny_patch16_224", 160, [16, 16, 16]),  # one resolution, another size than it was trained at
     ],
 )
@@ -59,8 +70,6 @@ def test_weights_file_is_loaded_whole(weights: Path) -> None:
 
 
 def test_pickled_weights_load_too_from_under_a_state_dict_key(weights: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     torch.save({"state_dict": load_file(weights)}, tmp_path / "weights.pth")
     first = build_backbone("test_efficientnet", True, weights, 64).body.state_dict()
     second = build_backbone("test_efficientnet", True, tmp_path / "weights.pth", 64).body.state_dict()
@@ -80,6 +89,15 @@ def test_weights_that_do_not_fit_are_refused(weights: Path, tmp_path: Path) -> N
     save_file({"unrelated": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"not the weights of test_efficientnet: \d+ of its \d+ weight tensors"):
         build_backbone("test_efficientnet", True, tmp_path / "other.safetensors", 64)
+
+    class Payload:
+        def __reduce__(self) -> Any:
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    torch.save({"state_dict": Payload()}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="does not load"):
+        build_backbone("test_efficientnet", True, tmp_path / "evil.pth", 64)
+    assert not (tmp_path / "executed").exists()
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(ValueError, match="does not load"):
         build_backbone("test_efficientnet", True, tmp_path / "text.pth", 64)

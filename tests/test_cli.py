@@ -19,7 +19,8 @@ FROZEN = {
 
 def test_flags_and_defaults_are_frozen() -> None:
     settings = vars(cli.parse(["train", "--dataset-path", "somewhere"]))
-    assert settings.pop("num_workers") >= 1  # depends on the machine
+    assert settings.pop("num_workers") is None  # of the machine: one for each core but one
+    assert 1 <= cli.default_num_workers() <= 8
     assert settings.pop("command") == "train"
     assert settings == {**FROZEN, "dataset_path": "somewhere"}
 
@@ -51,6 +52,8 @@ def test_readme_has_every_flag_with_its_default() -> None:
         (["--stage1-epochs", "200"], "--stage1-epochs 200 is more than --epochs 140"),
         (["--img-size", "350"], "--img-size 350 is not a multiple of 32, a backbone's coarsest stride; try 352"),
         (["--decoder-channels", "60"], "--decoder-channels 60 is not a multiple of 8"),
+        (["--img-size", "32"], "argument --img-size: must be at least 64, not 32"),
+        (["--seed", str(2**63)], "argument --seed: must be at most 9223372036854775807"),
         (["--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
     ],
@@ -93,10 +96,13 @@ def test_resumed_settings_take_the_place_of_defaults_and_flags_win(capsys: pytes
     assert capsys.readouterr().out == "lr: 0.1 -> 0.05\n"
 
 
-def test_weights_flags_are_ignored_on_resume_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    args = cli.parse(["train", "--resume", "auto", "--pretrained"], saved_settings())
-    assert args.pretrained is False
-    assert "Ignored --pretrained" in capsys.readouterr().out
+def test_what_is_settled_at_the_start_is_ignored_on_resume_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--pretrained", "--val-fraction", "0.5"]
+    args = cli.parse(["train", "--resume", "auto", *flags], saved_settings())
+    assert (args.pretrained, args.val_fraction) == (False, 0.1)
+    out = capsys.readouterr().out
+    assert "Ignored --pretrained" in out
+    assert "Ignored --val-fraction" in out
 
 
 def test_backbone_and_decoder_cannot_change_on_resume() -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data.dataset import CamouflageDataset, collate, load_image, load_mask, require_image_headers
 from data.layouts import Pair, find_subsets, training_pairs
@@ -56,10 +56,11 @@ def test_exif_orientation_is_honoured(tmp_path: Path) -> None:
     [
         *((np.array([[0, 255]], dtype=np.uint8)), np.array([[0, 1]], dtype=np.uint8)),
         *((np.array([[40, 200]], dtype=np.uint8)), np.array([[0, 65535]], dtype=np.uint16)),
+        np.array([[0, 127]], dtype=np.uint8),
         np.array([[[0, 0, 0], [255, 0, 0]]], dtype=np.uint8),
         np.array([[[0, 0, 0, 255], [255, 255, 255, 255]]], dtype=np.uint8),
     ],
-    ids=["0-255", "0-1", "grey", "16-bit", "red", "rgba"],
+    ids=["0-255", "0-1", "grey", "16-bit", "0-127", "red", "rgba"],
 )
 def test_mask_encodings_become_binary(tmp_path: Path, values: np.ndarray) -> None:
     path = tmp_path / "mask.png"
@@ -72,11 +73,32 @@ def test_mask_encodings_become_binary(tmp_path: Path, values: np.ndarray) -> Non
 
 def test_palette_mask_counts_any_bright_colour_as_object(tmp_path: Path) -> None:
     image = Image.fromarray(np.repeat(np.array([[0, 1]], dtype=np.uint8), 2, axis=0)).resize((32, 32), 0)
-    image.putpalette([0, 0, 0, 128, 0, 0])
+    image.putpalette([0, 0, 0, 64, 0, 0])
     image.save(tmp_path / "mask.png")
     assert Image.open(tmp_path / "mask.png").mode == "P"
     mask = load_mask(tmp_path / "mask.png", 32)
     assert mask.float().mean() == 0.5
+
+
+def test_empty_masks_stay_empty_also_with_compression_noise(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 9, (32, 32)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "mask.jpg", quality=90)
+    Image.fromarray(np.zeros((32, 32), dtype=np.uint8)).save(tmp_path / "mask.png")
+    assert load_mask(tmp_path / "mask.jpg", 32).sum() == 0
+    assert load_mask(tmp_path / "mask.png", 32).sum() == 0
+
+
+def test_whatever_pillow_raises_becomes_an_error_with_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damaged EXIF data, for one, ends in a TypeError deep inside."""
+
+    def damaged(_: Image.Image) -> Image.Image:
+        raise TypeError("unsupported operand")
+
+    half_red("RGB").save(tmp_path / "a.png")
+    monkeypatch.setattr(ImageOps, "exif_transpose", damaged)
+    for load in (load_image, load_mask):
+        with pytest.raises(ValueError, match=r"a\.png: cannot be decoded \(unsupported operand\)"):
+            load(tmp_path / "a.png", 32)
 
 
 def test_truncated_file_becomes_an_error_not_an_exception(tmp_path: Path) -> None:

@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.layouts import Pair, find_subsets, fingerprint, split_validation, training_pairs
+from data.layouts import (
+    Pair,
+    describe,
+    find_subsets,
+    fingerprint,
+    split_as_before,
+    split_validation,
+    training_pairs,
+)
 
 
 def put(folder: Path, *names: str) -> None:
@@ -65,12 +73,25 @@ def test_plain_folder_pair_is_for_training(tmp_path: Path, images: str, masks: s
     assert summary(tmp_path / "own") == [("own", "train", 1)]
 
 
-@pytest.mark.parametrize(("folder", "split"), [("TR-COD10K", "train"), ("COD10K-TE", "test"), ("my_test_set", "test")])
+@pytest.mark.parametrize(
+    ("folder", "split"),
+    [
+        *(("TR-COD10K", "train"), ("COD10K-TE", "test"), ("my_test_set", "test"), ("TESTDATASET", "test")),
+        *(
+            ("valid", "test"),
+            ("evaluation", "test"),
+            ("testset", "test"),
+            ("training_set", "train"),
+            ("values", "train"),
+        ),
+    ],
+)
 def test_split_is_read_off_the_folder_name(tmp_path: Path, folder: str, split: str) -> None:
-    put(tmp_path / folder / "im", "a.jpg")
-    put(tmp_path / folder / "gt", "a.png")
-    assert summary(tmp_path) == [(folder, split, 1)]
-    assert summary(tmp_path / folder) == [(folder, split, 1)]
+    root = tmp_path / "animals"
+    put(root / folder / "im", "a.jpg")
+    put(root / folder / "gt", "a.png")
+    assert summary(root) == [(folder, split, 1)]
+    assert summary(root / folder) == [(folder, split, 1)]
 
 
 def test_words_of_parent_folders_do_not_decide_the_split(tmp_path: Path) -> None:
@@ -78,6 +99,54 @@ def test_words_of_parent_folders_do_not_decide_the_split(tmp_path: Path) -> None
     put(root / "Imgs", "a.jpg")
     put(root / "GT", "a.png")
     assert summary(root) == [("animals", "train", 1)]
+
+
+def test_own_images_and_masks_with_a_folder_for_each_split(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        put(tmp_path / "images" / split, "a.jpg", "b.jpg")
+        put(tmp_path / "masks" / split, "a.png", "b.png")
+    assert summary(tmp_path) == [("images/train", "train", 2), ("images/val", "test", 2)]
+
+
+def test_folders_that_differ_in_case_alone_are_both_found(tmp_path: Path) -> None:
+    for folder in ("Train", "train"):
+        put(tmp_path / folder / "Imgs", f"{folder}.jpg")
+        put(tmp_path / folder / "GT", f"{folder}.png")
+    assert len(training_pairs(find_subsets(tmp_path), tmp_path)) == len(list(tmp_path.iterdir()))
+
+
+def test_photographs_that_are_there_twice_count_once(tmp_path: Path) -> None:
+    """Through a link, or in a collection that holds another: they would be trained on and validated on."""
+    put(tmp_path / "TrainDataset" / "Imgs", "a.jpg", "b.jpg")
+    put(tmp_path / "TrainDataset" / "GT", "a.png", "b.png")
+    (tmp_path / "train_link").symlink_to(tmp_path / "TrainDataset")
+    put(tmp_path / "COD10K-v3" / "Train" / "Image", "a.jpg", "c.jpg")
+    put(tmp_path / "COD10K-v3" / "Train" / "GT_Object", "a.png", "c.png")
+    subsets = find_subsets(tmp_path)
+    pairs = training_pairs(subsets, tmp_path)
+    assert sorted(pair.image.name for pair in pairs) == ["a.jpg", "b.jpg", "c.jpg"]
+    assert "3 pairs are there twice and count once" in describe(subsets, len(pairs))
+
+
+def test_description_tells_what_is_left_out(tmp_path: Path) -> None:
+    put(tmp_path / "Train" / "Image", "COD10K-NonCAM-5-x-1-y-7.jpg", "COD10K-CAM-1-Aquatic-1-BatFish-2.jpg", "lone.jpg")
+    put(tmp_path / "Train" / "GT_Object", "COD10K-CAM-1-Aquatic-1-BatFish-2.png")
+    lines = "\n".join(describe(find_subsets(tmp_path), num_used=1))
+    assert "Train: 1 pairs, for training" in lines
+    assert "Warning: 1 images without a mask left out, the first: lone.jpg" in lines
+    assert "1 without camouflaged objects left out" in lines
+
+
+def test_earlier_split_is_kept_when_files_come_and_go(tmp_path: Path) -> None:
+    pairs = make_pairs([""] * 30)
+    before, validation = split_validation(pairs, 0.2, seed=1)
+    names = [pair.image.as_posix() for pair in validation]
+    added = Pair(Path("new.jpg"), Path("new.png"))
+    train, val = split_as_before([*before[1:], *validation[1:], added], Path(), names)
+    assert val == validation[1:]
+    assert train == [*before[1:], added]
+    with pytest.raises(ValueError, match="none of the 6 images"):
+        split_as_before(before, Path(), names)
 
 
 def test_pairs_by_stem_across_formats_and_reports_what_has_no_mask(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_undecodable_file_raises_with_its_path_from_a_worker_too(pairs: list[Pai
     broken.write_bytes(pairs[0].image.read_bytes()[:300])
     for num_workers in (0, 1):
         loader = validation_loader([Pair(broken, pairs[0].mask)], 64, 1, num_workers, pin_memory=False)
-        with pytest.raises(UnreadableDataError, match=r"broken\.jpg.*repair or remove"):
+        with pytest.raises(UnreadableDataError, match=r"broken\.jpg.*repair or replace"):
             list(decoded(loader))
 
 

@@ -56,5 +56,10 @@ def test_backbone_from_random_weights_learns_its_statistics() -> None:
     assert all(not torch.equal(value, before[key]) for key, value in model.backbone.named_buffers() if key in before)
 
 
+def test_backbone_that_does_not_take_the_image_size_is_refused_when_built() -> None:
+    with pytest.raises(ValueError, match=r"--backbone crossvit_tiny_240|timm cannot build it"):
+        build_model("crossvit_tiny_240", decoder_channels=16, img_size=64)
+
+
 def test_normalisation_constants_are_not_in_the_checkpoint() -> None:
     assert not {"mean", "std"} & build().state_dict().keys()

@@ -7,7 +7,42 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from training.stability import PendingWindow, StepVerdict, gated_step, should_skip
+from training.stability import BufferGuard, PendingWindow, StepVerdict, gated_step, should_skip
+
+
+class Norms(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+
+
+def test_statistics_of_a_skipped_window_are_put_back_bitwise_also_from_nan() -> None:
+    model = Norms().train()
+    guard = BufferGuard(model)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model(torch.full((8, 4), math.nan))
+    assert not torch.isfinite(model.get_buffer("1.running_mean")).all()
+    guard.end_window(skip=torch.ones(()))
+    assert len(before) == 6
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_statistics_of_an_applied_window_stay_and_become_the_next_ones_start() -> None:
+    model = Norms().train()
+    guard = BufferGuard(model)
+    model(torch.randn(8, 4) + 5)
+    moved = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    guard.end_window(skip=torch.zeros(()))
+    guard.begin_window()
+    model(torch.randn(8, 4) + 5)
+    assert guard.at_start.keys() == moved.keys()
+    assert all(torch.equal(value, moved[name]) for name, value in guard.at_start.items())
+
+
+def test_layers_in_evaluation_mode_are_not_copied() -> None:
+    model = Norms().train()
+    model[2].eval()
+    assert {name.split(".")[0] for name in BufferGuard(model).at_start} == {"1"}
+
 
 numbers = st.sampled_from([0.0, 1.5, 1e30, math.inf, -math.inf, math.nan])
 

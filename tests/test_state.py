@@ -26,7 +26,7 @@ def train_a_little(state: TrainState) -> None:
         sum(module(torch.randn(5, 4)).square().mean() for module in state.model.children()).backward()  # type: ignore
         state.optimizer.step()
         if state.ema is not None:
-            state.ema.update(state.model)
+            state.ema.update(state.model, {})
     state.progress = Progress(stage=2, epoch=3, window=1, global_window=17, samples_seen=99, best_iou=0.5, best_epoch=2)
     state.epoch_stats.add(WindowOutcome(StepVerdict.APPLIED, 1.0, 2.0, 1.0), large_norm=9)
 

@@ -1,5 +1,6 @@
 """Checkpoint files: written so that a crash leaves the older ones, read so that nothing in them can run."""
 
+import itertools
 import os
 import re
 import zipfile
@@ -21,17 +22,13 @@ class CheckpointStore:
     """The checkpoint files of one run.
 
     Args:
-        directory: created where missing.
+        directory: made when something is saved.
         keep: how many ``epoch_NNNN.pth`` to keep.
-
-    Raises:
-        OSError: the directory cannot be made.
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
         self.directory = directory
         self.keep = keep
-        directory.mkdir(parents=True, exist_ok=True)
         for leftover in directory.glob(".*.pth.unfinished"):  # a write that was killed
             leftover.unlink()
 
@@ -51,11 +48,14 @@ class CheckpointStore:
         return path
 
     def save_best(self, payload: dict[str, Any]) -> Path:
-        return self._write("best_model.pth", payload)
+        return self._write(self.best_path.name, payload)
 
     def files(self) -> list[Path]:
-        best = self.directory / "best_model.pth"
-        return [*self._numbered("epoch"), *self._numbered("step"), *([best] if best.exists() else [])]
+        return [
+            *self._numbered("epoch"),
+            *self._numbered("step"),
+            *([self.best_path] if self.best_path.exists() else []),
+        ]
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The furthest checkpoint that verifies; each damaged one met on the way is named with the reason."""
@@ -73,16 +73,21 @@ class CheckpointStore:
         return None
 
     def set_aside_after(self, global_window: int) -> list[Path]:
-        """Rename checkpoints further on than this to ``*.superseded``: they are not this run's newest any more."""
+        """Rename checkpoints further on than this to ``*.superseded``: they are of a branch that was given up."""
         renamed = []
-        for path in [*self._numbered("epoch"), *self._numbered("step")]:
+        for path in self.files():
             try:
                 further_on = _load(path, mmap=True)["progress"]["global_window"] > global_window
             except CheckpointError:
                 continue  # damaged: never chosen anyway
             if further_on:
-                renamed.append(path.rename(path.with_name(path.name + ".superseded")))
+                aside = (path.with_name(path.name + suffix) for suffix in _superseded_suffixes())
+                renamed.append(path.rename(next(name for name in aside if not name.exists())))
         return renamed
+
+    @property
+    def best_path(self) -> Path:
+        return self.directory / "best_model.pth"
 
     def _numbered(self, kind: str) -> list[Path]:
         return sorted(
@@ -90,9 +95,34 @@ class CheckpointStore:
         )
 
     def _write(self, name: str, payload: dict[str, Any]) -> Path:
+        self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / name
         write_checkpoint(path, payload)
         return path
+
+
+def find_checkpoint(requested: str | None, directory: Path) -> tuple[Path | None, dict[str, Any] | None]:
+    """The verified checkpoint that ``--resume`` asks for, a path or "auto"; (None, None) for a run from the beginning.
+
+    Raises:
+        CheckpointError: the file is unusable, or every one in the directory is.
+    """
+    if requested is None:
+        return None, None
+    if requested != "auto":
+        return Path(requested), read_checkpoint(Path(requested))
+    store = CheckpointStore(directory, keep=1)
+    newest = store.newest()
+    if newest is None and store.files():
+        raise CheckpointError(f"{directory}: not one checkpoint is intact; move them away to start from the beginning")
+    if newest is None:
+        print(f"--resume auto: no checkpoint in {directory} yet, starting from the beginning")
+    return newest or (None, None)
+
+
+def _superseded_suffixes() -> Iterator[str]:
+    yield ".superseded"
+    yield from (f".superseded-{number}" for number in itertools.count(2))
 
 
 def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
@@ -144,7 +174,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def _require_archive(path: Path) -> None:
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+        folder = f" but a folder; --resume auto --checkpoint-dir {path} takes its newest" if path.is_dir() else ""
+        raise CheckpointError(f"{path}: no such file{folder}")
     if not zipfile.is_zipfile(path):
         raise CheckpointError(f"{path}: not a checkpoint, or cut short (no zip archive)")
 

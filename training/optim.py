@@ -1,7 +1,7 @@
 """Optimizer, gradient norm and weight averaging."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -43,6 +43,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     optimizer.load_state_dict(state)
     for group, hyperparameters in zip(optimizer.param_groups, current, strict=True):
         group.update(hyperparameters)
+        for parameter in group["params"]:
+            for name, moment in optimizer.state[parameter].items():
+                # The fused kernel walks memory, not indices: a moment saved under another memory format has to be laid
+                # out like its parameter, or it would act on other weights.
+                if moment.shape == parameter.shape and moment.stride() != parameter.stride():
+                    optimizer.state[parameter][name] = torch.empty_like(parameter, requires_grad=False).copy_(moment)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -63,15 +69,25 @@ class Ema:
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
+    def update(self, module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+        """Take in the module's parameters, and those of its buffers that move, as they stood after its last step.
+
+        Args:
+            module: of the averaged module's architecture.
+            buffers: name -> value of BatchNorm's running statistics. Passed apart because by the time a window's
+                verdict is known, the next forward pass has changed the module's own.
+        """
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        averaged, current = _tensors(self.module), _tensors(module)
-        floating = [index for index, tensor in enumerate(averaged) if tensor.is_floating_point()]
-        update = get_ema_multi_avg_fn(decay)
-        update([averaged[index] for index in floating], [current[index] for index in floating], self.num_updates)
-        for target, source in zip(averaged, current, strict=True):
-            if not target.is_floating_point():  # BatchNorm's count of batches
-                target.copy_(source)
+        averaged: list[Tensor] = list(self.module.parameters())
+        current: list[Tensor] = list(module.parameters())
+        for name, value in buffers.items():
+            average = self.module.get_buffer(name)
+            if average.is_floating_point():
+                averaged.append(average)
+                current.append(value)
+            else:  # BatchNorm's count of batches
+                average.copy_(value)
+        get_ema_multi_avg_fn(decay)(averaged, current, self.num_updates)
         self.num_updates += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -80,7 +96,3 @@ class Ema:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.module.load_state_dict(state["model"])
         self.num_updates = state["num_updates"]
-
-
-def _tensors(module: nn.Module) -> Sequence[Tensor]:
-    return [*module.parameters(), *module.buffers()]

@@ -41,8 +41,14 @@ def environment(program: Path, packages: Sequence[str]) -> dict[str, Any]:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = ""
-    versions = {package: importlib.metadata.version(package) for package in packages}
-    return {"git_commit": commit, "python": platform.python_version(), **versions}
+    return {"git_commit": commit, "python": platform.python_version(), **{name: _version(name) for name in packages}}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a fork installed under another name
+        return ""
 
 
 def _ends_in_mid_line(path: Path) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class StepVerdict(StrEnum):
@@ -51,6 +51,37 @@ def gated_step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
     optimizer.grad_scale = None  # type: ignore[attr-defined]
     optimizer.found_inf = skip  # type: ignore[attr-defined]
     optimizer.step()
+
+
+class BufferGuard:
+    """Keeps a window that is not applied from leaving its mark in BatchNorm's running statistics.
+
+    The forward pass has moved them by the time the verdict is known, and a NaN in them would stay for ever. Layers in
+    evaluation mode, as in a pretrained backbone, do not move and cost nothing.
+
+    Attributes:
+        at_start: name -> value of each statistic when the window under way began.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = {
+            f"{module_name}.{name}" if module_name else name: buffer
+            for module_name, module in model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+            for name, buffer in module.named_buffers(recurse=False)
+        }
+        self.at_start: dict[str, Tensor] = {}
+        self.begin_window()
+
+    @torch.no_grad()
+    def begin_window(self) -> None:
+        self.at_start = {name: buffer.clone() for name, buffer in self._buffers.items()}
+
+    @torch.no_grad()
+    def end_window(self, skip: Tensor) -> None:
+        """Put the statistics back where ``skip`` is 1. Chosen on the device: multiplying by 0 would keep a NaN."""
+        for name, buffer in self._buffers.items():
+            buffer.copy_(torch.where(skip > 0, self.at_start[name], buffer))
 
 
 class PendingWindow:

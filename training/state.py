@@ -37,6 +37,7 @@ class EpochStats:
     grad_norm_max: float = 0.0
     num_large_norms: int = 0
     num_samples: int = 0
+    lr: float = 0.0  # the decoder's in the last window
     seconds: float = 0.0
 
     def add(self, outcome: WindowOutcome, large_norm: float) -> None:
@@ -113,7 +114,8 @@ class TrainState:
             elif self.ema is not None:  # averaging is switched on now: it starts from the weights at hand
                 self.ema.module.load_state_dict(state["model"])
         except (RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(f"its weights do not fit this network ({str(error).splitlines()[0]})") from error
+            reason = " ".join(line.strip() for line in str(error).splitlines()[:2])[:300]
+            raise ValueError(f"its weights do not fit this network ({reason})") from error
         self.progress = Progress(**state["progress"])
         self.epoch_stats = EpochStats(**state["epoch_stats"])
         torch.set_rng_state(state["rng"]["cpu"])
