@@ -107,6 +107,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("stability").add_argument
     flag("--grad-clip", type=_number(0), default=0.5,
          help="gradients of a larger norm are scaled down to it; 0.3 for unstable runs")
+    flag("--spike-policy", choices=("skip", "clip", "off"), default="skip",
+         help="a gradient norm far above its own history: skip the window, only clip it, or take no notice")
     flag("--precision", choices=("auto", "fp16", "bf16", "fp32"), default="auto",
          help="number format of the forward pass; auto: bf16 where the hardware has it, else fp16 on CUDA, fp32 on CPU")
     flag("--seed", type=_whole(0, 2**63 - 1), default=42, help="decides split, order, augmentation and initial weights")

@@ -39,9 +39,17 @@ from training.interrupt import StopRequest
 from training.optim import Ema, build_optimizer, gradient_norm, set_learning_rates
 from training.precision import Precision, resolve_device, resolve_precision, use_deterministic_algorithms
 from training.runlog import RunLog, environment, write_json
-from training.stability import BufferGuard, PendingWindow, StepVerdict, WindowOutcome, gated_step, should_skip
+from training.stability import (
+    BufferGuard,
+    PendingWindow,
+    SpikeDetector,
+    StepVerdict,
+    WindowOutcome,
+    gated_step,
+    should_skip,
+)
 from training.stages import CONSERVATIVE_SCALER, Stage, cosine_ramp, learning_rate
-from training.state import EpochStats, TrainState
+from training.state import EpochStats, TrainState, resume
 
 SYNTHETIC_TRAIN_IMAGES, SYNTHETIC_TEST_IMAGES = 640, 64
 
@@ -115,9 +123,12 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
 
         state.scaler.unscale_(state.optimizer)
         grad_norm = gradient_norm(parameters)
-        clip_grads_with_norm_(parameters, run.args.grad_clip, grad_norm, foreach=True)
         found_inf, loss_scale = state.scaler.found_inf(state.optimizer, loss), state.scaler.current_scale(loss)
-        skip = should_skip(loss, grad_norm, found_inf)
+        spike, highest = state.detector.examine(loss, grad_norm, found_inf)
+        # Clips to the lower of --grad-clip and the detector's height, which is on the device: a float would be a sync.
+        relative_norm = grad_norm * (run.args.grad_clip / highest.clamp(max=run.args.grad_clip))
+        clip_grads_with_norm_(parameters, run.args.grad_clip, relative_norm, foreach=True)
+        skip = should_skip(loss, grad_norm, found_inf, spike)
         gated_step(state.optimizer, skip)
         guard.end_window(skip)
         state.scaler.update()
@@ -127,7 +138,7 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
         progress.global_window += 1
         progress.samples_seen += len(samples)
         stats.num_samples += len(samples)
-        pending = PendingWindow(loss, grad_norm, found_inf, loss_scale, progress.window, lr, samples)
+        pending = PendingWindow(loss, grad_norm, found_inf, spike, loss_scale, progress.window, lr, samples)
         bar.update()
         if run.stop.signal_number is not None:
             break
@@ -149,6 +160,8 @@ def settle_window(run: Run, stage: Stage, pending: PendingWindow, guard: BufferG
     bar.set_postfix(shown | ({"overflows": stats.num_overflows} if stats.num_overflows else {}), refresh=False)
     where = {"stage": stage.number, "epoch": state.progress.epoch + 1, "window": pending.number}
     run.log.event("window", **where, lr=pending.lr, **asdict(outcome))
+    if outcome.verdict is StepVerdict.SPIKE:
+        bar.write(f"Window {pending.number} skipped: gradient norm {outcome.grad_norm:.4g} is far above its history")
     if outcome.verdict in (StepVerdict.NONFINITE_LOSS, StepVerdict.NONFINITE_GRAD):
         bar.close()
         stop_on_nonfinite(run, pending, outcome, where)
@@ -211,6 +224,7 @@ def run_stage(run: Run, stage: Stage) -> None:
     if progress.stage != stage.number:  # not resumed in its midst
         progress.stage = stage.number
         state.scaler = run.precision.new_scaler(stage.scaler)
+        state.detector.reset(run.device)
     num_workers = cli.default_num_workers() if run.args.num_workers is None else run.args.num_workers
     workers = {"num_workers": num_workers, "pin_memory": run.device.type == "cuda"}
     train_loader = training_loader(run.train_pairs, run.args.img_size, stage.batch_size, run.args.seed, **workers)
@@ -359,7 +373,8 @@ def prepare(argv: Sequence[str] | None) -> Run:
     model = model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types no such overload
     optimizer = build_optimizer(model.decoder, model.backbone, args.weight_decay)
     ema = Ema(model, args.ema_decay) if args.ema_decay > 0 else None
-    state = TrainState(model, optimizer, precision.new_scaler(stages[0].scaler), ema)
+    detector = SpikeDetector(args.spike_policy, device)
+    state = TrainState(model, optimizer, precision.new_scaler(stages[0].scaler), detector, ema)
     config = {
         "settings": vars(args),
         "precision": precision.name,
@@ -367,7 +382,8 @@ def prepare(argv: Sequence[str] | None) -> Run:
         "validation": [pair.image.relative_to(root).as_posix() for pair in val_pairs],
     }
     if checkpoint is not None:
-        resume(state, checkpoint, config, source, stages, precision)
+        resume(state, checkpoint, config, stages, precision)
+        print(f"Resumed {source}: {state.progress.epoch} epochs and {state.progress.window} windows done")
         for path in store.set_aside_after(state.progress.global_window):
             print(f"Set aside as {path}: further on than the checkpoint being resumed")
         if not store.best_path.exists():  # of another folder, or set aside: the best of what follows is the best
@@ -381,30 +397,6 @@ def prepare(argv: Sequence[str] | None) -> Run:
     return Run(
         args, config, device, precision, memory_format, stages, train_pairs, val_pairs, state, store, log, StopRequest()
     )
-
-
-def resume(
-    state: TrainState, checkpoint: dict[str, Any], config: dict[str, Any], source: Path | None, stages: list[Stage],
-    precision: Precision,
-) -> None:  # fmt: skip
-    """Put the run back where the checkpoint left it. At the border of the stages, stage 2 brings its own scaler."""
-    try:
-        state.load_state_dict(checkpoint)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-    for stage in stages:
-        if stage.number == state.progress.stage:
-            state.scaler = precision.new_scaler(stage.scaler)
-            state.scaler.resume(checkpoint["scaler"])
-    # An epoch under way goes on at the same sample, also where a window now holds more of them or fewer.
-    before, now = checkpoint["config"]["settings"], config["settings"]
-    samples_done = state.progress.window * before["batch_size"] * before["accumulation_steps"]
-    state.progress.window = samples_done // (now["batch_size"] * now["accumulation_steps"])
-    print(f"Resumed {source}: {state.progress.epoch} epochs and {state.progress.window} windows done")
-    if checkpoint["config"]["precision"] != config["precision"]:
-        print(f"precision in use: {checkpoint['config']['precision']} -> {config['precision']}")
-    if checkpoint["config"]["data"] != config["data"]:
-        print("Warning: files were added, removed or changed since the checkpoint was written")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 import copy
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from training.stability import BufferGuard, PendingWindow, StepVerdict, gated_step, should_skip
+from training.stability import BufferGuard, PendingWindow, SpikeDetector, StepVerdict, gated_step, should_skip
 
 
 class Norms(nn.Sequential):
@@ -86,29 +87,115 @@ def test_applied_step_is_the_optimizers_own() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
 
 
-@given(loss=numbers, grad_norm=numbers, found_inf=st.sampled_from([0.0, 1.0]), scale=st.sampled_from([1.0, 1024.0]))
+flags = st.sampled_from([0.0, 1.0])
+
+
+@given(loss=numbers, grad_norm=numbers, found_inf=flags, spike=flags, scale=st.sampled_from([1.0, 1024.0]))
 def test_a_window_is_applied_on_the_device_exactly_when_the_host_calls_it_applied(
-    loss: float, grad_norm: float, found_inf: float, scale: float
+    loss: float, grad_norm: float, found_inf: float, spike: float, scale: float
 ) -> None:
-    values = [torch.tensor(value) for value in (loss, grad_norm, found_inf, scale)]
+    values = [torch.tensor(value) for value in (loss, grad_norm, found_inf, spike, scale)]
     verdict = PendingWindow(*values, number=1, lr=0.1, sample_indices=[]).read().verdict
-    assert (should_skip(*values[:3]).item() == 0) == (verdict is StepVerdict.APPLIED)
+    assert (should_skip(*values[:4]).item() == 0) == (verdict is StepVerdict.APPLIED)
 
 
 @pytest.mark.parametrize(
-    ("loss", "grad_norm", "found_inf", "scale", "verdict"),
+    ("loss", "grad_norm", "found_inf", "spike", "scale", "verdict"),
     [
-        (1.0, 2.0, 0.0, 1024.0, StepVerdict.APPLIED),
-        (1.0, math.inf, 1.0, 1024.0, StepVerdict.OVERFLOW),
-        (1.0, math.nan, 1.0, 2.0, StepVerdict.OVERFLOW),
-        (1.0, math.inf, 1.0, 1.0, StepVerdict.NONFINITE_GRAD),  # the scale is at its floor
-        (1.0, math.inf, 0.0, 1024.0, StepVerdict.NONFINITE_GRAD),  # finite gradients of infinite norm
-        (math.nan, math.nan, 1.0, 1024.0, StepVerdict.NONFINITE_LOSS),
-        (math.inf, 2.0, 0.0, 1.0, StepVerdict.NONFINITE_LOSS),
+        (1.0, 2.0, 0.0, 0.0, 1024.0, StepVerdict.APPLIED),
+        (1.0, 2.0, 0.0, 1.0, 1024.0, StepVerdict.SPIKE),
+        (1.0, math.inf, 1.0, 0.0, 1024.0, StepVerdict.OVERFLOW),
+        (1.0, math.nan, 1.0, 0.0, 2.0, StepVerdict.OVERFLOW),
+        (1.0, math.inf, 1.0, 0.0, 1.0, StepVerdict.NONFINITE_GRAD),  # the scale is at its floor
+        (1.0, math.inf, 0.0, 0.0, 1024.0, StepVerdict.NONFINITE_GRAD),  # finite gradients of infinite norm
+        (math.nan, math.nan, 1.0, 0.0, 1024.0, StepVerdict.NONFINITE_LOSS),
+        (math.inf, 2.0, 0.0, 0.0, 1.0, StepVerdict.NONFINITE_LOSS),
     ],
 )
-def test_verdicts(loss: float, grad_norm: float, found_inf: float, scale: float, verdict: StepVerdict) -> None:
-    values = [torch.tensor(value) for value in (loss, grad_norm, found_inf, scale)]
+def test_verdicts(
+    loss: float, grad_norm: float, found_inf: float, spike: float, scale: float, verdict: StepVerdict
+) -> None:
+    values = [torch.tensor(value) for value in (loss, grad_norm, found_inf, spike, scale)]
     outcome = PendingWindow(*values, number=1, lr=0.1, sample_indices=[]).read()
     assert outcome.verdict is verdict
     assert outcome.loss_scale == scale
+
+
+def examine(detector: SpikeDetector, norm: float, loss: float = 1.0, found_inf: float = 0.0) -> tuple[bool, float]:
+    spike, highest = detector.examine(torch.tensor(loss), torch.tensor(norm), torch.tensor(found_inf))
+    return bool(spike), highest.item()
+
+
+def detector_with_history(windows: int = 200, policy: Literal["skip", "clip", "off"] = "skip") -> SpikeDetector:
+    """Log-normal norms around 1, deviation 0.3."""
+    generator = torch.Generator().manual_seed(0)
+    detector = SpikeDetector(policy, torch.device("cpu"))
+    for value in torch.randn(windows, generator=generator).mul(0.3).exp().tolist():
+        examine(detector, value)
+    return detector
+
+
+def test_spike_is_found_and_an_ordinary_norm_is_not() -> None:
+    detector = detector_with_history()
+    assert examine(detector, 2.0)[0] is False
+    assert examine(detector, 20.0)[0] is True
+    assert examine(detector, 1.0)[0] is False
+
+
+def test_height_of_the_clip_tier_lies_between_ordinary_norms_and_spikes() -> None:
+    highest = examine(detector_with_history(), 1.0)[1]
+    assert 1.7 < highest < 2.7  # exp(2.5 x 0.3) = 2.1
+    assert examine(detector_with_history(windows=10), 1.0)[1] == math.inf
+
+
+def test_without_a_history_ten_times_the_largest_so_far_is_a_spike() -> None:
+    detector = SpikeDetector("skip", torch.device("cpu"))
+    assert [examine(detector, norm)[0] for norm in (1.0, 2.0, 1.5, 1.0, 19.0)] == [False] * 5
+    assert examine(detector, 200.0)[0] is True
+    assert examine(SpikeDetector("skip", torch.device("cpu")), 1e6)[0] is False
+
+
+@given(bad=st.sampled_from([math.nan, math.inf]), windows=st.sampled_from([0, 3, 100]))
+def test_one_bad_number_does_not_enter_the_statistics(bad: float, windows: int) -> None:
+    detector = detector_with_history(windows)
+    before = detector.state_dict()
+    for arguments in ({"norm": bad}, {"norm": 1.0, "loss": bad}, {"norm": 1.0, "found_inf": 1.0}):
+        assert examine(detector, **arguments)[0] is False
+        assert detector.state_dict() == before
+    assert all(math.isfinite(value) for value in before.values())
+
+
+def test_a_level_that_rises_for_good_is_accepted_in_the_end() -> None:
+    detector = detector_with_history()
+    verdicts = [examine(detector, 20.0)[0] for _ in range(100)]
+    assert verdicts[0] is True
+    assert 3 < sum(verdicts) < 60
+    assert not any(verdicts[60:])
+
+
+def test_policy_clip_skips_nothing_and_off_takes_no_notice() -> None:
+    clip, off = detector_with_history(policy="clip"), detector_with_history(policy="off")
+    spike, highest = examine(clip, 50.0)
+    assert (spike, highest < 3) == (False, True)
+    assert examine(off, 50.0) == (False, math.inf)
+
+
+def test_detector_survives_a_round_trip() -> None:
+    first, second = detector_with_history(), SpikeDetector("skip", torch.device("cpu"))
+    second.load_state_dict(first.state_dict())
+    for norm in (1.0, 3.0, 30.0, 0.5):
+        assert examine(first, norm) == examine(second, norm)
+    assert first.state_dict() == second.state_dict()
+
+
+@pytest.mark.parametrize(("sigma", "least_caught"), [(0.2, 0.95), (0.4, 0.95), (0.7, 0.60)])
+def test_spikes_of_twenty_times_are_caught_and_false_alarms_are_rare(sigma: float, least_caught: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    norms = torch.randn(20_000, generator=generator).mul(sigma)
+    where = torch.randperm(19_800, generator=generator)[:60] + 200
+    norms[where] += math.log(20)
+    detector = SpikeDetector("skip", torch.device("cpu"))
+    found = {index for index, norm in enumerate(norms.exp().tolist()) if examine(detector, norm)[0]}
+    spikes = set(where.tolist())
+    assert len(found & spikes) / 60 >= least_caught
+    assert len(found - spikes) / 20_000 <= 0.0005

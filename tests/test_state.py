@@ -7,7 +7,7 @@ from torch import nn
 
 from training.optim import Ema, build_optimizer, set_learning_rates
 from training.precision import resolve_precision
-from training.stability import StepVerdict, WindowOutcome
+from training.stability import SpikeDetector, StepVerdict, WindowOutcome
 from training.stages import ScalerSettings
 from training.state import EpochStats, Progress, TrainState
 
@@ -17,7 +17,8 @@ def new_state(width: int = 4, ema: bool = True) -> TrainState:
     optimizer = build_optimizer(model["decoder"], model["backbone"], weight_decay=0.1)
     set_learning_rates(optimizer, 0.1, 0.1)
     scaler = resolve_precision("fp32", torch.device("cpu")).new_scaler(ScalerSettings())
-    return TrainState(model, optimizer, scaler, Ema(model, 0.9) if ema else None)
+    detector = SpikeDetector("skip", torch.device("cpu"))
+    return TrainState(model, optimizer, scaler, detector, Ema(model, 0.9) if ema else None)
 
 
 def train_a_little(state: TrainState) -> None:
@@ -27,6 +28,7 @@ def train_a_little(state: TrainState) -> None:
         state.optimizer.step()
         if state.ema is not None:
             state.ema.update(state.model, {})
+    state.detector.examine(torch.tensor(1.0), torch.tensor(2.0), torch.tensor(0.0))
     state.progress = Progress(stage=2, epoch=3, window=1, global_window=17, samples_seen=99, best_iou=0.5, best_epoch=2)
     state.epoch_stats.add(WindowOutcome(StepVerdict.APPLIED, 1.0, 2.0, 1.0), large_norm=9)
 

@@ -551,6 +551,40 @@ def test_fp16_overflow_is_survived_where_a_loop_that_raises_would_have_died(fini
     assert raises_at == (overflows[0]["epoch"], overflows[0]["window"]) == (1, 1)
 
 
+@pytest.mark.parametrize("policy", ["skip", "clip", "off"])
+def test_spike_is_skipped_told_and_leaves_no_trace(
+    tiny_argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], policy: str
+) -> None:
+    """A loss 10,000 times too high in epoch 2, window 3: finite, and far above everything before."""
+    calls = 0
+
+    def spiking(*args: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return deep_supervision_loss(*args) * (1e4 if calls in (17, 18, 19) else 1)
+
+    states: list[dict[str, Any]] = []
+    original = train_ultimate.gated_step
+
+    def watch(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+        states.append(copy.deepcopy(optimizer.state_dict()["state"]))
+        original(optimizer, skip)
+        states.append(copy.deepcopy(optimizer.state_dict()["state"]))
+
+    monkeypatch.setattr(train_ultimate, "deep_supervision_loss", spiking)
+    monkeypatch.setattr(train_ultimate, "gated_step", watch)
+    assert main(tiny_argv("--spike-policy", policy, "--epochs", "2")) == 0
+    windows = read_events(tmp_path / "run", "window")
+    assert windows[6]["grad_norm"] > 1000
+    skips = policy == "skip"
+    assert [window["verdict"] for window in windows] == ["applied"] * 6 + ["spike" if skips else "applied", "applied"]
+    assert ("Window 3 skipped: gradient norm" in capsys.readouterr().out) == skips
+    assert (differing_tensors(states[12], states[13]) == []) == skips
+    assert read_events(tmp_path / "run", "epoch")[1]["skipped"] == int(skips)
+    updates = read_checkpoint(tmp_path / "run" / "epoch_0002.pth")["ema"]["num_updates"]
+    assert updates == (7 if skips else 8)
+
+
 def test_average_takes_in_applied_windows_only(finished: Path) -> None:
     run = with_scale(prepare_again(finished, precision="fp16"), 2.0**24)
     run_stage(run, run.stages[0])

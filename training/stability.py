@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ class StepVerdict(StrEnum):
     OVERFLOW = "overflow"  # fp16 scaling met its ceiling: routine, the scale is halved and training goes on
     NONFINITE_LOSS = "nonfinite_loss"
     NONFINITE_GRAD = "nonfinite_grad"  # loss scaling does not explain it
+    SPIKE = "spike"  # finite, but far outside the gradient norm's own history
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,89 @@ class WindowOutcome:
     loss_scale: float
 
 
-def should_skip(loss: Tensor, grad_norm: Tensor, found_inf: Tensor) -> Tensor:
+def should_skip(loss: Tensor, grad_norm: Tensor, found_inf: Tensor, spike: Tensor) -> Tensor:
     """1.0 where the update must not be applied, else 0.0; scalars on the device, no host sync.
 
     The norm is looked at beside the scaler's flag: finite gradients can have an infinite norm, clipping by it turns
     them to zeros, and AdamW would then move the weights by its momentum alone.
     """
-    bad = (found_inf > 0) | ~torch.isfinite(grad_norm) | ~torch.isfinite(loss)
-    return bad.to(torch.float32)
+    return (_not_finite(loss, grad_norm, found_inf) | (spike > 0)).to(torch.float32)
+
+
+def _not_finite(loss: Tensor, grad_norm: Tensor, found_inf: Tensor) -> Tensor:
+    return (found_inf > 0) | ~torch.isfinite(grad_norm) | ~torch.isfinite(loss)
+
+
+class SpikeDetector:
+    """Finds gradient norms far outside their own history, on the device, window by window.
+
+    Norms are skewed and their level drifts by orders of magnitude over a run, so the statistics are those of the
+    logarithm: an exponential mean and variance. Two tiers: above ``CLIP_SIGMAS`` a gradient is scaled down to that
+    height (Kumar et al., "ZClip", 2025); above ``SKIP_SIGMAS`` it is a spike. Until there is a history, a norm ten
+    times the largest so far is one (as in Megatron-LM).
+
+    A value enters the statistics limited to ``LIMIT_SIGMAS``, so that one spike does not widen them; one that is not
+    finite does not enter at all. A level that has risen for good is accepted within some dozens of windows: each widens
+    the variance a little.
+    """
+
+    CLIP_SIGMAS, SKIP_SIGMAS, LIMIT_SIGMAS = 2.5, 3.8, 3.0
+    DECAY = 0.99
+    WARMUP_WINDOWS = 64  # before this, the comparison with the largest norm so far
+    LEAST_WINDOWS = 4  # before this, nothing is a spike
+    LEAST_DEVIATION = 0.05
+    FACTOR_OVER_LARGEST = 10.0
+
+    def __init__(self, policy: Literal["skip", "clip", "off"], device: torch.device) -> None:
+        self.policy = policy
+        self.reset(device)
+
+    def reset(self, device: torch.device) -> None:
+        """Forget: at a stage's border the norm becomes that of other parameters."""
+        self._count, self._mean, self._variance, self._largest = torch.zeros(4, device=device).unbind()
+
+    def examine(self, loss: Tensor, grad_norm: Tensor, found_inf: Tensor) -> tuple[Tensor, Tensor]:
+        """Judge a window's norm by those before it, then take it in.
+
+        Shape:
+            scalars on the device; nothing waits for them.
+
+        Returns:
+            spike: 1.0 or 0.0.
+            highest: the norm that this window's gradient should be limited to; infinite without a history.
+        """
+        if self.policy == "off":
+            return torch.zeros_like(grad_norm), torch.full_like(grad_norm, math.inf)
+        usable = ~_not_finite(loss, grad_norm, found_inf)
+        value = torch.where(usable, grad_norm, 1.0).clamp(min=1e-20).log()
+        deviation = self._variance.sqrt().clamp(min=self.LEAST_DEVIATION)
+        warm = self._count >= self.WARMUP_WINDOWS
+        over_history = value > self._mean + self.SKIP_SIGMAS * deviation
+        over_largest = value > self._largest + math.log(self.FACTOR_OVER_LARGEST)
+        spike = usable & torch.where(warm, over_history, over_largest & (self._count >= self.LEAST_WINDOWS))
+        highest = torch.where(warm, self._mean + self.CLIP_SIGMAS * deviation, math.inf).exp()
+
+        reach = self.LIMIT_SIGMAS * deviation
+        limited = torch.where(warm, value.clamp(self._mean - reach, self._mean + reach), value)
+        limited = torch.where(spike & ~warm, self._largest + math.log(2), limited)
+        decay = (1 - 1 / (self._count + 1)).clamp(max=self.DECAY)
+        step = limited - self._mean
+        self._keep(usable, "_largest", torch.where(self._count > 0, torch.maximum(self._largest, limited), limited))
+        self._keep(usable, "_mean", self._mean + (1 - decay) * step)
+        self._keep(usable, "_variance", decay * (self._variance + (1 - decay) * step.square()))
+        self._keep(usable, "_count", self._count + 1)
+        return (spike if self.policy == "skip" else torch.zeros_like(spike)).to(torch.float32), highest
+
+    def _keep(self, usable: Tensor, name: str, value: Tensor) -> None:
+        setattr(self, name, torch.where(usable, value, getattr(self, name)))  # never value * 0: NaN * 0 is NaN
+
+    def state_dict(self) -> dict[str, Tensor]:
+        names = ("_count", "_mean", "_variance", "_largest")
+        return {name[1:]: getattr(self, name).clone() for name in names}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, value in state.items():
+            setattr(self, f"_{name}", value.to(self._count.device))
 
 
 def gated_step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
@@ -88,20 +165,20 @@ class PendingWindow:
     """A window whose numbers are on their way to the host.
 
     Args:
-        loss, grad_norm, found_inf, loss_scale: scalars on the device.
+        loss, grad_norm, found_inf, spike, loss_scale: scalars on the device.
         number: the window's number in its epoch, from 1.
         lr: the decoder's learning rate in it.
         sample_indices: the samples it was made of.
     """
 
     def __init__(
-        self, loss: Tensor, grad_norm: Tensor, found_inf: Tensor, loss_scale: Tensor, number: int, lr: float,
-        sample_indices: Sequence[int],
+        self, loss: Tensor, grad_norm: Tensor, found_inf: Tensor, spike: Tensor, loss_scale: Tensor, number: int,
+        lr: float, sample_indices: Sequence[int],
     ) -> None:  # fmt: skip
         self.number = number
         self.lr = lr
         self.sample_indices = sample_indices
-        packed = torch.stack([value.to(torch.float32) for value in (loss, grad_norm, found_inf, loss_scale)])
+        packed = torch.stack([value.to(torch.float32) for value in (loss, grad_norm, found_inf, spike, loss_scale)])
         self._arrived: torch.cuda.Event | None = None
         if packed.is_cuda:
             self._values = torch.empty(packed.shape, pin_memory=True).copy_(packed, non_blocking=True)
@@ -114,15 +191,16 @@ class PendingWindow:
         """The numbers and their verdict. Waits for this window's step alone, not for work queued after it."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        loss, grad_norm, found_inf, loss_scale = self._values.tolist()
-        return WindowOutcome(_verdict(loss, grad_norm, found_inf > 0, loss_scale), loss, grad_norm, loss_scale)
+        loss, grad_norm, found_inf, spike, loss_scale = self._values.tolist()
+        verdict = _verdict(loss, grad_norm, found_inf > 0, spike > 0, loss_scale)
+        return WindowOutcome(verdict, loss, grad_norm, loss_scale)
 
 
-def _verdict(loss: float, grad_norm: float, found_inf: bool, loss_scale: float) -> StepVerdict:
+def _verdict(loss: float, grad_norm: float, found_inf: bool, spike: bool, loss_scale: float) -> StepVerdict:
     if not math.isfinite(loss):
         return StepVerdict.NONFINITE_LOSS  # losses are computed unscaled: no scale explains it
     if found_inf and loss_scale > 1:
         return StepVerdict.OVERFLOW
     if found_inf or not math.isfinite(grad_norm):
         return StepVerdict.NONFINITE_GRAD
-    return StepVerdict.APPLIED
+    return StepVerdict.SPIKE if spike else StepVerdict.APPLIED

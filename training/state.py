@@ -1,6 +1,7 @@
 """Everything that training changes, in one place, with its way into a checkpoint and back."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -8,8 +9,9 @@ import torch
 from torch import nn
 
 from training.optim import Ema, load_optimizer_state
-from training.precision import LossScaler
-from training.stability import StepVerdict, WindowOutcome
+from training.precision import LossScaler, Precision
+from training.stability import SpikeDetector, StepVerdict, WindowOutcome
+from training.stages import Stage
 
 
 @dataclass
@@ -67,7 +69,7 @@ class EpochStats:
 
 @dataclass
 class TrainState:
-    """Model, optimizer, scaler, weight average and progress of a run.
+    """Model, optimizer, scaler, spike detector, weight average and progress of a run.
 
     Not saved, because settings and progress determine them: the learning rate, the order of samples, augmentation, the
     stage's scaler settings. Dropout and drop-path draw from torch's generators, whose states are saved.
@@ -76,6 +78,7 @@ class TrainState:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: LossScaler
+    detector: SpikeDetector
     ema: Ema | None
     progress: Progress = field(default_factory=Progress)
     epoch_stats: EpochStats = field(default_factory=EpochStats)
@@ -92,6 +95,7 @@ class TrainState:
             "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "detector": self.detector.state_dict(),
             "progress": asdict(self.progress),
             "epoch_stats": asdict(self.epoch_stats),
             "rng": {
@@ -101,7 +105,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore all but the scaler, whose settings are the stage's: see ``LossScaler.resume``.
+        """Restore all but the scaler, whose settings are the stage's: ``resume`` does that.
 
         Raises:
             ValueError: the weights or moments are those of another network.
@@ -115,9 +119,42 @@ class TrainState:
                 self.ema.module.load_state_dict(state["model"])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(line.strip() for line in str(error).splitlines()[:2])[:300]
-            raise ValueError(f"its weights do not fit this network ({reason})") from error
+            raise ValueError(f"the checkpoint's weights do not fit this network ({reason})") from error
+        self.detector.load_state_dict(state["detector"])
         self.progress = Progress(**state["progress"])
         self.epoch_stats = EpochStats(**state["epoch_stats"])
         torch.set_rng_state(state["rng"]["cpu"])
         if torch.cuda.is_available() and len(state["rng"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+
+
+def resume(
+    state: TrainState, checkpoint: dict[str, Any], config: dict[str, Any], stages: Sequence[Stage], precision: Precision
+) -> None:
+    """Put a run back where its checkpoint left it, and print what is not as it was.
+
+    At the border of two stages nothing is taken from the first one's scaler: the next brings its own.
+
+    Args:
+        state: freshly built.
+        checkpoint: a verified one, with the "config" of the run that wrote it.
+        config: that of this run: "settings", "precision" in use, fingerprint of the "data".
+        stages: of this run.
+        precision: of this run.
+
+    Raises:
+        ValueError: the weights are those of another network.
+    """
+    state.load_state_dict(checkpoint)
+    for stage in stages:
+        if stage.number == state.progress.stage:
+            state.scaler = precision.new_scaler(stage.scaler)
+            state.scaler.resume(checkpoint["scaler"])
+    before, now = checkpoint["config"], config
+    # An epoch under way goes on at the same sample, also where a window now holds more of them or fewer.
+    samples_done = state.progress.window * before["settings"]["batch_size"] * before["settings"]["accumulation_steps"]
+    state.progress.window = samples_done // (now["settings"]["batch_size"] * now["settings"]["accumulation_steps"])
+    if before["precision"] != now["precision"]:
+        print(f"precision in use: {before['precision']} -> {now['precision']}")
+    if before["data"] != now["data"]:
+        print("Warning: files were added, removed or changed since the checkpoint was written")
