@@ -400,7 +400,7 @@ def prepare(argv: Sequence[str] | None) -> Run:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done; 2 bad usage or input; 3 diverged; 130 / 143 stopped by SIGINT / SIGTERM."""
+    """Returns the exit code: 0 done; 1 a bug; 2 bad usage or input; 3 diverged; 130 / 143 stopped by a signal."""
     try:
         run = prepare(argv)
     except (ValueError, OSError) as error:
