@@ -85,9 +85,7 @@ def load_image(path: Path, size: int) -> Tensor:
     try:
         with Image.open(path) as file:
             image = _to_rgb(ImageOps.exif_transpose(file)).resize((size, size), Image.Resampling.BILINEAR)
-    except (
-        Exception
-    ) as error:  # Pillow's plug-ins raise anything for a damaged file, TypeError and struct.error included
+    except Exception as error:  # Pillow's plug-ins raise anything for a damaged file, TypeError included
         raise ValueError(_decode_message(path, error)) from error
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 

@@ -26,18 +26,23 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def tiny_arguments(dataset: Path, checkpoint_dir: str | Path, *extra: str) -> list[str]:
+    """Arguments of ``train`` on the tiny data set: 2 + 2 epochs of 4 windows, the last of which is short."""
+    return [
+        *("train", "--dataset-path", str(dataset), "--checkpoint-dir", str(checkpoint_dir)),
+        *("--backbone", "test_efficientnet", "--no-pretrained", "--decoder-channels", "16", "--img-size", "64"),
+        *("--batch-size", "2", "--accumulation-steps", "3", "--epochs", "4", "--stage1-epochs", "2"),
+        *("--lr", "0.002", "--num-workers", "0", "--precision", "fp32", "--device", "cpu"),
+        *extra,
+    ]
+
+
 @pytest.fixture
 def tiny_argv(tiny_dataset: Path, tmp_path: Path) -> Argv:
-    """Arguments of ``train`` on the tiny data set: 2 + 2 epochs of 4 windows, the last of which is short."""
+    """``tiny_arguments`` with a checkpoint directory of the test's own."""
 
     def build(*extra: str, checkpoint_dir: str | Path = tmp_path / "run") -> list[str]:
-        return [
-            *("train", "--dataset-path", str(tiny_dataset), "--checkpoint-dir", str(checkpoint_dir)),
-            *("--backbone", "test_efficientnet", "--no-pretrained", "--decoder-channels", "16", "--img-size", "64"),
-            *("--batch-size", "2", "--accumulation-steps", "3", "--epochs", "4", "--stage1-epochs", "2"),
-            *("--lr", "0.002", "--num-workers", "0", "--precision", "fp32", "--device", "cpu"),
-            *extra,
-        ]
+        return tiny_arguments(tiny_dataset, checkpoint_dir, *extra)
 
     return build
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHARED, Argv, differing_tensors, needs_shared, read_events
+from conftest import SHARED, Argv, differing_tensors, needs_shared, read_events, tiny_arguments
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -45,13 +45,7 @@ def final_state(directory: Path, name: str = "epoch_0004.pth") -> dict[str, Any]
 def finished(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoint directory of an undisturbed run of two stages."""
     directory = tmp_path_factory.mktemp("finished")
-    arguments = [
-        *("train", "--dataset-path", str(tiny_dataset), "--checkpoint-dir", str(directory)),
-        *("--backbone", "test_efficientnet", "--no-pretrained", "--decoder-channels", "16", "--img-size", "64"),
-        *("--batch-size", "2", "--accumulation-steps", "3", "--epochs", "4", "--stage1-epochs", "2"),
-        *("--lr", "0.002", "--num-workers", "0", "--precision", "fp32", "--device", "cpu", "--keep-checkpoints", "9"),
-    ]
-    assert main(arguments) == 0
+    assert main(tiny_arguments(tiny_dataset, directory, "--keep-checkpoints", "9")) == 0
     return directory
 
 

@@ -62,7 +62,7 @@ class CheckpointStore:
         found: list[tuple[int, Path]] = []
         for path in self.files():
             try:
-                found.append((_load(path, mmap=True)["progress"]["global_window"], path))
+                found.append((_windows_done(path), path))
             except CheckpointError as error:
                 print(f"Passed over {error}")
         for _, path in sorted(found, reverse=True):
@@ -77,7 +77,7 @@ class CheckpointStore:
         renamed = []
         for path in self.files():
             try:
-                further_on = _load(path, mmap=True)["progress"]["global_window"] > global_window
+                further_on = _windows_done(path) > global_window
             except CheckpointError:
                 continue  # damaged: never chosen anyway
             if further_on:
@@ -172,6 +172,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def _windows_done(path: Path) -> int:
+    """How far a checkpoint is, without reading its tensors: with ``mmap`` they stay on disk."""
+    _require_archive(path)
+    return _load(path, mmap=True)["progress"]["global_window"]
+
+
 def _require_archive(path: Path) -> None:
     if not path.is_file():
         folder = f" but a folder; --resume auto --checkpoint-dir {path} takes its newest" if path.is_dir() else ""
@@ -181,8 +187,6 @@ def _require_archive(path: Path) -> None:
 
 
 def _load(path: Path, mmap: bool) -> dict[str, Any]:
-    """With ``mmap``, tensors stay on disk: for looking at the numbers beside them."""
-    _require_archive(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged archives raise anything from OSError to UnpicklingError and RuntimeError

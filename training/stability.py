@@ -73,7 +73,7 @@ class SpikeDetector:
 
     def reset(self, device: torch.device) -> None:
         """Forget: at a stage's border the norm becomes that of other parameters."""
-        self._count, self._mean, self._variance, self._largest = torch.zeros(4, device=device).unbind()
+        self._statistics = torch.zeros(4, device=device)  # count, mean, variance and largest of the logarithms
 
     def examine(self, loss: Tensor, grad_norm: Tensor, found_inf: Tensor) -> tuple[Tensor, Tensor]:
         """Judge a window's norm by those before it, then take it in.
@@ -87,36 +87,33 @@ class SpikeDetector:
         """
         if self.policy == "off":
             return torch.zeros_like(grad_norm), torch.full_like(grad_norm, math.inf)
+        count, mean, variance, largest = self._statistics.unbind()
         usable = ~_not_finite(loss, grad_norm, found_inf)
         value = torch.where(usable, grad_norm, 1.0).clamp(min=1e-20).log()
-        deviation = self._variance.sqrt().clamp(min=self.LEAST_DEVIATION)
-        warm = self._count >= self.WARMUP_WINDOWS
-        over_history = value > self._mean + self.SKIP_SIGMAS * deviation
-        over_largest = value > self._largest + math.log(self.FACTOR_OVER_LARGEST)
-        spike = usable & torch.where(warm, over_history, over_largest & (self._count >= self.LEAST_WINDOWS))
-        highest = torch.where(warm, self._mean + self.CLIP_SIGMAS * deviation, math.inf).exp()
+        deviation = variance.sqrt().clamp(min=self.LEAST_DEVIATION)
+        warm = count >= self.WARMUP_WINDOWS
+        over_history = value > mean + self.SKIP_SIGMAS * deviation
+        over_largest = value > largest + math.log(self.FACTOR_OVER_LARGEST)
+        spike = usable & torch.where(warm, over_history, over_largest & (count >= self.LEAST_WINDOWS))
+        highest = torch.where(warm, mean + self.CLIP_SIGMAS * deviation, math.inf).exp()
 
         reach = self.LIMIT_SIGMAS * deviation
-        limited = torch.where(warm, value.clamp(self._mean - reach, self._mean + reach), value)
-        limited = torch.where(spike & ~warm, self._largest + math.log(2), limited)
-        decay = (1 - 1 / (self._count + 1)).clamp(max=self.DECAY)
-        step = limited - self._mean
-        self._keep(usable, "_largest", torch.where(self._count > 0, torch.maximum(self._largest, limited), limited))
-        self._keep(usable, "_mean", self._mean + (1 - decay) * step)
-        self._keep(usable, "_variance", decay * (self._variance + (1 - decay) * step.square()))
-        self._keep(usable, "_count", self._count + 1)
+        limited = torch.where(warm, value.clamp(mean - reach, mean + reach), value)
+        limited = torch.where(spike & ~warm, largest + math.log(2), limited)
+        decay = (1 - 1 / (count + 1)).clamp(max=self.DECAY)
+        step = limited - mean
+        mean = mean + (1 - decay) * step
+        variance = decay * (variance + (1 - decay) * step.square())
+        largest = torch.where(count > 0, torch.maximum(largest, limited), limited)
+        updated = torch.stack([count + 1, mean, variance, largest])
+        self._statistics = torch.where(usable, updated, self._statistics)  # never * 0: NaN * 0 is NaN
         return (spike if self.policy == "skip" else torch.zeros_like(spike)).to(torch.float32), highest
 
-    def _keep(self, usable: Tensor, name: str, value: Tensor) -> None:
-        setattr(self, name, torch.where(usable, value, getattr(self, name)))  # never value * 0: NaN * 0 is NaN
-
     def state_dict(self) -> dict[str, Tensor]:
-        names = ("_count", "_mean", "_variance", "_largest")
-        return {name[1:]: getattr(self, name).clone() for name in names}
+        return {"statistics": self._statistics.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, value in state.items():
-            setattr(self, f"_{name}", value.to(self._count.device))
+        self._statistics = state["statistics"].to(self._statistics.device)
 
 
 def gated_step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
@@ -148,7 +145,6 @@ class BufferGuard:
             for name, buffer in module.named_buffers(recurse=False)
         }
         self.at_start: dict[str, Tensor] = {}
-        self.begin_window()
 
     @torch.no_grad()
     def begin_window(self) -> None:
