@@ -15,7 +15,7 @@ DEMO_DEFAULTS = {
     "backbone_lr_scale": 1.0, "grad_clip": 2.0, "ema_decay": 0.98,
 }  # fmt: skip
 
-NOT_RESUMED = ("command", "resume", "checkpoint_dir")  # these belong to one invocation, not to the run
+NOT_RESUMED = ("command", "resume", "checkpoint_dir", "drill")  # these belong to one invocation, not to the run
 FIXED_AT_START = ("backbone", "decoder_channels")  # they decide the shapes in a checkpoint
 # Of no use once a checkpoint brings the weights and the list of images to validate on.
 ONLY_AT_START = ("pretrained", "backbone_weights", "val_fraction")
@@ -57,7 +57,14 @@ def parse(argv: Sequence[str] | None, saved: dict[str, Any] | None = None) -> ar
         _add_training_flags(command)
         command.set_defaults(**defaults)
         command.set_defaults(**{key: value for key, value in (saved or {}).items() if key not in NOT_RESUMED})
+    replay = commands.add_parser("replay", help="run an incident's window again and say what was at fault")
+    replay.add_argument("incident", metavar="INCIDENT_DIR", help="a folder from a run's incidents/, or a copy of one")
+    replay.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one"
+    )
     args = parser.parse_args(argv)
+    if args.command not in ("train", "demo"):
+        return args
     if args.checkpoint_dir is None:
         beside = str(Path(args.resume).parent) if args.resume not in (None, "auto") else None
         fresh = time.strftime("demo-runs/%Y%m%d-%H%M%S") if args.command == "demo" else "./checkpoints"
@@ -72,7 +79,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        told = "default" in text or action.default in (None, False, argparse.SUPPRESS)
+        told = "default" in text or action.default in (None, False, [], argparse.SUPPRESS)
         return text if told else text + " (default: %(default)s)"
 
 
@@ -109,6 +116,11 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
          help="gradients of a larger norm are scaled down to it; 0.3 for unstable runs")
     flag("--spike-policy", choices=("skip", "clip", "off"), default="skip",
          help="a gradient norm far above its own history: skip the window, only clip it, or take no notice")
+    flag("--max-rollbacks", type=_whole(0), default=3,
+         help="returns to an earlier state, in a row, before the run goes on in fp32 and then gives up; 0: never")
+    flag("--drill", metavar="KIND@WINDOW[xCOUNT]", action="append", default=[],
+         help="rehearse a fault at a window of the run, in COUNT attempts in a row; KIND is nan-loss, inf-grad, spike, "
+         "overflow, nan-weight, bad-sample or kill; may be given several times")
     flag("--precision", choices=("auto", "fp16", "bf16", "fp32"), default="auto",
          help="number format of the forward pass; auto: bf16 where the hardware has it, else fp16 on CUDA, fp32 on CPU")
     flag("--seed", type=_whole(0, 2**63 - 1), default=42, help="decides split, order, augmentation and initial weights")

@@ -15,7 +15,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,30 +28,24 @@ from tqdm import tqdm
 
 import cli
 import metrics
-from data.dataset import Batch, require_image_headers
-from data.layouts import Pair, describe, find_subsets, fingerprint, split_as_before, split_validation, training_pairs
+from builders import build_network, build_pairs, build_stages
+from commands.replay import replay
+from data.dataset import Batch
+from data.layouts import Pair, fingerprint
 from data.loading import UnreadableDataError, decoded, to_device, training_loader, validation_loader, windows
-from data.synthetic import write_synthetic_dataset
-from losses import deep_supervision_loss
-from models import CamouflageSegmenter, build_model
-from training.checkpoint import CheckpointError, CheckpointStore, find_checkpoint
+from data.sampler import derive_seed
+from models import CamouflageSegmenter
+from recovery import Recovery, RecoverySpentError
+from training.checkpoint import CheckpointStore, find_checkpoint
+from training.drill import Drill
 from training.interrupt import StopRequest
-from training.optim import Ema, build_optimizer, gradient_norm, set_learning_rates
+from training.optim import Ema, build_optimizer, fresh_moments, gradient_norm, set_learning_rates
 from training.precision import Precision, resolve_device, resolve_precision, use_deterministic_algorithms
 from training.runlog import RunLog, environment, write_json
-from training.stability import (
-    BufferGuard,
-    PendingWindow,
-    SpikeDetector,
-    StepVerdict,
-    WindowOutcome,
-    gated_step,
-    should_skip,
-)
-from training.stages import CONSERVATIVE_SCALER, Stage, cosine_ramp, learning_rate
+from training.stability import BufferGuard, PendingOutcome, SpikeDetector, StepVerdict, gated_step, should_skip
+from training.stages import Stage, cosine_ramp, learning_rate
 from training.state import EpochStats, TrainState, resume
-
-SYNTHETIC_TRAIN_IMAGES, SYNTHETIC_TEST_IMAGES = 640, 64
+from window import Window, WindowFeed, accumulate_gradients
 
 
 class StoppedError(Exception):
@@ -77,113 +71,121 @@ class Run:
     state: TrainState
     store: CheckpointStore
     log: RunLog
+    recovery: Recovery
+    drills: list[Drill]
     stop: StopRequest
 
-    def snapshot(self) -> dict[str, Any]:
+    def checkpoint(self) -> dict[str, Any]:
         return {"config": self.config, **self.state.state_dict()}
+
+    @property
+    def precision_in_use(self) -> Precision:
+        return self.precision.full() if self.state.ladder.full_precision else self.precision
 
 
 def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
     """Train what is left of the epoch under way, or up to a stop request; sums go to ``state.epoch_stats``.
 
-    The host waits for the device once a window, for numbers one window old: see ``PendingWindow``.
+    The host waits for the device once a window, for numbers one window old: see ``PendingOutcome``. Where they show
+    that a window was not applied, recovery may want it to be run again: then the gradient under way is dropped, and
+    both windows come anew, in their order.
 
     Raises:
-        StoppedError: a loss or gradient norm is not finite and loss scaling does not explain it.
+        RecoverySpentError: training does not get on, whatever recovery has tried.
         UnreadableDataError: an image or mask cannot be decoded.
     """
     state, progress, stats = run.state, run.state.progress, run.state.epoch_stats
     parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
-    windows_per_epoch = math.ceil(len(loader) / stage.accumulation_steps)
-    first_window_of_epoch = (progress.epoch - stage.first_epoch) * windows_per_epoch
+    num_windows = math.ceil(len(loader) / stage.accumulation_steps)
     state.model.train()
     guard = BufferGuard(state.model)
-    pending: PendingWindow | None = None
+    feed = WindowFeed(epoch_windows(run, stage, loader, num_windows), run.drills)
+    pending: tuple[Window, PendingOutcome] | None = None
     start = time.perf_counter()
-    bar = tqdm(desc=f"Epoch {progress.epoch + 1}/{run.args.epochs}", total=windows_per_epoch, initial=progress.window,
+    bar = tqdm(desc=f"Epoch {progress.epoch + 1}/{run.args.epochs}", total=num_windows, initial=progress.window,
                unit="window", disable=None)  # fmt: skip
-    for batches in windows(loader, stage.accumulation_steps, progress.epoch, progress.window):
-        lr = learning_rate(stage, first_window_of_epoch + progress.window, stage.num_epochs * windows_per_epoch)
-        set_learning_rates(state.optimizer, lr, stage.backbone_lr_scale)
-        uncertainty_weight = cosine_ramp((progress.epoch + progress.window / windows_per_epoch) / run.args.epochs)
-        samples = [index for batch in batches for index in batch.indices.tolist()]
+    while (window := feed.take(stop=run.stop.signal_number is not None)) is not None or pending is not None:
+        now = time.perf_counter()
         guard.begin_window()
-        loss = torch.zeros((), device=run.device)
-        for batch in batches:
-            images, masks = to_device(batch, run.device, run.memory_format)
-            with run.precision.autocast():
-                side_logits = state.model(images)
-            # Divided by the samples this window really has: the short last one, too, equals one large batch.
-            batch_loss = deep_supervision_loss(side_logits, masks, uncertainty_weight) * (len(images) / len(samples))
-            state.scaler.scale(batch_loss).backward()
-            loss += batch_loss.detach()
-
+        loss = accumulate_gradients(state.model, window) if window is not None else None
         if pending is not None:  # before the step: the average takes in the weights as that window left them
-            settle_window(run, stage, pending, guard, bar)
+            again, pending = settle_window(run, stage, *pending, guard, bar), None
+            if again is not None:
+                feed.put_back([*again, *([window] if window is not None else [])])
+                state.ladder.seconds_lost += time.perf_counter() - now
+                continue
+        if window is None or loss is None:
+            continue
 
-        state.scaler.unscale_(state.optimizer)
+        if window.drill is not None:
+            window.drill.strike(parameters)
+        window.scaler.unscale_(state.optimizer)
         grad_norm = gradient_norm(parameters)
-        found_inf, loss_scale = state.scaler.found_inf(state.optimizer, loss), state.scaler.current_scale(loss)
+        found_inf, loss_scale = window.scaler.found_inf(state.optimizer, loss), window.scaler.current_scale(loss)
         spike, highest = state.detector.examine(loss, grad_norm, found_inf)
         # Clips to the lower of --grad-clip and the detector's height, which is on the device: a float would be a sync.
         relative_norm = grad_norm * (run.args.grad_clip / highest.clamp(max=run.args.grad_clip))
         clip_grads_with_norm_(parameters, run.args.grad_clip, relative_norm, foreach=True)
         skip = should_skip(loss, grad_norm, found_inf, spike)
+        set_learning_rates(state.optimizer, window.lr * state.ladder.lr_factor, stage.backbone_lr_scale)
         gated_step(state.optimizer, skip)
         guard.end_window(skip)
-        state.scaler.update()
+        window.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
-
-        progress.window += 1
-        progress.global_window += 1
-        progress.samples_seen += len(samples)
-        stats.num_samples += len(samples)
-        pending = PendingWindow(loss, grad_norm, found_inf, spike, loss_scale, progress.window, lr, samples)
-        bar.update()
-        if run.stop.signal_number is not None:
-            break
-    if pending is not None:
-        guard.begin_window()
-        settle_window(run, stage, pending, guard, bar)
+        pending = window, PendingOutcome(loss, grad_norm, found_inf, spike, loss_scale)
+        if window.attempt == 0:
+            progress.count(window.number, window.global_number, window.num_samples)
+            bar.update()
+        else:
+            state.ladder.seconds_lost += time.perf_counter() - now
     bar.close()
     stats.seconds += time.perf_counter() - start
 
 
-def settle_window(run: Run, stage: Stage, pending: PendingWindow, guard: BufferGuard, bar: "tqdm[NoReturn]") -> None:
-    """Act on a window's verdict: update the weight average, count and log; stop on what must not be trained through."""
+def epoch_windows(run: Run, stage: Stage, loader: DataLoader[Batch], num_windows: int) -> Iterator[Window]:
+    """The windows left in the epoch under way, without quarantined samples; one that has nothing else is left out."""
+    progress, first_global = run.state.progress, run.state.progress.global_window - run.state.progress.window
+    first_of_stage = (progress.epoch - stage.first_epoch) * num_windows
+    batches_of_windows = windows(loader, stage.accumulation_steps, progress.epoch, progress.window)
+    for number, batches in enumerate(batches_of_windows, start=progress.window):
+        window = Window(
+            number=number,
+            global_number=first_global + number + 1,
+            batches=batches,
+            lr=learning_rate(stage, first_of_stage + number, stage.num_epochs * num_windows),
+            uncertainty_weight=cosine_ramp((progress.epoch + number / num_windows) / run.args.epochs),
+            precision=run.precision,
+            scaler=run.state.scaler,
+            memory_format=run.memory_format,
+            seed=derive_seed(run.args.seed, first_global + number + 1),
+        )
+        allowed = [n for n, index in enumerate(window.sample_indices) if not run.recovery.is_quarantined(index)]
+        if allowed:
+            window = window.only(allowed)
+            yield window.in_full_precision() if run.state.ladder.full_precision else window
+
+
+def settle_window(
+    run: Run, stage: Stage, window: Window, pending: PendingOutcome, guard: BufferGuard, bar: "tqdm[NoReturn]"
+) -> list[Window] | None:
+    """Act on a window's verdict: update the weight average, recover, count and log.
+
+    Returns:
+        None to go on; else what is to be run before anything else. The gradient under way has been dropped then.
+    """
     state, stats, outcome = run.state, run.state.epoch_stats, pending.read()
-    stats.add(outcome, large_norm=5 * run.args.grad_clip)
-    stats.lr = pending.lr
+    stats.lr = window.lr * state.ladder.lr_factor
     if outcome.verdict is StepVerdict.APPLIED and state.ema is not None:
         state.ema.update(state.model, guard.at_start)
+    where = {"stage": stage.number, "epoch": state.progress.epoch + 1, "window": window.number + 1}
+    tried = {"attempt": window.attempt + 1, "precision": window.precision.name}
+    run.log.event("window", **where, **tried, lr=stats.lr, **asdict(outcome))
+    again = run.recovery.answer(window, outcome, guard)
+    run_again = any(other.number == window.number for other in again or ())
+    stats.add(outcome, run_again, large_norm=5 * run.args.grad_clip)
     shown = {"loss": f"{outcome.loss:.2f}", "grad": f"{outcome.grad_norm:.3f}"}
     bar.set_postfix(shown | ({"overflows": stats.num_overflows} if stats.num_overflows else {}), refresh=False)
-    where = {"stage": stage.number, "epoch": state.progress.epoch + 1, "window": pending.number}
-    run.log.event("window", **where, lr=pending.lr, **asdict(outcome))
-    if outcome.verdict is StepVerdict.SPIKE:
-        bar.write(f"Window {pending.number} skipped: gradient norm {outcome.grad_norm:.4g} is far above its history")
-    if outcome.verdict in (StepVerdict.NONFINITE_LOSS, StepVerdict.NONFINITE_GRAD):
-        bar.close()
-        stop_on_nonfinite(run, pending, outcome, where)
-
-
-def stop_on_nonfinite(run: Run, pending: PendingWindow, outcome: WindowOutcome, where: dict[str, int]) -> NoReturn:
-    """Save the state, which the window did not touch, and end the run with everything a user needs to go on."""
-    images = [str(run.train_pairs[index].image) for index in pending.sample_indices]
-    try:
-        last_good = run.store.save_step(run.state.progress.global_window, run.snapshot())
-    except CheckpointError as error:  # the weights themselves are not finite, so an older file has to do
-        print(f"Not saved: {error}", file=sys.stderr)
-        last_good = max(run.store.files(), key=lambda path: path.stat().st_mtime, default=None)
-    run.log.event("incident", **where, **asdict(outcome), samples=images, action=f"stopped; last good: {last_good}")
-    raise StoppedError(
-        3,
-        f"{outcome.verdict.replace('_', ' ')} that loss scaling does not explain, in stage {where['stage']}, epoch "
-        f"{where['epoch']}/{run.args.epochs}, window {where['window']}: loss {outcome.loss:.4g}, gradient norm "
-        f"{outcome.grad_norm:.4g}, loss scale {outcome.loss_scale:g}. Its update was not applied; its batches: "
-        f"{', '.join(images[:4])}{f' and {len(images) - 4} more' if len(images) > 4 else ''}\n"
-        f"Last good checkpoint: {last_good or 'none yet'}. Go on from there with: {resume_command(run)}",
-    )
+    return again
 
 
 def stop_if_asked(run: Run) -> None:
@@ -191,7 +193,7 @@ def stop_if_asked(run: Run) -> None:
     number = run.stop.signal_number
     if number is None:
         return
-    saved = run.store.save_step(run.state.progress.global_window, run.snapshot())
+    saved = run.store.save_step(run.state.progress.global_window, run.checkpoint())
     run.log.event("checkpoint", file=saved.name, reason=f"signal {number}")
     raise StoppedError(128 + number, f"stopped by a signal; saved {saved}. Go on with: {resume_command(run)}")
 
@@ -204,7 +206,7 @@ def validate(run: Run, loader: DataLoader[Batch]) -> dict[str, float]:
     for batch in decoded(loader):
         stop_if_asked(run)
         images, masks = to_device(batch, run.device, run.memory_format)
-        with run.precision.autocast():
+        with run.precision_in_use.autocast():
             logits = model(images)[-1]
         probabilities = logits.float().sigmoid()
         for name, values in scores.items():
@@ -216,7 +218,8 @@ def run_stage(run: Run, stage: Stage) -> None:
     """Train, validate and save every epoch of the stage that is still to come.
 
     Raises:
-        StoppedError: by a signal, or by ``train_epoch``.
+        StoppedError: by a signal.
+        RecoverySpentError, UnreadableDataError: see ``train_epoch``.
     """
     state, progress = run.state, run.state.progress
     assert isinstance(state.model, CamouflageSegmenter)
@@ -225,6 +228,8 @@ def run_stage(run: Run, stage: Stage) -> None:
         progress.stage = stage.number
         state.scaler = run.precision.new_scaler(stage.scaler)
         state.detector.reset(run.device)
+    fresh_moments(state.optimizer, everywhere=False)
+    run.recovery.begin_stage()
     num_workers = cli.default_num_workers() if run.args.num_workers is None else run.args.num_workers
     workers = {"num_workers": num_workers, "pin_memory": run.device.type == "cuda"}
     train_loader = training_loader(run.train_pairs, run.args.img_size, stage.batch_size, run.args.seed, **workers)
@@ -235,6 +240,7 @@ def run_stage(run: Run, stage: Stage) -> None:
     while progress.epoch < stage.end_epoch:
         stop_if_asked(run)
         train_epoch(run, stage, train_loader)
+        run.recovery.require_finite_weights()
         stop_if_asked(run)
         finish_epoch(run, stage, validate(run, val_loader))
 
@@ -249,8 +255,8 @@ def finish_epoch(run: Run, stage: Stage, scores: dict[str, float]) -> None:
     if scores["iou"] > progress.best_iou:  # False for NaN
         progress.best_iou, progress.best_epoch = scores["iou"], progress.epoch
         # Ahead of the epoch's own file: a kill between the two resumes from this one, which holds the same state.
-        run.log.event("checkpoint", file=run.store.save_best(run.snapshot()).name, reason="best IoU")
-    run.log.event("checkpoint", file=run.store.save_epoch(progress.epoch, run.snapshot()).name, reason="epoch")
+        run.log.event("checkpoint", file=run.store.save_best(run.checkpoint()).name, reason="best IoU")
+    run.log.event("checkpoint", file=run.store.save_epoch(progress.epoch, run.checkpoint()).name, reason="epoch")
 
 
 def report_epoch(run: Run, stage: Stage, scores: dict[str, float]) -> None:
@@ -271,7 +277,7 @@ def report_epoch(run: Run, stage: Stage, scores: dict[str, float]) -> None:
     print(f"   Gradient norm - Avg: {stats.grad_norm_avg:.3f}, Max: {stats.grad_norm_max:.3f}")
     if stats.num_overflows:
         print(
-            f"   fp16 overflows: {stats.num_overflows} windows skipped; loss scale now {run.state.scaler.get_scale():g}"
+            f"   fp16 overflows: {stats.num_overflows}, none applied; loss scale now {run.state.scaler.get_scale():g}"
         )
     if stats.num_large_norms:
         share, limit = f"{stats.num_large_norms} of {stats.num_applied} windows", 5 * run.args.grad_clip
@@ -283,61 +289,28 @@ def resume_command(run: Run) -> str:
 
 
 def train(run: Run) -> None:
-    """Run the stages that are left."""
-    if run.state.progress.epoch >= run.args.epochs:
+    """Run the stages that are left.
+
+    Raises:
+        StoppedError: by a signal, or because recovery has nothing left to try.
+        UnreadableDataError: an image or mask cannot be decoded.
+    """
+    progress = run.state.progress
+    if progress.epoch >= run.args.epochs:
         print(f"All {run.args.epochs} epochs are done already; a larger --epochs goes on from here")
     for stage in run.stages:
-        if run.state.progress.epoch < stage.end_epoch:
-            run_stage(run, stage)
-
-
-def build_stages(args: argparse.Namespace) -> list[Stage]:
-    """Stage 1 trains the decoder, stage 2 everything; a stage without epochs is left out."""
-    batch, split = (args.batch_size, args.accumulation_steps), args.stage1_epochs
-    lr2, scale = args.lr * args.stage2_lr_scale, args.backbone_lr_scale
-    stages = [
-        Stage(1, 0, split, *batch, args.lr, scale, freeze_backbone=True),
-        Stage(2, split, args.epochs - split, *batch, lr2, scale, freeze_backbone=False, scaler=CONSERVATIVE_SCALER),
-    ]
-    return [stage for stage in stages if stage.num_epochs > 0]
-
-
-def build_network(args: argparse.Namespace, load_weights: bool) -> CamouflageSegmenter:
-    """The network from the settings. Without ``load_weights`` its weights are random: a checkpoint brings its own."""
-    torch.manual_seed(args.seed)
-    return build_model(
-        args.backbone,
-        args.decoder_channels,
-        args.img_size,
-        pretrained=load_weights and args.pretrained,
-        backbone_weights=Path(args.backbone_weights) if load_weights and args.backbone_weights else None,
-        freeze_norm_statistics=args.pretrained or args.backbone_weights is not None,
-    )
-
-
-def build_pairs(args: argparse.Namespace, validation: list[str] | None) -> tuple[list[Pair], list[Pair], Path]:
-    """Training pairs, the validation pairs carved out of them, and the data set's folder. Test folders are not touched.
-
-    Args:
-        args: the settings.
-        validation: paths below the folder of the images that the run being resumed is validated on.
-    """
-    root = Path(args.dataset_path)
-    if args.dataset_path == "synthetic":
-        root = Path(args.checkpoint_dir) / "synthetic"
-        print(f"Synthetic scenes: {SYNTHETIC_TRAIN_IMAGES} to train on, {SYNTHETIC_TEST_IMAGES} to test on, in {root}")
-        write_synthetic_dataset(root, SYNTHETIC_TRAIN_IMAGES, SYNTHETIC_TEST_IMAGES, args.img_size, args.seed)
-    subsets = find_subsets(root, args.include_noncam)
-    pairs = training_pairs(subsets, root)
-    require_image_headers(pairs)
-    if validation is None:
-        train_pairs, val_pairs = split_validation(pairs, args.val_fraction, args.seed)
-    else:
-        train_pairs, val_pairs = split_as_before(pairs, root, validation)
-    print(f"Data: {root}, {len(train_pairs)} pairs to train on, {len(val_pairs)} to validate on")
-    for line in describe(subsets, len(pairs)):
-        print(f"   {line}")
-    return train_pairs, val_pairs, root
+        if progress.epoch < stage.end_epoch:
+            try:
+                run_stage(run, stage)
+            except RecoverySpentError as error:
+                saved = run.store.save_step(progress.global_window, run.checkpoint())
+                run.log.event("checkpoint", file=saved.name, reason="recoveries spent")
+                raise StoppedError(
+                    3,
+                    f"diverged in epoch {progress.epoch + 1}/{run.args.epochs}, all recoveries spent: {error}. What "
+                    f"happened: {run.recovery.incidents.directory}; a good state is saved: {saved}\n"
+                    f"Go on from it, say with a lower learning rate: {resume_command(run)} --lr {run.args.lr / 4:g}",
+                ) from error
 
 
 def prepare(argv: Sequence[str] | None) -> Run:
@@ -355,6 +328,7 @@ def prepare(argv: Sequence[str] | None) -> Run:
     if before is not None:
         args = cli.parse(argv, saved=before["settings"])
     cli.check(args)
+    drills = [Drill.parse(text) for text in args.drill]
     store = CheckpointStore(directory, args.keep_checkpoints)
     if store.files() and (source is None or source.parent.resolve() != directory.resolve()):
         raise ValueError(
@@ -390,18 +364,23 @@ def prepare(argv: Sequence[str] | None) -> Run:
             state.progress.best_iou = -1.0
     directory.mkdir(parents=True, exist_ok=True)
     log = RunLog(directory)
+    images = [pair.image.relative_to(root).as_posix() for pair in train_pairs]
+    incidents = directory / "incidents"
+    recovery = Recovery(state, images, config["settings"], incidents, log, args.max_rollbacks)
     packages = environment(Path(__file__), ("torch", "torchvision", "timm", "numpy", "pillow"))
     facts = {"command": shlex.join(sys.argv), "device": str(device), **config, **packages}
     write_json(directory / "config.json", facts)
     log.event("run_start" if checkpoint is None else "resume", **facts, progress=asdict(state.progress))
-    return Run(
-        args, config, device, precision, memory_format, stages, train_pairs, val_pairs, state, store, log, StopRequest()
-    )
+    return Run(args, config, device, precision, memory_format, stages, train_pairs, val_pairs, state, store, log,
+               recovery, drills, StopRequest())  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done; 1 a bug; 2 bad usage or input; 3 diverged; 130 / 143 stopped by a signal."""
     try:
+        args = cli.parse(argv)
+        if args.command == "replay":
+            return replay(Path(args.incident), args.device)
         run = prepare(argv)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -422,9 +401,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         exit_code, message = 1, f"unexpected, see above. Go on from the newest checkpoint with: {resume_command(run)}"
-    progress = run.state.progress
-    run.log.event("run_end", exit_code=exit_code, best_iou=progress.best_iou, best_epoch=progress.best_epoch)
+    progress, ladder = run.state.progress, run.state.ladder
+    best = {"best_iou": progress.best_iou, "best_epoch": progress.best_epoch}
+    run.log.event("run_end", exit_code=exit_code, **best, recovery=ladder.summary())
     run.log.close()
+    print(*ladder.describe(), sep="\n")
     if exit_code:
         print(f"error: {message}", file=sys.stderr)
     else:

@@ -34,6 +34,11 @@ class Batch(NamedTuple):
     indices: Tensor  # (B,) int64, positions in the data set's list of pairs
     errors: list[str]  # one line for each sample that could not be decoded
 
+    def take(self, positions: Sequence[int]) -> "Batch":
+        """The samples at these positions of the batch, in this order."""
+        where = torch.tensor(positions, dtype=torch.int64)
+        return Batch(self.images[where], self.masks[where], self.indices[where], self.errors)
+
 
 class CamouflageDataset(Dataset[Sample]):
     """Pairs resized to ``img_size`` x ``img_size``; augmented as a function of (seed, epoch, index) where asked.

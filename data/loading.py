@@ -66,7 +66,7 @@ def to_device(batch: Batch, device: torch.device, memory_format: torch.memory_fo
     Shape:
         -> (B, 3, S, S), (B, 1, S, S)
     """
-    images = batch.images.to(device, non_blocking=True).to(torch.float32, memory_format=memory_format).div_(255)
+    images = batch.images.to(device, non_blocking=True).contiguous(memory_format=memory_format).div(255)
     return images, batch.masks.to(device, non_blocking=True).to(torch.float32)
 
 

@@ -11,7 +11,8 @@ FROZEN = {
     "backbone": "pvt_v2_b2", "pretrained": True, "backbone_weights": None, "decoder_channels": 64,
     "epochs": 140, "stage1_epochs": 30, "batch_size": 2, "accumulation_steps": 4, "lr": 0.00025,
     "stage2_lr_scale": 0.5, "backbone_lr_scale": 0.1, "weight_decay": 1e-4, "ema_decay": 0.999,
-    "grad_clip": 0.5, "spike_policy": "skip", "precision": "auto", "seed": 42, "deterministic": False,
+    "grad_clip": 0.5, "spike_policy": "skip", "max_rollbacks": 3, "drill": [],
+    "precision": "auto", "seed": 42, "deterministic": False,
     "resume": None, "checkpoint_dir": "./checkpoints", "keep_checkpoints": 3,
     "device": "auto", "channels_last": True,
 }  # fmt: skip
@@ -34,7 +35,7 @@ def test_readme_has_every_flag_with_its_default() -> None:
     documented = {flag[2:].replace("-", "_"): default.strip().strip("`") for flag, default in rows}
     assert documented.keys() == {*FROZEN, "num_workers"}
     for name, default in FROZEN.items():
-        if default is not None and not isinstance(default, bool):
+        if default not in (None, []) and not isinstance(default, bool):
             assert documented[name] == str(default), name
 
 

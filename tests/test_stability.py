@@ -1,6 +1,6 @@
 import copy
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from training.stability import BufferGuard, PendingWindow, SpikeDetector, StepVerdict, gated_step, should_skip
+from training.stability import BufferGuard, PendingOutcome, SpikeDetector, StepVerdict, gated_step, should_skip
 
 
 class Norms(nn.Sequential):
@@ -41,6 +41,16 @@ def test_statistics_of_an_applied_window_stay_and_become_the_next_ones_start() -
     assert all(torch.equal(value, moved[name]) for name, value in guard.at_start.items())
 
 
+def test_statistics_of_a_window_that_is_broken_off_are_put_back() -> None:
+    model = Norms().train()
+    guard = BufferGuard(model)
+    guard.begin_window()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model(torch.randn(8, 4) + 5)
+    guard.restore()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
 def test_layers_in_evaluation_mode_are_not_copied() -> None:
     model = Norms().train()
     model[2].eval()
@@ -52,9 +62,16 @@ def test_layers_in_evaluation_mode_are_not_copied() -> None:
 numbers = st.sampled_from([0.0, 1.5, 1e30, math.inf, -math.inf, math.nan])
 
 
-def trained_model() -> tuple[nn.Linear, torch.optim.AdamW]:
+FORMS: dict[str, dict[str, Any]] = {
+    "fused": {"fused": True},
+    "foreach": {"foreach": True},
+    "single tensor": {"foreach": False},
+}
+
+
+def trained_model(kind: str) -> tuple[nn.Linear, torch.optim.AdamW]:
     model = nn.Linear(5, 3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **FORMS[kind])
     for _ in range(3):
         optimizer.zero_grad()
         model(torch.randn(4, 5)).square().mean().backward()
@@ -63,10 +80,16 @@ def trained_model() -> tuple[nn.Linear, torch.optim.AdamW]:
 
 
 @settings(deadline=None)
-@given(poison=st.sampled_from([math.nan, math.inf, -math.inf, 1e38]), seed=st.integers(0, 1000))
-def test_skipped_step_leaves_weights_moments_and_step_count_bitwise_unchanged(poison: float, seed: int) -> None:
+@given(
+    poison=st.sampled_from([math.nan, math.inf, -math.inf, 1e38]),
+    seed=st.integers(0, 1000),
+    kind=st.sampled_from(list(FORMS)),
+)
+def test_skipped_step_leaves_weights_moments_and_step_count_bitwise_unchanged(
+    poison: float, seed: int, kind: str
+) -> None:
     torch.manual_seed(seed)
-    model, optimizer = trained_model()
+    model, optimizer = trained_model(kind)
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, poison)
@@ -77,11 +100,12 @@ def test_skipped_step_leaves_weights_moments_and_step_count_bitwise_unchanged(po
         assert all(torch.equal(value, after[1]["state"][index][name]) for name, value in moments.items())
 
 
-def test_applied_step_is_the_optimizers_own() -> None:
+@pytest.mark.parametrize("kind", ["fused", "foreach", "single tensor"])
+def test_applied_step_is_the_optimizers_own(kind: str) -> None:
     torch.manual_seed(0)
-    model, optimizer = trained_model()
+    model, optimizer = trained_model(kind)
     reference = copy.deepcopy(model)
-    reference_optimizer = torch.optim.AdamW(reference.parameters(), lr=0.1, fused=True)
+    reference_optimizer = torch.optim.AdamW(reference.parameters(), lr=0.1, **FORMS[kind])
     reference_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for module in (model, reference):
         for parameter in module.parameters():
@@ -99,7 +123,7 @@ def test_a_window_is_applied_on_the_device_exactly_when_the_host_calls_it_applie
     loss: float, grad_norm: float, found_inf: float, spike: float, scale: float
 ) -> None:
     values = [torch.tensor(value) for value in (loss, grad_norm, found_inf, spike, scale)]
-    verdict = PendingWindow(*values, number=1, lr=0.1, sample_indices=[]).read().verdict
+    verdict = PendingOutcome(*values).read().verdict
     assert (should_skip(*values[:4]).item() == 0) == (verdict is StepVerdict.APPLIED)
 
 
@@ -120,7 +144,7 @@ def test_verdicts(
     loss: float, grad_norm: float, found_inf: float, spike: float, scale: float, verdict: StepVerdict
 ) -> None:
     values = [torch.tensor(value) for value in (loss, grad_norm, found_inf, spike, scale)]
-    outcome = PendingWindow(*values, number=1, lr=0.1, sample_indices=[]).read()
+    outcome = PendingOutcome(*values).read()
     assert outcome.verdict is verdict
     assert outcome.loss_scale == scale
 

@@ -29,21 +29,20 @@ def train_a_little(state: TrainState) -> None:
         if state.ema is not None:
             state.ema.update(state.model, {})
     state.detector.examine(torch.tensor(1.0), torch.tensor(2.0), torch.tensor(0.0))
+    state.ladder.put_in_quarantine("Imgs/a.jpg", epoch=1)
+    state.ladder.rolled_back(seconds_undone=1.0)
+    state.ladder.next_action(WindowOutcome(StepVerdict.APPLIED, 1.5, 2.0, 1.0), 0, "fp32")
     state.progress = Progress(stage=2, epoch=3, window=1, global_window=17, samples_seen=99, best_iou=0.5, best_epoch=2)
-    state.epoch_stats.add(WindowOutcome(StepVerdict.APPLIED, 1.0, 2.0, 1.0), large_norm=9)
+    state.epoch_stats.add(WindowOutcome(StepVerdict.APPLIED, 1.0, 2.0, 1.0), run_again=False, large_norm=9)
 
 
 def test_everything_saved_comes_back_bitwise() -> None:
     first, second = new_state(), new_state()
     train_a_little(first)
     saved = first.state_dict()
-    expected_draw = torch.rand(3)
-    torch.manual_seed(999)
     second.load_state_dict(saved)
-    assert torch.equal(torch.rand(3), expected_draw)
-    after = second.state_dict()
-    del saved["rng"], after["rng"]
-    assert differing_tensors(saved, after) == []
+    assert differing_tensors(saved, second.state_dict()) == []
+    assert second.ladder == first.ladder
 
 
 def test_other_networks_weights_are_refused() -> None:
@@ -64,8 +63,12 @@ def test_averaging_switched_on_at_resume_starts_from_the_weights() -> None:
 def test_epoch_averages_are_over_applied_windows() -> None:
     stats = EpochStats()
     assert math.isnan(stats.loss)
-    stats.add(WindowOutcome(StepVerdict.APPLIED, 1.0, 2.0, 1024.0), large_norm=3.0)
-    stats.add(WindowOutcome(StepVerdict.OVERFLOW, 1.0, math.inf, 1024.0), large_norm=3.0)
-    stats.add(WindowOutcome(StepVerdict.APPLIED, 3.0, 4.0, 512.0), large_norm=3.0)
+    for verdict, loss, norm, run_again in (
+        (StepVerdict.APPLIED, 1.0, 2.0, False),
+        (StepVerdict.OVERFLOW, 1.0, math.inf, True),
+        (StepVerdict.OVERFLOW, 1.0, math.inf, False),
+        (StepVerdict.APPLIED, 3.0, 4.0, False),
+    ):
+        stats.add(WindowOutcome(verdict, loss, norm, 1024.0), run_again, large_norm=3.0)
     assert (stats.loss, stats.grad_norm_avg, stats.grad_norm_max) == (2.0, 3.0, 4.0)
-    assert (stats.num_applied, stats.num_skipped, stats.num_overflows, stats.num_large_norms) == (2, 1, 1, 1)
+    assert (stats.num_applied, stats.num_skipped, stats.num_overflows, stats.num_large_norms) == (2, 1, 2, 1)

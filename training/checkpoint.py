@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FORMAT = "train_ultimate/1"
+FORMAT = "train_ultimate/2"
 
 
 class CheckpointError(ValueError):

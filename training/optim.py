@@ -51,6 +51,28 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
                     optimizer.state[parameter][name] = torch.empty_like(parameter, requires_grad=False).copy_(moment)
 
 
+def fresh_moments(optimizer: torch.optim.Optimizer, everywhere: bool) -> None:
+    """Zero moments and step counts, as AdamW has them, for the parameters that train and have none; or for them all.
+
+    Left to itself, torch makes them in the first step, also where that step is to be skipped: then a window that is not
+    applied would leave something behind after all.
+    """
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        if everywhere:
+            optimizer.state.pop(parameter, None)
+        if parameter.requires_grad and parameter not in optimizer.state:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+            }
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no number in them is NaN or infinite: one fused pass and a host sync. Integers are passed over."""
+    return bool(torch.isfinite(get_total_norm([tensor for tensor in tensors if tensor.is_floating_point()])))
+
+
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """L2 norm over all gradients, a scalar on the device: one fused pass, nothing waits for it."""
     return get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None], foreach=True)

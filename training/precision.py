@@ -24,6 +24,9 @@ class Precision:
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device_type, dtype=_DTYPES[self.name], enabled=self.name != "fp32")
 
+    def full(self) -> "Precision":
+        return Precision("fp32", self.device_type)
+
     def new_scaler(self, settings: ScalerSettings) -> "LossScaler":
         return LossScaler(self.device_type, settings, enabled=self.name == "fp16")
 

@@ -63,7 +63,7 @@ def _ends_in_mid_line(path: Path) -> bool:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Replace a JSON file in one step."""
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    unfinished.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
 
 

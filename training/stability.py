@@ -5,7 +5,6 @@ arrived. So a gate on every window costs no wait on any.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -119,9 +118,14 @@ class SpikeDetector:
 def gated_step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
     """``optimizer.step()``, or nothing where ``skip`` is 1: weights, moments and step counts stay as they are, bitwise.
 
-    This is the contract between GradScaler and fused optimizers, used here with our own flag. Gradients must be
-    unscaled already.
+    A fused optimizer decides on the device: this is its contract with GradScaler, used here with our own flag. Any
+    other one takes no flag, so the host has to wait for it (a host sync in each window). Gradients must be unscaled
+    already.
     """
+    if not optimizer.defaults.get("fused"):
+        if not skip.item():
+            optimizer.step()
+        return
     optimizer.grad_scale = None  # type: ignore[attr-defined]
     optimizer.found_inf = skip  # type: ignore[attr-defined]
     optimizer.step()
@@ -156,24 +160,21 @@ class BufferGuard:
         for name, buffer in self._buffers.items():
             buffer.copy_(torch.where(skip > 0, self.at_start[name], buffer))
 
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the statistics back for a window that is broken off."""
+        for name, buffer in self._buffers.items():
+            buffer.copy_(self.at_start[name])
 
-class PendingWindow:
-    """A window whose numbers are on their way to the host.
+
+class PendingOutcome:
+    """A window's numbers on their way to the host.
 
     Args:
         loss, grad_norm, found_inf, spike, loss_scale: scalars on the device.
-        number: the window's number in its epoch, from 1.
-        lr: the decoder's learning rate in it.
-        sample_indices: the samples it was made of.
     """
 
-    def __init__(
-        self, loss: Tensor, grad_norm: Tensor, found_inf: Tensor, spike: Tensor, loss_scale: Tensor, number: int,
-        lr: float, sample_indices: Sequence[int],
-    ) -> None:  # fmt: skip
-        self.number = number
-        self.lr = lr
-        self.sample_indices = sample_indices
+    def __init__(self, loss: Tensor, grad_norm: Tensor, found_inf: Tensor, spike: Tensor, loss_scale: Tensor) -> None:
         packed = torch.stack([value.to(torch.float32) for value in (loss, grad_norm, found_inf, spike, loss_scale)])
         self._arrived: torch.cuda.Event | None = None
         if packed.is_cuda:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from training.ladder import Ladder, LossHistory
 from training.optim import Ema, load_optimizer_state
 from training.precision import LossScaler, Precision
 from training.stability import SpikeDetector, StepVerdict, WindowOutcome
@@ -26,14 +27,20 @@ class Progress:
     best_iou: float = -1.0
     best_epoch: int = 0  # 1-based; 0: none yet
 
+    def count(self, window: int, global_window: int, num_samples: int) -> None:
+        """A window, numbered from 0 in its epoch and from 1 in the run, has been run for the first time."""
+        self.window = window + 1
+        self.global_window = global_window
+        self.samples_seen += num_samples
+
 
 @dataclass
 class EpochStats:
     """Sums over the windows of the epoch under way; saved too, so that a resumed epoch reports the whole of it."""
 
     num_applied: int = 0
-    num_overflows: int = 0
-    num_skipped: int = 0  # overflows included
+    num_overflows: int = 0  # attempts, those included that were run again and then applied
+    num_skipped: int = 0  # windows given up, whatever the verdict
     loss_sum: float = 0.0
     grad_norm_sum: float = 0.0
     grad_norm_max: float = 0.0
@@ -42,17 +49,17 @@ class EpochStats:
     lr: float = 0.0  # the decoder's in the last window
     seconds: float = 0.0
 
-    def add(self, outcome: WindowOutcome, large_norm: float) -> None:
-        """Count a window; averages are over applied ones."""
+    def add(self, outcome: WindowOutcome, run_again: bool, large_norm: float) -> None:
+        """Count an attempt; averages are over applied ones."""
+        self.num_overflows += outcome.verdict is StepVerdict.OVERFLOW
         if outcome.verdict is StepVerdict.APPLIED:
             self.num_applied += 1
             self.loss_sum += outcome.loss
             self.grad_norm_sum += outcome.grad_norm
             self.grad_norm_max = max(self.grad_norm_max, outcome.grad_norm)
             self.num_large_norms += outcome.grad_norm > large_norm
-        else:
+        elif not run_again:
             self.num_skipped += 1
-            self.num_overflows += outcome.verdict is StepVerdict.OVERFLOW
 
     @property
     def loss(self) -> float:
@@ -69,10 +76,10 @@ class EpochStats:
 
 @dataclass
 class TrainState:
-    """Model, optimizer, scaler, spike detector, weight average and progress of a run.
+    """Model, optimizer, scaler, spike detector, weight average, recovery ladder and progress of a run.
 
-    Not saved, because settings and progress determine them: the learning rate, the order of samples, augmentation, the
-    stage's scaler settings. Dropout and drop-path draw from torch's generators, whose states are saved.
+    Not saved, because settings and progress determine them: the learning rate, the order of samples, augmentation,
+    dropout, the stage's scaler settings.
     """
 
     model: nn.Module
@@ -82,6 +89,7 @@ class TrainState:
     ema: Ema | None
     progress: Progress = field(default_factory=Progress)
     epoch_stats: EpochStats = field(default_factory=EpochStats)
+    ladder: Ladder = field(default_factory=Ladder)
 
     @property
     def model_for_use(self) -> nn.Module:
@@ -98,10 +106,7 @@ class TrainState:
             "detector": self.detector.state_dict(),
             "progress": asdict(self.progress),
             "epoch_stats": asdict(self.epoch_stats),
-            "rng": {
-                "cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            },
+            "ladder": asdict(self.ladder),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -123,9 +128,7 @@ class TrainState:
         self.detector.load_state_dict(state["detector"])
         self.progress = Progress(**state["progress"])
         self.epoch_stats = EpochStats(**state["epoch_stats"])
-        torch.set_rng_state(state["rng"]["cpu"])
-        if torch.cuda.is_available() and len(state["rng"]["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        self.ladder = Ladder(**{**state["ladder"], "losses": LossHistory(**state["ladder"]["losses"])})
 
 
 def resume(
@@ -156,5 +159,10 @@ def resume(
     state.progress.window = samples_done // (now["settings"]["batch_size"] * now["settings"]["accumulation_steps"])
     if before["precision"] != now["precision"]:
         print(f"precision in use: {before['precision']} -> {now['precision']}")
+        state.ladder.full_precision = False
+    if state.ladder.lr_factor != 1 and before["settings"]["lr"] != now["settings"]["lr"]:
+        state.ladder.lr_factor = 1.0  # a rate given anew is meant as it is
+    if state.ladder.lr_factor != 1:
+        print(f"Learning rates are multiplied by {state.ladder.lr_factor:g}: {state.ladder.num_rollbacks} rollbacks")
     if before["data"] != now["data"]:
         print("Warning: files were added, removed or changed since the checkpoint was written")

@@ -1,0 +1,93 @@
+"""``replay INCIDENT_DIR``: run the window of an incident again, here, and say what was at fault.
+
+Needs nothing but the folder: weights, images, masks and settings are in it.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from builders import build_network
+from models import CamouflageSegmenter
+from training.incidents import (
+    Diagnosis,
+    IncidentRecord,
+    diagnose,
+    find_culprits,
+    name_cause,
+    read_incident,
+    stand_out,
+    untouched,
+)
+from training.optim import all_finite
+from training.precision import resolve_device
+from training.stability import StepVerdict
+from window import Window, accumulate_gradients, window_from_payload
+
+_EXPLANATIONS = {
+    "data": "other samples are fine under the same weights",
+    "model": "the samples are not to blame one by one: the weights, or all of the data, lead there",
+    "precision": "it is finite in fp32",
+    "not reproduced": "run again it is as it should be: a passing fault of the machine, or a fire drill",
+}
+
+
+def replay(folder: Path, device_name: str) -> int:
+    """Print loss, gradient norm and first non-finite module in the recorded precision and in fp32, and the cause.
+
+    Raises:
+        ValueError: the folder is no incident, or what replay needs is not in it.
+    """
+    record, payload = read_incident(folder)
+    device = resolve_device(device_name)
+    settings = argparse.Namespace(**payload["settings"])
+    memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
+    model = build_network(settings, load_weights=False)
+    model.load_state_dict(payload["model"])
+    model = model.to(device).to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types no such one
+    model.set_backbone_frozen(payload["backbone_frozen"])
+    model.train()
+    window = window_from_payload(payload["window"], device.type, memory_format)
+    full = window.in_full_precision()
+
+    recorded_again = _diagnose(model, window, record.loss_scale)
+    full_again = _diagnose(model, full) if full is not window else recorded_again
+    culprits = _culprits(model, full, record, full_again)
+    cause = name_cause(recorded_again, full_again, culprits, window.num_samples, healthy_otherwise=False)
+    high = record.grad_norm / 2
+    if record.verdict == StepVerdict.SPIKE and cause == "not reproduced" and recorded_again.grad_norm > high:
+        cause = "precision" if full_again.grad_norm < high else "data" if culprits else "model"
+
+    print(f"{folder}: {record.verdict} in stage {record.stage}, epoch {record.epoch}, window {record.window}")
+    print(f"Then: {record.action}")
+    rows = [(f"recorded, {record.precision}", record.loss, record.grad_norm, record.first_nonfinite)]
+    for name, again in ((f"replayed, {record.precision}", recorded_again), ("replayed, fp32", full_again)):
+        rows.append((name, again.loss, again.grad_norm, again.first_nonfinite))
+    print(f"{'':16} {'loss':>10} {'grad norm':>10}  first number that is not finite")
+    for name, loss, norm, where in rows:
+        print(f"{name:16} {loss:10.4g} {norm:10.4g}  {where or 'none'}")
+    if not all_finite(model.parameters()):
+        print("Weights are not finite, so nothing after them is")
+    for position in culprits if cause == "data" else ():
+        print(f"Alone, in fp32, this sample does it: {record.samples[position]}")
+    drill = f" (a fire drill: {record.drill})" if record.drill else ""
+    print(f"Cause: {cause}: {_EXPLANATIONS[cause]}{drill}")
+    return 0
+
+
+def _diagnose(model: CamouflageSegmenter, window: Window, loss_scale: float = 1.0) -> Diagnosis:
+    with untouched(model):
+        return diagnose(model, lambda: accumulate_gradients(model, window), loss_scale)
+
+
+def _culprits(
+    model: CamouflageSegmenter, window: Window, record: IncidentRecord, diagnosis: Diagnosis
+) -> Sequence[int]:
+    """Positions of the samples that do it alone: not finite, or for a spike, far above the others."""
+    if not diagnosis.finite:
+        return find_culprits(window.num_samples, lambda few: not _diagnose(model, window.only(few)).finite)
+    if record.verdict != StepVerdict.SPIKE:
+        return []
+    return stand_out([_diagnose(model, window.only([n])).grad_norm for n in range(window.num_samples)])

@@ -1,0 +1,307 @@
+"""Recovery: carries out what the ladder decides about a window, and writes it down as an incident."""
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from training.incidents import (
+    IncidentRecord,
+    IncidentStore,
+    diagnose,
+    find_culprits,
+    name_cause,
+    untouched,
+)
+from training.ladder import AFTER_QUARANTINE, Action, LossHistory
+from training.optim import all_finite, fresh_moments
+from training.runlog import RunLog
+from training.stability import BufferGuard, StepVerdict, WindowOutcome
+from training.stages import ScalerSettings
+from training.state import TrainState
+from window import Window, accumulate_gradients, window_to_payload
+
+SNAPSHOT_EVERY = 50  # applied windows
+DIVERGED, NONFINITE_WEIGHTS = "diverged", "nonfinite_weights"  # verdicts on the run, beside those on windows
+_HOW_APPLIED = {  # attempt -> what was done, and what that says about the cause
+    1: ("run again, and applied", "not reproduced"),
+    2: ("run again in fp32, and applied", "precision"),
+    AFTER_QUARANTINE: ("window applied without", "data"),
+}
+
+
+class RecoverySpentError(Exception):
+    """Every rung of the ladder has been tried. The state is a good one to save and to resume from."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Weights to return to, in host memory. Not the optimizer's moments: a rollback starts them anew."""
+
+    global_window: int
+    taken_at: float  # time.perf_counter()
+    model: dict[str, Any]
+    ema: dict[str, Any] | None
+    detector: dict[str, Any]
+    losses: LossHistory
+
+
+class Recovery:
+    """Acts on verdicts, in the process, without restarting anything.
+
+    Args:
+        state: of the run; its ladder decides.
+        images: the path of each training image, by sample index, as it is to be named in records.
+        settings: of the run, for incidents that are replayed elsewhere.
+        directory: where the incident folders go.
+        log: told of each incident.
+        max_rollbacks: in a row, without progress between them. 0: weights are never rolled back, and a loss that runs
+            away is not looked for.
+    """
+
+    def __init__(
+        self, state: TrainState, images: Sequence[str], settings: dict[str, Any], directory: Path, log: RunLog,
+        max_rollbacks: int,
+    ) -> None:  # fmt: skip
+        self.state = state
+        self.images = images
+        self.settings = settings
+        self.incidents = IncidentStore(directory)
+        self.log = log
+        self.max_rollbacks = max_rollbacks
+        self._snapshots: deque[Snapshot] = deque(maxlen=2)
+        self._windows_since_snapshot = 0
+        self._last_applied: Window | None = None
+        self._record: IncidentRecord | None = None
+        self._folder = directory
+
+    def begin_stage(self) -> None:
+        if not self._snapshots:
+            self._take_snapshot({})
+
+    def is_quarantined(self, index: int) -> bool:
+        return self.state.ladder.is_quarantined(self.images[index], self.state.progress.epoch)
+
+    def answer(self, window: Window, outcome: WindowOutcome, guard: BufferGuard) -> list[Window] | None:
+        """Act on a window's verdict, before the next step is taken.
+
+        Returns:
+            None: go on. Otherwise the gradient under way has been thrown away, and these windows come next, before the
+            one it belonged to.
+
+        Raises:
+            RecoverySpentError: nothing is left to try.
+        """
+        ladder, verdict = self.state.ladder, outcome.verdict
+        action = ladder.next_action(outcome, window.attempt, window.precision.name)
+        if action is Action.ROLL_BACK and verdict is StepVerdict.APPLIED and not self.max_rollbacks:
+            action = Action.GO_ON
+        if action is Action.GO_ON and verdict in (StepVerdict.APPLIED, StepVerdict.OVERFLOW):
+            if self._record is not None:
+                self._record.attempts.append(_attempt(window, outcome))
+                done, cause = _HOW_APPLIED[window.attempt]
+                overflow = self._record.verdict == StepVerdict.OVERFLOW
+                self._conclude(done, "precision" if overflow else cause)
+            if verdict is StepVerdict.APPLIED:
+                self._last_applied = window
+                self._windows_since_snapshot += 1
+                if self._windows_since_snapshot >= SNAPSHOT_EVERY and ladder.is_healthy:
+                    self._take_snapshot(guard.at_start)
+            return None
+
+        self.state.optimizer.zero_grad(set_to_none=True)
+        guard.restore()
+        if self._record is None:
+            diverged = verdict is StepVerdict.APPLIED
+            self._open(window, outcome, DIVERGED if diverged else verdict.value)
+        assert self._record is not None
+        self._record.attempts.append(_attempt(window, outcome))
+        if verdict is StepVerdict.APPLIED:
+            self._roll_back(
+                f"the loss, {outcome.loss:.3g} now, has run away from its mean, {ladder.losses.mean:.3g} "
+                f"and {ladder.losses.lowest_mean:.3g} before"
+            )
+        elif not all_finite(self.state.model.parameters()):
+            if action not in (Action.GO_ON, Action.ROLL_BACK):  # else it is counted already
+                ladder.give_up(verdict)
+            self._record.cause = "model"
+            self._roll_back("weights are not finite")
+        elif action is Action.RETRY:
+            return [replace(window, attempt=1)]
+        elif action is Action.RETRY_FULL_PRECISION:
+            return [replace(window.in_full_precision(), attempt=2)]
+        elif action is Action.LOCALISE:
+            return self._localise(window, verdict)
+        else:
+            self._skip(action, "skipped")
+        return []
+
+    def require_finite_weights(self) -> None:
+        """At an epoch's end, before anything is validated or saved: a host sync.
+
+        Raises:
+            RecoverySpentError: they are not, and nothing is left to try.
+        """
+        if self._weights_finite():
+            return
+        window = self._last_applied
+        assert window is not None, "weights were finite when the stage began, and only applied windows change them"
+        self._open(window, WindowOutcome(StepVerdict.APPLIED, float("nan"), float("nan"), 1.0), NONFINITE_WEIGHTS)
+        self._roll_back("weights are not finite")
+
+    def _localise(self, window: Window, verdict: StepVerdict) -> list[Window]:
+        """The window is not finite in fp32 either: find the samples at fault, or the weights."""
+        assert self._record is not None
+        ladder, model = self.state.ladder, self.state.model
+        clean = replace(window, drill=None)
+        with untouched(model):
+            diagnosis = diagnose(model, lambda: accumulate_gradients(model, clean))
+            culprits: list[int] = []
+            if not diagnosis.finite:
+                culprits = find_culprits(window.num_samples, lambda few: not self._is_finite(clean.only(few)))
+            healthy_otherwise = self._last_applied is not None and self._is_finite(self._last_applied)
+        self._record.cause = name_cause(diagnosis, diagnosis, culprits, window.num_samples, healthy_otherwise)
+        if self._record.cause == "model":
+            ladder.give_up(verdict)
+            self._roll_back("the weights at hand are not finite on other data either")
+        elif self._record.cause == "not reproduced":
+            self._skip(ladder.give_up(verdict), "skipped; looked into, it was finite")
+        else:
+            self._quarantine([self.images[window.sample_indices[position]] for position in culprits])
+            rest = window.only(set(range(window.num_samples)) - set(culprits))
+            if rest.num_samples:
+                return [replace(rest, attempt=AFTER_QUARANTINE)]
+            self._skip(ladder.give_up(verdict), self._record.action)
+        return []
+
+    def _is_finite(self, window: Window) -> bool:
+        return diagnose(self.state.model, lambda: accumulate_gradients(self.state.model, window)).finite
+
+    def _quarantine(self, images: Sequence[str]) -> None:
+        assert self._record is not None
+        epochs = {self.state.ladder.put_in_quarantine(image, self.state.progress.epoch) for image in images}
+        self._record.culprits = list(images)
+        self._record.action = f"quarantined until epoch {max(epochs) + 1}: {', '.join(images)}"
+
+    def _skip(self, action: Action, done: str) -> None:
+        recent = self.state.ladder.recent
+        if action is Action.ROLL_BACK:
+            self._roll_back(f"{sum(recent)} of the last {len(recent)} windows had to be skipped")
+        else:
+            self._conclude(done)
+
+    def _roll_back(self, reason: str) -> None:
+        """Return to a good state; the windows since then are not trained again.
+
+        The second time in a row it is the older of the two that are kept: the newer one may have been taken when things
+        were going wrong already.
+
+        Raises:
+            RecoverySpentError: it has not helped before. The state is a good one all the same.
+        """
+        assert self._record is not None
+        ladder, spent = self.state.ladder, self.state.ladder.rollbacks_in_a_row >= self.max_rollbacks
+        in_fp16_or_bf16 = self._record.precision != "fp32" and not ladder.full_precision
+        give_up = spent and not (self.max_rollbacks and in_fp16_or_bf16)
+        snapshot = self._snapshots[-1 if ladder.rollbacks_in_a_row == 0 else 0]
+        if not give_up or not self._weights_finite() or self._record.verdict == DIVERGED:
+            self._restore(snapshot)
+        if give_up:
+            ladder.recent.clear()
+            ladder.rollbacks_in_a_row = 0  # whoever resumes has changed something, and gets every chance again
+            self._conclude(f"stopped: {reason}")
+            raise RecoverySpentError(reason)
+        ladder.rolled_back(time.perf_counter() - snapshot.taken_at)
+        ladder.full_precision |= spent
+        self._conclude(
+            f"rolled back by {self.state.progress.global_window - snapshot.global_window} windows ({reason}); learning "
+            f"rate now x {ladder.lr_factor:g}{', from here on in fp32' if ladder.full_precision else ''}"
+        )
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        self.state.model.load_state_dict(snapshot.model)
+        if self.state.ema is not None and snapshot.ema is not None:
+            self.state.ema.load_state_dict(snapshot.ema)
+        if self._record is not None and self._record.verdict == DIVERGED:  # what it has learnt since is of no use
+            self.state.detector.load_state_dict(snapshot.detector)
+        self.state.ladder.losses = replace(self._snapshots[-1].losses)  # the longest history of good ones
+        fresh_moments(self.state.optimizer, everywhere=True)
+        self._windows_since_snapshot = 0
+
+    def _take_snapshot(self, buffers: Mapping[str, Tensor]) -> None:
+        """Keep the weights at hand, if they are finite: a copy to host memory, and two host syncs.
+
+        Args:
+            buffers: name -> BatchNorm statistics to keep in place of the model's, which have moved on since.
+        """
+        self._windows_since_snapshot = 0
+        if not self._weights_finite():
+            return  # the next window will not be finite, and that is when something is done about it
+        state = self.state
+        ema = None if state.ema is None else _on_host(state.ema.state_dict())
+        model = _on_host({**state.model.state_dict(), **buffers})
+        detector, losses = _on_host(state.detector.state_dict()), replace(state.ladder.losses)
+        now = time.perf_counter()
+        self._snapshots.append(Snapshot(state.progress.global_window, now, model, ema, detector, losses))
+
+    def _weights_finite(self) -> bool:
+        average = [] if self.state.ema is None else [*self.state.ema.module.parameters()]
+        return all_finite([*self.state.model.parameters(), *average])
+
+    def _open(self, window: Window, outcome: WindowOutcome, verdict: str) -> None:
+        """Begin an incident: run the window once more under hooks, and save what replay needs."""
+        progress, model = self.state.progress, self.state.model
+        scaler = window.precision.new_scaler(ScalerSettings(init_scale=outcome.loss_scale))
+        as_it_was = replace(window, drill=None, scaler=scaler)
+        with untouched(model):
+            diagnosis = diagnose(model, lambda: accumulate_gradients(model, as_it_was), outcome.loss_scale)
+        self._record = IncidentRecord(
+            verdict=verdict,
+            stage=progress.stage,
+            epoch=progress.epoch + 1,
+            window=window.number + 1,
+            loss=outcome.loss,
+            grad_norm=outcome.grad_norm,
+            loss_scale=outcome.loss_scale,
+            precision=window.precision.name,
+            samples=[self.images[index] for index in window.sample_indices],
+            drill=window.rehearses,
+            first_nonfinite=diagnosis.first_nonfinite,
+            worst_parameters=diagnosis.worst_parameters,
+        )
+        payload = {
+            "settings": self.settings,
+            "backbone_frozen": any(not parameter.requires_grad for parameter in model.parameters()),
+            "window": window_to_payload(as_it_was, outcome.loss_scale),
+            "model": _on_host(model.state_dict()),
+        }
+        self._folder = self.incidents.open(self._record, payload)
+
+    def _conclude(self, action: str, cause: str = "") -> None:
+        """End the incident: record, event, and its one line on the terminal."""
+        record = self._record
+        assert record is not None
+        record.action = f"{record.action}; {action}" if record.culprits and action != record.action else action
+        record.cause = record.cause or cause
+        self.incidents.update(self._folder, record)
+        self.log.event("incident", **asdict(record), folder=self._folder.name)
+        what = record.verdict.replace("_", " ") + (f" in {record.first_nonfinite}" if record.first_nonfinite else "")
+        where = f"Epoch {record.epoch}, window {record.window}"
+        tqdm.write(f"{where}: {what}; {record.action}. See {self._folder}")
+        self._record = None
+
+
+def _attempt(window: Window, outcome: WindowOutcome) -> dict[str, Any]:
+    return {**asdict(outcome), "precision": window.precision.name}
+
+
+def _on_host(value: Any) -> Any:
+    """A copy of nested dicts of tensors in host memory, sharing nothing with the original."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    return {key: _on_host(child) for key, child in value.items()} if isinstance(value, dict) else value

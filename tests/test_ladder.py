@@ -1,0 +1,159 @@
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training.ladder import AFTER_QUARANTINE, BAD_AMONG, MOST_BAD, PROGRESS_WINDOWS, Action, Ladder, LossHistory
+from training.precision import PrecisionName
+from training.stability import StepVerdict, WindowOutcome
+
+
+def outcome(verdict: StepVerdict, loss: float = 1.0) -> WindowOutcome:
+    return WindowOutcome(verdict, loss, 1.0, 1.0)
+
+
+def climb(ladder: Ladder, verdict: StepVerdict, precision: PrecisionName) -> list[Action]:
+    """The actions for a window that fails in every attempt, each carried out."""
+    actions: list[Action] = []
+    attempt = 0
+    while not actions or actions[-1] not in (Action.GO_ON, Action.LOCALISE, Action.ROLL_BACK):
+        actions.append(ladder.next_action(outcome(verdict), attempt, precision))
+        attempt = {Action.RETRY: 1, Action.RETRY_FULL_PRECISION: 2}.get(actions[-1], attempt)
+        if actions[-1] is Action.RETRY_FULL_PRECISION:
+            precision = "fp32"
+    return actions
+
+
+@pytest.mark.parametrize("verdict", [StepVerdict.NONFINITE_LOSS, StepVerdict.NONFINITE_GRAD])
+def test_rungs_of_a_window_that_is_never_finite(verdict: StepVerdict) -> None:
+    assert climb(Ladder(), verdict, "fp32") == [Action.RETRY, Action.LOCALISE]
+    for precision in ("bf16", "fp16"):
+        expected = [Action.RETRY, Action.RETRY_FULL_PRECISION, Action.LOCALISE]
+        assert climb(Ladder(), verdict, precision) == expected  # type: ignore[arg-type]  # a literal
+
+
+def test_four_overflows_in_a_row_are_routine_and_the_fifth_is_run_again() -> None:
+    ladder = Ladder()
+    assert [climb(ladder, StepVerdict.OVERFLOW, "fp16")[0] for _ in range(4)] == [Action.GO_ON] * 4
+    assert ladder.recent == []
+    assert ladder.next_action(outcome(StepVerdict.OVERFLOW), 0, "fp16") is Action.RETRY
+    assert ladder.next_action(outcome(StepVerdict.OVERFLOW), 1, "fp16") is Action.RETRY_FULL_PRECISION
+    ladder.next_action(outcome(StepVerdict.APPLIED), 2, "fp32")  # says nothing about the scale
+    assert ladder.next_action(outcome(StepVerdict.OVERFLOW), 0, "fp16") is Action.RETRY
+    ladder.next_action(outcome(StepVerdict.APPLIED), 1, "fp16")
+    assert ladder.next_action(outcome(StepVerdict.OVERFLOW), 0, "fp16") is Action.GO_ON
+
+
+def test_spike_is_skipped_and_eight_of_fifty_are_too_many() -> None:
+    ladder = Ladder()
+    for _ in range(MOST_BAD - 1):
+        assert ladder.next_action(outcome(StepVerdict.SPIKE), 0, "fp32") is Action.GO_ON
+    for _ in range(BAD_AMONG - MOST_BAD):
+        assert ladder.next_action(outcome(StepVerdict.APPLIED), 0, "fp32") is Action.GO_ON
+    assert ladder.next_action(outcome(StepVerdict.SPIKE), 0, "fp32") is Action.ROLL_BACK
+    assert len(ladder.recent) == BAD_AMONG
+
+
+def test_old_spikes_are_forgotten() -> None:
+    ladder = Ladder()
+    for _ in range(200):
+        for _ in range(7):  # one in eight: never eight of fifty
+            assert ladder.next_action(outcome(StepVerdict.APPLIED), 0, "fp32") is Action.GO_ON
+        assert ladder.next_action(outcome(StepVerdict.SPIKE), 0, "fp32") is Action.GO_ON
+
+
+def test_window_that_fails_without_its_quarantined_samples_is_given_up() -> None:
+    ladder = Ladder()
+    action = ladder.next_action(outcome(StepVerdict.NONFINITE_LOSS), AFTER_QUARANTINE, "fp32")
+    assert action is Action.GO_ON
+    assert ladder.skipped == {"nonfinite_loss": 1}
+
+
+def feed(ladder: Ladder, *losses: float) -> list[Action]:
+    return [ladder.next_action(outcome(StepVerdict.APPLIED, loss), 0, "fp32") for loss in losses]
+
+
+def test_loss_at_twice_its_mean_for_five_windows_rolls_back() -> None:
+    ladder = Ladder()
+    assert set(feed(ladder, *[2.0] * 100)) == {Action.GO_ON}
+    assert feed(ladder, *[5.0] * 4, 2.0, *[5.0] * 4) == [Action.GO_ON] * 9
+    assert not ladder.is_healthy
+    assert feed(ladder, 5.0) == [Action.ROLL_BACK]
+
+
+def test_loss_that_has_risen_for_long_rolls_back_though_no_window_stands_out() -> None:
+    ladder = Ladder()
+    feed(ladder, *[2.0] * 100)
+    actions = feed(ladder, *[2.6] * 100)
+    assert 15 < actions.index(Action.ROLL_BACK) < 100
+    assert not ladder.is_healthy
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_loss_that_scatters_and_falls_as_losses_do_is_left_alone(seed: int) -> None:
+    """From 5 to 1 over 2,000 windows, each a quarter higher or lower; on photographs they scatter by half of that."""
+    noise = torch.randn(2000, generator=torch.Generator().manual_seed(seed)).mul(0.25).exp().tolist()
+    losses = [value * (5 - 4 * i / 2000) for i, value in enumerate(noise)]
+    assert set(feed(Ladder(), *losses)) == {Action.GO_ON}
+
+
+def test_a_level_that_drifts_up_slowly_is_no_divergence() -> None:
+    losses = [1.00015**i for i in range(5000)]
+    assert losses[-1] > 2
+    assert set(feed(Ladder(), *losses)) == {Action.GO_ON}
+
+
+def test_rollbacks_count_in_a_row_until_there_is_progress() -> None:
+    ladder = Ladder()
+    ladder.rolled_back(10.0)
+    ladder.rolled_back(5.0)
+    assert (ladder.rollbacks_in_a_row, ladder.lr_factor, ladder.seconds_lost) == (2, 0.25, 15.0)
+    feed(ladder, *[1.0] * (PROGRESS_WINDOWS - 1))
+    assert ladder.rollbacks_in_a_row == 2
+    feed(ladder, 1.0)
+    assert (ladder.rollbacks_in_a_row, ladder.num_rollbacks, ladder.lr_factor) == (0, 2, 0.25)
+
+
+def test_quarantine_expires_and_doubles_with_each_offence() -> None:
+    ladder = Ladder()
+    assert ladder.put_in_quarantine("a.jpg", epoch=4) == 7
+    assert [ladder.is_quarantined("a.jpg", epoch) for epoch in (4, 5, 6, 7)] == [True, True, True, False]
+    assert ladder.put_in_quarantine("a.jpg", epoch=7) == 12
+    assert not ladder.is_quarantined("b.jpg", 5)
+
+
+def test_summary_and_last_lines_tell_what_happened() -> None:
+    ladder = Ladder()
+    feed(ladder, 1.0, 1.0)
+    ladder.next_action(outcome(StepVerdict.SPIKE), 0, "fp32")
+    ladder.rolled_back(2.0)
+    ladder.put_in_quarantine("Imgs/a.jpg", epoch=0)
+    first, second = ladder.describe()
+    assert first == (
+        "Windows: 2 applied, 1 skipped (1 spike); 1 rollbacks (learning rates now x 0.5), 1 samples quarantined, "
+        "2.0 s lost to recovery"
+    )
+    assert second == "   Quarantined until epoch 4: Imgs/a.jpg"
+    summary = ladder.summary()
+    assert summary["skipped"] == {"spike": 1}
+    assert summary["rollbacks"] == 1
+
+
+verdicts = st.sampled_from(list(StepVerdict))
+precisions = st.sampled_from(["fp32", "bf16", "fp16"])
+losses = st.sampled_from([0.0, 1.0, 3.0, 1e30])
+
+
+@given(st.lists(st.tuples(verdicts, st.integers(0, 3), precisions, losses), max_size=300))
+def test_whatever_happens_the_ladder_stays_plain_finite_numbers_of_bounded_size(events: list) -> None:
+    ladder = Ladder()
+    for verdict, attempt, precision, loss in events:
+        ladder.next_action(WindowOutcome(verdict, loss, 1.0, 1.0), attempt, precision)
+    assert len(ladder.recent) <= BAD_AMONG
+    assert math.isfinite(ladder.losses.mean)
+    restored = Ladder(**{**asdict(ladder), "losses": LossHistory(**asdict(ladder.losses))})
+    assert restored == ladder

@@ -1,0 +1,150 @@
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from data.dataset import Batch
+from training.drill import Drill
+from training.precision import Precision, PrecisionName
+from training.stages import ScalerSettings
+from window import Window, WindowFeed, accumulate_gradients, window_from_payload, window_to_payload
+
+
+class TinyNetwork(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.body = nn.Conv2d(3, 4, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Conv2d(4, 1, 1)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [self.head(self.dropout(self.body(images).tanh()))]
+
+
+def batch(first: int, size: int) -> Batch:
+    generator = torch.Generator().manual_seed(first)
+    images = torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    masks = torch.randint(0, 2, (size, 1, 32, 32), dtype=torch.uint8, generator=generator)
+    return Batch(images, masks, torch.arange(first, first + size), [])
+
+
+def window(sizes: tuple[int, ...] = (3, 3, 2), precision: PrecisionName = "fp32", **changes: Any) -> Window:
+    firsts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return Window(
+        number=4,
+        global_number=25,
+        batches=[batch(first, size) for first, size in zip(firsts, sizes, strict=True)],
+        lr=0.1,
+        uncertainty_weight=0.3,
+        precision=Precision(precision, "cpu"),
+        scaler=Precision(precision, "cpu").new_scaler(ScalerSettings(init_scale=8.0)),
+        memory_format=torch.channels_last,
+        seed=11,
+        **changes,
+    )
+
+
+def gradients(model: nn.Module, of: Window) -> list[Tensor]:
+    model.zero_grad()
+    accumulate_gradients(model, of)
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+@given(st.sets(st.integers(0, 7), min_size=1))
+def test_part_of_a_window_has_just_those_samples(positions: set[int]) -> None:
+    part = window().only(positions)
+    assert part.sample_indices == sorted(positions)
+    assert part.num_samples == len(positions)
+    assert all(len(batch.images) for batch in part.batches)
+
+
+def test_full_precision_halves_batches_and_gives_the_same_gradient() -> None:
+    model, half = TinyNetwork(), window(precision="bf16")
+    full = half.in_full_precision()
+    assert [len(batch.images) for batch in full.batches] == [2, 1, 2, 1, 1, 1]
+    assert full.precision.name == "fp32"
+    assert not full.scaler.is_enabled()
+    for gradient, expected in zip(gradients(model, full), gradients(model, window()), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    in_fp32 = window()
+    assert in_fp32.in_full_precision() is in_fp32
+
+
+def test_gradients_are_scaled_and_the_loss_is_not() -> None:
+    model = TinyNetwork()
+    scaled, plain = window(precision="fp16"), window(precision="bf16")
+    losses = [accumulate_gradients(model, each).item() for each in (scaled, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    ratio = gradients(model, scaled)[0].norm() / gradients(model, plain)[0].norm()
+    assert ratio.item() == pytest.approx(8, rel=0.05)
+
+
+def test_dropout_is_a_function_of_the_window() -> None:
+    model = TinyNetwork(dropout=0.5)
+    first = gradients(model, window())
+    torch.rand(7)
+    assert all(torch.equal(a, b) for a, b in zip(first, gradients(model, window()), strict=True))
+    other = gradients(model, dataclasses.replace(window(), seed=12))
+    assert not torch.equal(first[0], other[0])
+
+
+def numbers(feed: WindowFeed, stop: Callable[[], bool] = lambda: False) -> list[int]:
+    taken = []
+    while (next_window := feed.take(stop())) is not None:
+        taken.append(next_window.number)
+    return taken
+
+
+def test_windows_that_are_put_back_come_first_and_in_order() -> None:
+    five = [dataclasses.replace(window(), number=number) for number in range(5)]
+    feed = WindowFeed(iter(five))
+    taken = [feed.take(False) for _ in range(2)]
+    feed.put_back([window for window in taken if window is not None])
+    assert numbers(feed) == [0, 1, 2, 3, 4]
+
+
+def test_a_stop_lets_through_what_was_put_back_and_nothing_new() -> None:
+    feed = WindowFeed(iter([window(), window()]))
+    first = feed.take(False)
+    assert first is not None
+    feed.put_back([first])
+    assert len(numbers(feed, stop=lambda: True)) == 1
+
+
+def test_drill_strikes_attempts_from_its_window_on_while_its_count_lasts() -> None:
+    drill = Drill.parse("nan-loss@26x2")
+    windows = [dataclasses.replace(window(), global_number=number) for number in range(25, 29)]
+    feed = WindowFeed(iter(windows), [drill])
+    struck = []
+    while (taken := feed.take(False)) is not None:
+        struck.append(taken.rehearses)
+        if taken.drill is not None:
+            assert accumulate_gradients(TinyNetwork(), taken).isnan()
+            taken.drill.strike([])
+    assert struck == ["", "nan-loss", "nan-loss", ""]
+
+
+def test_bad_sample_is_not_finite_in_that_window_and_in_no_other() -> None:
+    windows = [dataclasses.replace(window(), global_number=number) for number in (1, 2)]
+    feed = WindowFeed(iter(windows), [Drill.parse("bad-sample@1")])
+    bad, good = feed.take(False), feed.take(False)
+    assert bad is not None
+    assert good is not None
+    assert (bad.rehearses, good.rehearses) == ("bad-sample", "")
+    assert accumulate_gradients(TinyNetwork(), bad).isnan()
+    assert accumulate_gradients(TinyNetwork(), bad.only(range(1, 8))).isfinite()
+    assert accumulate_gradients(TinyNetwork(), good).isfinite()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_window_from_its_payload_gives_the_same_gradient_bitwise(precision: PrecisionName) -> None:
+    model, original = TinyNetwork(dropout=0.3), window(precision=precision)
+    again = window_from_payload(window_to_payload(original, loss_scale=8.0), "cpu", torch.channels_last)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model, original), gradients(model, again), strict=True))
+    assert again.scaler.is_enabled() == (precision == "fp16")

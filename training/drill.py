@@ -1,0 +1,94 @@
+"""Fire drills: faults injected on purpose, so that anyone can see what a run does about them."""
+
+import math
+import os
+import re
+import signal
+from collections.abc import Iterable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+KINDS = ("nan-loss", "inf-grad", "spike", "overflow", "nan-weight", "bad-sample", "kill")
+_SPIKE_FACTOR = 1e4
+_OVERFLOW_FACTOR = 2.0**40
+
+
+class Drill:
+    """Injects one kind of fault into ``count`` attempts in a row, from a window of the run on.
+
+    An attempt is one time that a window is run: what recovery runs again is struck again while the count lasts.
+    "bad-sample" and "kill" strike windows, not attempts.
+
+    Attributes:
+        kind: nan-loss: the loss becomes NaN.
+            inf-grad: one parameter's gradient becomes infinite.
+            spike: gradients become 10,000 times larger, and stay finite.
+            overflow: the scaled loss is too large for fp16, in which the backward pass really overflows. Without loss
+                scaling, as in bf16 and fp32, there is nothing to overflow.
+            nan-weight: a weight becomes NaN during the step, as from a bit that flips in memory.
+            bad-sample: the first sample of each window has pixels that are NaN.
+            kill: the process is killed (SIGKILL) before the window.
+    """
+
+    def __init__(self, kind: str, window: int, count: int) -> None:
+        self.kind = kind
+        self.window = window
+        self.left = count
+        self._last_window = window + count - 1
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From KIND@WINDOW or KIND@WINDOWxCOUNT, windows counted over the run from 1.
+
+        Raises:
+            ValueError: it is not of that form.
+        """
+        match = re.fullmatch(r"([a-z-]+)@([1-9]\d*)(?:x([1-9]\d*))?", text)
+        if match is None or match[1] not in KINDS:
+            kinds = ", ".join(KINDS)
+            raise ValueError(f"--drill {text}: not KIND@WINDOW or KIND@WINDOWxCOUNT, where KIND is one of {kinds}")
+        return cls(match[1], int(match[2]), int(match[3] or 1))
+
+    def strikes_attempts(self, window: int) -> bool:
+        return self.left > 0 and window >= self.window and self.kind not in ("bad-sample", "kill")
+
+    def strikes_window(self, window: int) -> bool:
+        return self.window <= window <= self._last_window and self.kind in ("bad-sample", "kill")
+
+    def spoil_images(self, images: Tensor) -> Tensor:
+        """A batch's images as floats of the same range, the first of them all NaN; or no return at all ("kill").
+
+        Shape:
+            (B, 3, H, W) -> the same
+        """
+        if self.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        spoilt = images.to(torch.float32, copy=True)
+        spoilt[0] = math.nan
+        return spoilt
+
+    def spoil_loss(self, loss: Tensor, scaled: bool) -> Tensor:
+        """For every batch of a window, before the backward pass."""
+        if self.kind == "nan-loss":
+            return loss * math.nan
+        if self.kind == "overflow" and scaled:
+            loss = loss.clone()
+            loss.register_hook(lambda gradient: gradient * _OVERFLOW_FACTOR)
+        return loss
+
+    @torch.no_grad()
+    def strike(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Once an attempt, when its gradients are complete; counts it."""
+        self.left -= 1
+        struck = [parameter for parameter in parameters if parameter.grad is not None]
+        for parameter in struck:
+            assert parameter.grad is not None
+            if self.kind == "spike":
+                parameter.grad *= _SPIKE_FACTOR
+        if self.kind == "inf-grad":
+            assert struck[0].grad is not None
+            struck[0].grad[(0,) * struck[0].ndim] = math.inf
+        if self.kind == "nan-weight":
+            struck[0][(0,) * struck[0].ndim] = math.nan

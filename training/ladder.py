@@ -1,0 +1,187 @@
+"""What to do about a window that was not applied, or a loss that runs away. Policy alone: numbers in, action out.
+
+    skip -> run again -> run again in fp32 -> localise and quarantine -> roll back -> fp32 for good -> stop
+
+The window is skipped already when this is asked: the gate decided on the device.
+"""
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from training.precision import PrecisionName
+from training.stability import StepVerdict, WindowOutcome
+
+OVERFLOWS_IN_A_ROW = 4  # fewer are how loss scaling finds its ceiling
+MOST_BAD, BAD_AMONG = 8, 50  # windows given up, of the last so many
+LOSS_HISTORY = 50  # windows: the mean's time constant, and how many there must be before a loss can be called high
+HIGH_LOSS_FACTOR, HIGH_LOSSES_IN_A_ROW = 2.0, 5  # times the mean: training is running away
+RISEN_FACTOR, RISEN_DEVIATIONS = 1.2, 1.0  # of the mean over the lowest mean: both, and it has run away for good
+SOUND_FACTOR = 1.1  # the mean over the lowest mean, below which weights are worth keeping
+FLOOR_GROWTH = 1.0002  # of the lowest mean, per window: a level that drifts up over thousands of windows is no rise
+PROGRESS_WINDOWS = 200  # so many applied after a rollback: it has helped, and the next one is a first one again
+FIRST_QUARANTINE = 2  # epochs; each further offence doubles it
+
+
+class Action(StrEnum):
+    """The next rung. The text is what reports say was done."""
+
+    GO_ON = "go on"
+    RETRY = "run again"
+    RETRY_FULL_PRECISION = "run again in fp32"
+    LOCALISE = "localise"
+    ROLL_BACK = "roll back"
+
+
+AFTER_QUARANTINE = 3  # attempts: 0 first, 1 again, 2 in fp32, 3 without the samples at fault
+
+
+@dataclass
+class LossHistory:
+    """Tells when the loss runs away from its own history: by a factor of two at once, or by a fifth and for long.
+
+    A fifth is less than it sounds: a network that has collapsed, and finds no object any more, has a loss only a third
+    above that of a good one. The rise must also be large beside the scatter of single windows: one deviation of those
+    is ten of a mean over fifty.
+    """
+
+    mean: float = 0.0
+    variance: float = 0.0
+    lowest_mean: float = math.inf
+    num_losses: int = 0
+    high_in_a_row: int = 0
+
+    def add(self, loss: float) -> bool:
+        """Take in an applied window's loss; returns whether it has run away."""
+        known = self.num_losses >= LOSS_HISTORY
+        if known and loss > HIGH_LOSS_FACTOR * self.mean:  # does not enter the mean it is compared with
+            self.high_in_a_row += 1
+            return self.high_in_a_row >= HIGH_LOSSES_IN_A_ROW
+        self.high_in_a_row = 0
+        self.num_losses += 1
+        share, step = 1 / min(self.num_losses, LOSS_HISTORY), loss - self.mean
+        self.mean += share * step
+        self.variance = (1 - share) * (self.variance + share * step**2)
+        if known:
+            self.lowest_mean = min(self.mean, self.lowest_mean * FLOOR_GROWTH)
+        rise = self.mean - self.lowest_mean
+        return known and rise > max((RISEN_FACTOR - 1) * self.lowest_mean, RISEN_DEVIATIONS * math.sqrt(self.variance))
+
+    @property
+    def is_low(self) -> bool:
+        low = self.num_losses < LOSS_HISTORY or self.mean <= SOUND_FACTOR * self.lowest_mean
+        return low and self.high_in_a_row == 0
+
+
+@dataclass
+class Ladder:
+    """Where a run stands on the ladder. Plain numbers, saved in the checkpoint."""
+
+    recent: list[int] = field(default_factory=list)  # 1 for a window given up, 0 for one applied; the newest last
+    overflows_in_a_row: int = 0
+    losses: LossHistory = field(default_factory=LossHistory)
+    applied_since_rollback: int = 0
+    rollbacks_in_a_row: int = 0  # without progress between them
+    lr_factor: float = 1.0  # halved by each rollback
+    full_precision: bool = False  # the run goes on in fp32, whatever --precision says
+    quarantine: dict[str, int] = field(default_factory=dict)  # image -> the epoch, from 0, in which it returns
+    offences: dict[str, int] = field(default_factory=dict)  # image -> how often it has been quarantined
+    # What the run's last lines tell
+    num_applied: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)  # verdict -> windows given up
+    num_rollbacks: int = 0
+    seconds_lost: float = 0.0
+
+    def next_action(self, outcome: WindowOutcome, attempt: int, precision: PrecisionName) -> Action:
+        """Count an attempt and say what follows from it.
+
+        Args:
+            outcome: its verdict and numbers.
+            attempt: how often its window had been run before.
+            precision: the one it was run in.
+        """
+        if outcome.verdict is StepVerdict.APPLIED:
+            if precision == "fp16":
+                self.overflows_in_a_row = 0
+            return self._applied(outcome.loss)
+        if outcome.verdict is StepVerdict.OVERFLOW:
+            self.overflows_in_a_row += 1
+            if attempt == 0 and self.overflows_in_a_row <= OVERFLOWS_IN_A_ROW:
+                return self.give_up(outcome.verdict, counts_as_bad=False)
+            return Action.RETRY if attempt == 0 else Action.RETRY_FULL_PRECISION
+        if outcome.verdict is StepVerdict.SPIKE or attempt >= AFTER_QUARANTINE:
+            return self.give_up(outcome.verdict)
+        if attempt == 0:
+            return Action.RETRY
+        return Action.LOCALISE if precision == "fp32" else Action.RETRY_FULL_PRECISION
+
+    def give_up(self, verdict: StepVerdict, counts_as_bad: bool = True) -> Action:
+        """Count a window whose update is not going to be applied."""
+        assert verdict is not StepVerdict.APPLIED
+        self.skipped[verdict.value] = self.skipped.get(verdict.value, 0) + 1
+        if not counts_as_bad:
+            return Action.GO_ON
+        self._remember(1)
+        return Action.ROLL_BACK if sum(self.recent) >= MOST_BAD else Action.GO_ON
+
+    def rolled_back(self, seconds_undone: float) -> None:
+        self.recent.clear()
+        self.seconds_lost += seconds_undone
+        self.applied_since_rollback = 0
+        self.rollbacks_in_a_row += 1
+        self.num_rollbacks += 1
+        self.lr_factor /= 2
+
+    def put_in_quarantine(self, image: str, epoch: int) -> int:
+        """Leave an image out for some epochs; returns the first one, from 0, in which it is back.
+
+        Not for ever: the same image on other weights often does no harm (Chowdhery et al., "PaLM", 2022).
+        """
+        self.offences[image] = self.offences.get(image, 0) + 1
+        self.quarantine[image] = epoch + 1 + FIRST_QUARANTINE * 2 ** (self.offences[image] - 1)
+        return self.quarantine[image]
+
+    def is_quarantined(self, image: str, epoch: int) -> bool:
+        return self.quarantine.get(image, 0) > epoch
+
+    @property
+    def is_healthy(self) -> bool:
+        """Nothing speaks against keeping the present weights to return to."""
+        return self.losses.is_low and not any(self.recent[-HIGH_LOSSES_IN_A_ROW:])
+
+    def summary(self) -> dict[str, Any]:
+        """What became of the run's windows, for its last event."""
+        return {
+            "applied": self.num_applied,
+            "skipped": self.skipped,
+            "rollbacks": self.num_rollbacks,
+            "lr_factor": self.lr_factor,
+            "quarantined": self.offences,
+            "seconds_lost": round(self.seconds_lost, 1),
+        }
+
+    def describe(self) -> list[str]:
+        """The same for its last lines."""
+        verdicts = ", ".join(f"{number} {verdict.replace('_', ' ')}" for verdict, number in self.skipped.items())
+        skipped = f"{sum(self.skipped.values())} skipped" + (f" ({verdicts})" if verdicts else "")
+        rollbacks = f"{self.num_rollbacks} rollbacks"
+        if self.lr_factor != 1:
+            rollbacks += f" (learning rates now x {self.lr_factor:g})"
+        quarantined = f"{len(self.offences)} samples quarantined"
+        lost = f"{self.seconds_lost:.1f} s lost to recovery"
+        return [
+            f"Windows: {self.num_applied} applied, {skipped}; {rollbacks}, {quarantined}, {lost}",
+            *(f"   Quarantined until epoch {until + 1}: {image}" for image, until in self.quarantine.items()),
+        ]
+
+    def _applied(self, loss: float) -> Action:
+        self._remember(0)
+        self.num_applied += 1
+        self.applied_since_rollback += 1
+        if self.applied_since_rollback >= PROGRESS_WINDOWS:
+            self.rollbacks_in_a_row = 0
+        return Action.ROLL_BACK if self.losses.add(loss) else Action.GO_ON
+
+    def _remember(self, bad: int) -> None:
+        self.recent = [*self.recent[-(BAD_AMONG - 1) :], bad]

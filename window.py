@@ -1,0 +1,149 @@
+"""A window, one optimizer step's worth of batches: how it is handed out, and how its gradients come about."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.dataset import Batch
+from data.loading import to_device
+from losses import deep_supervision_loss
+from training.drill import Drill
+from training.precision import LossScaler, Precision
+from training.stages import ScalerSettings
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one optimizer step is computed from, complete enough to be computed again."""
+
+    number: int  # in its epoch, from 0
+    global_number: int  # in the run, from 1
+    batches: Sequence[Batch]
+    lr: float  # the decoder's, as scheduled: before what recovery takes off it
+    uncertainty_weight: float
+    precision: Precision
+    scaler: LossScaler
+    memory_format: torch.memory_format
+    seed: int  # of dropout and drop-path
+    attempt: int = 0  # how often it has been run before
+    drill: Drill | None = None  # strikes this attempt
+    rehearses: str = ""  # kind of drill, where one has struck
+
+    @property
+    def num_samples(self) -> int:
+        return sum(len(batch.images) for batch in self.batches)
+
+    @property
+    def sample_indices(self) -> list[int]:
+        return [index for batch in self.batches for index in batch.indices.tolist()]
+
+    def only(self, positions: Iterable[int]) -> "Window":
+        """The window made of some of its samples, by position, in the batches they are in. Batches left empty go."""
+        wanted, batches, first = set(positions), [], 0
+        if len(wanted) == self.num_samples:
+            return self
+        for batch in self.batches:
+            chosen = [position for position in range(len(batch.images)) if first + position in wanted]
+            first += len(batch.images)
+            if chosen:
+                batches.append(batch.take(chosen))
+        return replace(self, batches=batches)
+
+    def in_full_precision(self) -> "Window":
+        """The same in fp32, without loss scaling. Each batch in two halves: it needs no more memory than it did."""
+        if self.precision.name == "fp32":
+            return self
+        halves: list[Batch] = []
+        for batch in self.batches:
+            middle, size = (len(batch.images) + 1) // 2, len(batch.images)
+            halves += [batch.take(range(start, end)) for start, end in ((0, middle), (middle, size)) if start < end]
+        full = self.precision.full()
+        return replace(self, batches=halves, precision=full, scaler=full.new_scaler(self.scaler.settings))
+
+
+def accumulate_gradients(model: nn.Module, window: Window) -> Tensor:
+    """Forward and backward pass of each batch of a window; gradients, scaled by its scaler, are summed in ``.grad``.
+
+    Dropout is a function of the window, too: run again, now or after a resume, it is the same computation.
+
+    Returns:
+        the window's loss, unscaled, a scalar on the device: the mean over its samples. A batch counts by the samples it
+        has, so that the short last one, too, contributes as it would to one large batch.
+    """
+    device = torch.device(window.precision.device_type)
+    total = torch.zeros((), device=device)
+    torch.manual_seed(window.seed)
+    for batch in window.batches:
+        images, masks = to_device(batch, device, window.memory_format)
+        with window.precision.autocast():
+            side_logits = model(images)
+        share = len(images) / window.num_samples
+        loss = deep_supervision_loss(side_logits, masks, window.uncertainty_weight) * share
+        if window.drill is not None:
+            loss = window.drill.spoil_loss(loss, window.scaler.is_enabled())
+        window.scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
+
+
+class WindowFeed:
+    """Hands out an epoch's windows in order, and before they go on, those that were put back."""
+
+    def __init__(self, windows: Iterator[Window], drills: Sequence[Drill] = ()) -> None:
+        self._windows = windows
+        self._drills = drills
+        self._again: deque[Window] = deque()
+
+    def take(self, stop: bool) -> Window | None:
+        """The next window; None at the end of the epoch, or where ``stop`` is set and nothing has been put back."""
+        if self._again:
+            window = self._again.popleft()
+        elif stop or (window := next(self._windows, None)) is None:
+            return None
+        else:
+            window = self._spoilt(window)
+        drill = next((drill for drill in self._drills if drill.strikes_attempts(window.global_number)), None)
+        return replace(window, drill=drill, rehearses=drill.kind if drill is not None else window.rehearses)
+
+    def put_back(self, windows: Sequence[Window]) -> None:
+        """Hand these out next, in this order."""
+        self._again.extendleft(reversed(windows))
+
+    def _spoilt(self, window: Window) -> Window:
+        for drill in self._drills:
+            if drill.strikes_window(window.global_number):
+                first, *others = window.batches
+                spoilt = first._replace(images=drill.spoil_images(first.images))
+                window = replace(window, batches=[spoilt, *others], rehearses=drill.kind)
+        return window
+
+
+def window_to_payload(window: Window, loss_scale: float) -> dict[str, Any]:
+    """Tensors and plain numbers, to be run again elsewhere."""
+    return {
+        "global_number": window.global_number,
+        "batches": [batch._asdict() for batch in window.batches],
+        "uncertainty_weight": window.uncertainty_weight,
+        "precision": window.precision.name,
+        "loss_scale": loss_scale,
+        "seed": window.seed,
+    }
+
+
+def window_from_payload(payload: dict[str, Any], device_type: str, memory_format: torch.memory_format) -> Window:
+    precision = Precision(payload["precision"], device_type)
+    return Window(
+        number=0,
+        global_number=payload["global_number"],
+        batches=[Batch(**batch) for batch in payload["batches"]],
+        lr=0.0,
+        uncertainty_weight=payload["uncertainty_weight"],
+        precision=precision,
+        scaler=precision.new_scaler(ScalerSettings(init_scale=payload["loss_scale"])),
+        memory_format=memory_format,
+        seed=payload["seed"],
+    )
