@@ -6,6 +6,7 @@ Needs nothing but the folder: weights, images, masks and settings are in it.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,14 +43,11 @@ def replay(folder: Path, device_name: str) -> int:
     """
     record, payload = read_incident(folder)
     device = resolve_device(device_name)
-    settings = argparse.Namespace(**payload["settings"])
-    memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
-    model = build_network(settings, load_weights=False)
-    model.load_state_dict(payload["model"])
-    model = model.to(device).to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types no such one
-    model.set_backbone_frozen(payload["backbone_frozen"])
-    model.train()
-    window = window_from_payload(payload["window"], device.type, memory_format)
+    try:
+        model, window = _rebuild(payload, device)
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise ValueError(f"{folder}: its network cannot be built from its settings and weights ({reason})") from error
     full = window.in_full_precision()
 
     recorded_again = _diagnose(model, window, record.loss_scale)
@@ -75,6 +73,16 @@ def replay(folder: Path, device_name: str) -> int:
     drill = f" (a fire drill: {record.drill})" if record.drill else ""
     print(f"Cause: {cause}: {_EXPLANATIONS[cause]}{drill}")
     return 0
+
+
+def _rebuild(payload: dict[str, Any], device: torch.device) -> tuple[CamouflageSegmenter, Window]:
+    settings = argparse.Namespace(**payload["settings"])
+    memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
+    model = build_network(settings, load_weights=False)
+    model.load_state_dict(payload["model"])
+    model = model.to(device).to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types no such one
+    model.set_backbone_frozen(payload["backbone_frozen"])
+    return model.train(), window_from_payload(payload["window"], device.type, memory_format)
 
 
 def _diagnose(model: CamouflageSegmenter, window: Window, loss_scale: float = 1.0) -> Diagnosis:

@@ -5,7 +5,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from training.optim import Ema, build_optimizer, gradient_norm, load_optimizer_state, set_learning_rates
+from training.optim import (
+    Ema,
+    all_finite,
+    build_optimizer,
+    fresh_moments,
+    gradient_norm,
+    load_optimizer_state,
+    set_learning_rates,
+)
 
 
 def small_model() -> nn.Sequential:
@@ -128,3 +136,40 @@ def test_average_survives_a_round_trip() -> None:
     other.load_state_dict(ema.state_dict())
     assert other.num_updates == 3
     assert all(torch.equal(a, b) for a, b in zip(other.module.parameters(), ema.module.parameters(), strict=True))
+
+
+def test_moments_made_ahead_are_those_torch_makes_in_the_first_step() -> None:
+    torch.manual_seed(0)
+    ahead, lazily = small_model(), small_model()
+    lazily.load_state_dict(ahead.state_dict())
+    optimizers = [build_optimizer(model, nn.Sequential(), weight_decay=0.1) for model in (ahead, lazily)]
+    fresh_moments(optimizers[0], everywhere=False)
+    inputs = torch.randn(8, 4)
+    for model, optimizer in zip((ahead, lazily), optimizers, strict=True):
+        set_learning_rates(optimizer, 0.1, 1.0)
+        model(inputs).square().mean().backward()
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ahead.parameters(), lazily.parameters(), strict=True))
+    for a, b in zip(*(optimizer.state_dict()["state"].values() for optimizer in optimizers), strict=True):
+        assert a.keys() == b.keys()
+        assert all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+
+
+def test_moments_are_made_for_what_trains_and_kept_unless_all_are_asked_for() -> None:
+    decoder, backbone = small_model(), small_model()
+    backbone.requires_grad_(False)
+    optimizer = build_optimizer(decoder, backbone, weight_decay=0.1)
+    train_step(decoder, optimizer)
+    fresh_moments(optimizer, everywhere=False)
+    assert len(optimizer.state) == 6
+    assert all(entry["step"] == 1 for entry in optimizer.state.values())
+    fresh_moments(optimizer, everywhere=True)
+    assert all(entry["step"] == 0 and not entry["exp_avg_sq"].any() for entry in optimizer.state.values())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_number_that_is_not_finite_is_found(bad: float) -> None:
+    tensors = [torch.ones(3, 3), torch.arange(4), torch.zeros(2)]
+    assert all_finite(tensors)
+    tensors[2][1] = bad
+    assert not all_finite(tensors)
