@@ -117,7 +117,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--spike-policy", choices=("skip", "clip", "off"), default="skip",
          help="a gradient norm far above its own history: skip the window, only clip it, or take no notice")
     flag("--max-rollbacks", type=_whole(0), default=3,
-         help="returns to an earlier state, in a row, before the run goes on in fp32 and then gives up; 0: never")
+         help="returns to an earlier state, in a row, before the run goes on in fp32 and then gives up; 0: never, and "
+         "only weights that are not finite end the run")
     flag("--drill", metavar="KIND@WINDOW[xCOUNT]", action="append", default=[],
          help="rehearse a fault at a window of the run, in COUNT attempts in a row; KIND is nan-loss, inf-grad, spike, "
          "overflow, nan-weight, bad-sample or kill; may be given several times")

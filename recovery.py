@@ -7,19 +7,25 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from training.incidents import (
+    DIVERGED,
+    NONFINITE_WEIGHTS,
+    Diagnosis,
     IncidentRecord,
     IncidentStore,
     diagnose,
     find_culprits,
     name_cause,
+    running_statistics,
     untouched,
 )
-from training.ladder import AFTER_QUARANTINE, Action, LossHistory
+from training.ladder import AFTER_QUARANTINE, LEAST_LR_FACTOR, Action, LossHistory
 from training.optim import all_finite, fresh_moments
+from training.precision import Precision
 from training.runlog import RunLog
 from training.stability import BufferGuard, StepVerdict, WindowOutcome
 from training.stages import ScalerSettings
@@ -27,7 +33,6 @@ from training.state import TrainState
 from window import Window, accumulate_gradients, window_to_payload
 
 SNAPSHOT_EVERY = 50  # applied windows
-DIVERGED, NONFINITE_WEIGHTS = "diverged", "nonfinite_weights"  # verdicts on the run, beside those on windows
 _HOW_APPLIED = {  # attempt -> what was done, and what that says about the cause
     1: ("run again, and applied", "not reproduced"),
     2: ("run again in fp32, and applied", "precision"),
@@ -44,6 +49,7 @@ class Snapshot:
     """Weights to return to, in host memory. Not the optimizer's moments: a rollback starts them anew."""
 
     global_window: int
+    stage: int
     taken_at: float  # time.perf_counter()
     model: dict[str, Any]
     ema: dict[str, Any] | None
@@ -60,29 +66,31 @@ class Recovery:
         settings: of the run, for incidents that are replayed elsewhere.
         directory: where the incident folders go.
         log: told of each incident.
-        max_rollbacks: in a row, without progress between them. 0: weights are never rolled back, and a loss that runs
-            away is not looked for.
+        precision: that the run was started in.
+        max_rollbacks: in a row, without progress between them. 0: neither a loss that runs away nor windows that are
+            skipped again and again are acted upon, and weights that are not finite end the run at once.
     """
 
     def __init__(
         self, state: TrainState, images: Sequence[str], settings: dict[str, Any], directory: Path, log: RunLog,
-        max_rollbacks: int,
+        precision: Precision, max_rollbacks: int,
     ) -> None:  # fmt: skip
         self.state = state
         self.images = images
         self.settings = settings
         self.incidents = IncidentStore(directory)
         self.log = log
+        self.precision = precision
         self.max_rollbacks = max_rollbacks
         self._snapshots: deque[Snapshot] = deque(maxlen=2)
         self._windows_since_snapshot = 0
+        self._last_rollback_at = 0.0
         self._last_applied: Window | None = None
         self._record: IncidentRecord | None = None
         self._folder = directory
 
     def begin_stage(self) -> None:
-        if not self._snapshots:
-            self._take_snapshot({})
+        self._take_snapshot({})
 
     def is_quarantined(self, index: int) -> bool:
         return self.state.ladder.is_quarantined(self.images[index], self.state.progress.epoch)
@@ -122,23 +130,21 @@ class Recovery:
         assert self._record is not None
         self._record.attempts.append(_attempt(window, outcome))
         if verdict is StepVerdict.APPLIED:
-            self._roll_back(
-                f"the loss, {outcome.loss:.3g} now, has run away from its mean, {ladder.losses.mean:.3g} "
-                f"and {ladder.losses.lowest_mean:.3g} before"
-            )
-        elif not all_finite(self.state.model.parameters()):
+            mean, lowest = ladder.losses.mean, min(ladder.losses.mean, ladder.losses.lowest_mean)
+            reason = f"the loss, {outcome.loss:.3g} now, has run away: its mean is {mean:.3g} and was {lowest:.3g}"
+            self._roll_back(reason, diverged=True)
+        elif not self._weights_finite():
             if action not in (Action.GO_ON, Action.ROLL_BACK):  # else it is counted already
                 ladder.give_up(verdict)
-            self._record.cause = "model"
             self._roll_back("weights are not finite")
         elif action is Action.RETRY:
             return [replace(window, attempt=1)]
         elif action is Action.RETRY_FULL_PRECISION:
-            return [replace(window.in_full_precision(), attempt=2)]
+            return [replace(window.in_full_precision(halve=not guard.batch_matters), attempt=2)]
         elif action is Action.LOCALISE:
             return self._localise(window, verdict)
         else:
-            self._skip(action, "skipped")
+            self._skip_or_roll_back(action, "skipped")
         return []
 
     def require_finite_weights(self) -> None:
@@ -150,7 +156,7 @@ class Recovery:
         if self._weights_finite():
             return
         window = self._last_applied
-        assert window is not None, "weights were finite when the stage began, and only applied windows change them"
+        assert window is not None, "weights were finite when the run began, and only applied windows change them"
         self._open(window, WindowOutcome(StepVerdict.APPLIED, float("nan"), float("nan"), 1.0), NONFINITE_WEIGHTS)
         self._roll_back("weights are not finite")
 
@@ -158,29 +164,48 @@ class Recovery:
         """The window is not finite in fp32 either: find the samples at fault, or the weights."""
         assert self._record is not None
         ladder, model = self.state.ladder, self.state.model
-        clean = replace(window, drill=None)
-        with untouched(model):
-            diagnosis = diagnose(model, lambda: accumulate_gradients(model, clean))
-            culprits: list[int] = []
-            if not diagnosis.finite:
+        clean, culprits, healthy_otherwise = replace(window, drill=None), list[int](), None
+        diagnosis = self._diagnose(clean)
+        if diagnosis is None:
+            self._skip_or_roll_back(ladder.give_up(verdict), "skipped; to look into it, memory was too short")
+            return []
+        if not diagnosis.finite:
+            with running_statistics(model):
                 culprits = find_culprits(window.num_samples, lambda few: not self._is_finite(clean.only(few)))
-            healthy_otherwise = self._last_applied is not None and self._is_finite(self._last_applied)
+                if self._last_applied is not None:
+                    healthy_otherwise = self._is_finite(self._last_applied.in_full_precision(halve=True))
+        self._record.healthy_otherwise = healthy_otherwise
         self._record.cause = name_cause(diagnosis, diagnosis, culprits, window.num_samples, healthy_otherwise)
         if self._record.cause == "model":
             ladder.give_up(verdict)
             self._roll_back("the weights at hand are not finite on other data either")
         elif self._record.cause == "not reproduced":
-            self._skip(ladder.give_up(verdict), "skipped; looked into, it was finite")
+            self._skip_or_roll_back(ladder.give_up(verdict), "skipped; looked into, it was finite")
+        elif not culprits:
+            self._skip_or_roll_back(
+                ladder.give_up(verdict), "skipped; its samples are not finite together, yet are alone"
+            )
         else:
             self._quarantine([self.images[window.sample_indices[position]] for position in culprits])
             rest = window.only(set(range(window.num_samples)) - set(culprits))
             if rest.num_samples:
                 return [replace(rest, attempt=AFTER_QUARANTINE)]
-            self._skip(ladder.give_up(verdict), self._record.action)
+            self._skip_or_roll_back(ladder.give_up(verdict), self._record.action)
         return []
 
+    def _diagnose(self, window: Window, loss_scale: float = 1.0) -> Diagnosis | None:
+        """None where the device's memory is too short for it."""
+        model = self.state.model
+        try:
+            with untouched(model):
+                return diagnose(model, lambda: accumulate_gradients(model, window), loss_scale)
+        except torch.OutOfMemoryError:
+            model.zero_grad(set_to_none=True)
+            return None
+
     def _is_finite(self, window: Window) -> bool:
-        return diagnose(self.state.model, lambda: accumulate_gradients(self.state.model, window)).finite
+        diagnosis = self._diagnose(replace(window, drill=None))
+        return diagnosis is None or diagnosis.finite
 
     def _quarantine(self, images: Sequence[str]) -> None:
         assert self._record is not None
@@ -188,14 +213,14 @@ class Recovery:
         self._record.culprits = list(images)
         self._record.action = f"quarantined until epoch {max(epochs) + 1}: {', '.join(images)}"
 
-    def _skip(self, action: Action, done: str) -> None:
+    def _skip_or_roll_back(self, action: Action, done: str) -> None:
         recent = self.state.ladder.recent
-        if action is Action.ROLL_BACK:
+        if action is Action.ROLL_BACK and self.max_rollbacks:
             self._roll_back(f"{sum(recent)} of the last {len(recent)} windows had to be skipped")
         else:
             self._conclude(done)
 
-    def _roll_back(self, reason: str) -> None:
+    def _roll_back(self, reason: str, diverged: bool = False) -> None:
         """Return to a good state; the windows since then are not trained again.
 
         The second time in a row it is the older of the two that are kept: the newer one may have been taken when things
@@ -205,30 +230,36 @@ class Recovery:
             RecoverySpentError: it has not helped before. The state is a good one all the same.
         """
         assert self._record is not None
+        self._record.cause = self._record.cause or "model"
         ladder, spent = self.state.ladder, self.state.ladder.rollbacks_in_a_row >= self.max_rollbacks
-        in_fp16_or_bf16 = self._record.precision != "fp32" and not ladder.full_precision
-        give_up = spent and not (self.max_rollbacks and in_fp16_or_bf16)
+        more_precision = self.max_rollbacks > 0 and self.precision.name != "fp32" and not ladder.full_precision
+        give_up = (spent and not more_precision) or ladder.lr_factor <= LEAST_LR_FACTOR
         snapshot = self._snapshots[-1 if ladder.rollbacks_in_a_row == 0 else 0]
-        if not give_up or not self._weights_finite() or self._record.verdict == DIVERGED:
-            self._restore(snapshot)
+        if not give_up or diverged or not self._weights_finite():
+            self._restore(snapshot, diverged)
         if give_up:
+            # Whoever resumes has changed something, and gets every chance again.
             ladder.recent.clear()
-            ladder.rollbacks_in_a_row = 0  # whoever resumes has changed something, and gets every chance again
+            ladder.rollbacks_in_a_row, ladder.losses = 0, LossHistory()
             self._conclude(f"stopped: {reason}")
             raise RecoverySpentError(reason)
-        ladder.rolled_back(time.perf_counter() - snapshot.taken_at)
+        now = time.perf_counter()
+        ladder.rolled_back(now - max(snapshot.taken_at, self._last_rollback_at))
+        self._last_rollback_at = now
         ladder.full_precision |= spent
         self._conclude(
             f"rolled back by {self.state.progress.global_window - snapshot.global_window} windows ({reason}); learning "
             f"rate now x {ladder.lr_factor:g}{', from here on in fp32' if ladder.full_precision else ''}"
         )
 
-    def _restore(self, snapshot: Snapshot) -> None:
+    def _restore(self, snapshot: Snapshot, diverged: bool) -> None:
         self.state.model.load_state_dict(snapshot.model)
         if self.state.ema is not None and snapshot.ema is not None:
             self.state.ema.load_state_dict(snapshot.ema)
-        if self._record is not None and self._record.verdict == DIVERGED:  # what it has learnt since is of no use
+        if diverged and snapshot.stage == self.state.progress.stage:  # what it has learnt since is of no use
             self.state.detector.load_state_dict(snapshot.detector)
+        elif diverged:
+            self.state.detector.reset(torch.device(self.precision.device_type))
         self.state.ladder.losses = replace(self._snapshots[-1].losses)  # the longest history of good ones
         fresh_moments(self.state.optimizer, everywhere=True)
         self._windows_since_snapshot = 0
@@ -241,25 +272,27 @@ class Recovery:
         """
         self._windows_since_snapshot = 0
         if not self._weights_finite():
+            assert self._snapshots, "a run begins with finite weights"
             return  # the next window will not be finite, and that is when something is done about it
         state = self.state
         ema = None if state.ema is None else _on_host(state.ema.state_dict())
         model = _on_host({**state.model.state_dict(), **buffers})
         detector, losses = _on_host(state.detector.state_dict()), replace(state.ladder.losses)
         now = time.perf_counter()
-        self._snapshots.append(Snapshot(state.progress.global_window, now, model, ema, detector, losses))
+        where = state.progress.global_window, state.progress.stage
+        self._snapshots.append(Snapshot(*where, now, model, ema, detector, losses))
 
     def _weights_finite(self) -> bool:
-        average = [] if self.state.ema is None else [*self.state.ema.module.parameters()]
-        return all_finite([*self.state.model.parameters(), *average])
+        """Averaged ones and BatchNorm's statistics, too, which no gate looks at."""
+        modules = [self.state.model] if self.state.ema is None else [self.state.model, self.state.ema.module]
+        return all_finite([tensor for module in modules for tensor in module.state_dict().values()])
 
     def _open(self, window: Window, outcome: WindowOutcome, verdict: str) -> None:
         """Begin an incident: run the window once more under hooks, and save what replay needs."""
         progress, model = self.state.progress, self.state.model
         scaler = window.precision.new_scaler(ScalerSettings(init_scale=outcome.loss_scale))
         as_it_was = replace(window, drill=None, scaler=scaler)
-        with untouched(model):
-            diagnosis = diagnose(model, lambda: accumulate_gradients(model, as_it_was), outcome.loss_scale)
+        diagnosis = self._diagnose(as_it_was, outcome.loss_scale)
         self._record = IncidentRecord(
             verdict=verdict,
             stage=progress.stage,
@@ -271,8 +304,8 @@ class Recovery:
             precision=window.precision.name,
             samples=[self.images[index] for index in window.sample_indices],
             drill=window.rehearses,
-            first_nonfinite=diagnosis.first_nonfinite,
-            worst_parameters=diagnosis.worst_parameters,
+            first_nonfinite="" if diagnosis is None else diagnosis.first_nonfinite,
+            worst_parameters={} if diagnosis is None else diagnosis.worst_parameters,
         )
         payload = {
             "settings": self.settings,

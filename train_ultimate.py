@@ -39,7 +39,8 @@ from recovery import Recovery, RecoverySpentError
 from training.checkpoint import CheckpointStore, find_checkpoint
 from training.drill import Drill
 from training.interrupt import StopRequest
-from training.optim import Ema, build_optimizer, fresh_moments, gradient_norm, set_learning_rates
+from training.ladder import LossHistory
+from training.optim import Ema, all_finite, build_optimizer, fresh_moments, gradient_norm, set_learning_rates
 from training.precision import Precision, resolve_device, resolve_precision, use_deterministic_algorithms
 from training.runlog import RunLog, environment, write_json
 from training.stability import BufferGuard, PendingOutcome, SpikeDetector, StepVerdict, gated_step, should_skip
@@ -99,7 +100,7 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
     num_windows = math.ceil(len(loader) / stage.accumulation_steps)
     state.model.train()
     guard = BufferGuard(state.model)
-    feed = WindowFeed(epoch_windows(run, stage, loader, num_windows), run.drills)
+    feed = WindowFeed(epoch_windows(run, stage, loader, num_windows, guard), run.drills)
     pending: tuple[Window, PendingOutcome] | None = None
     start = time.perf_counter()
     bar = tqdm(desc=f"Epoch {progress.epoch + 1}/{run.args.epochs}", total=num_windows, initial=progress.window,
@@ -130,11 +131,12 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
         set_learning_rates(state.optimizer, window.lr * state.ladder.lr_factor, stage.backbone_lr_scale)
         gated_step(state.optimizer, skip)
         guard.end_window(skip)
-        window.scaler.update()
+        window.scaler.update_after(loss)
         state.optimizer.zero_grad(set_to_none=True)
         pending = window, PendingOutcome(loss, grad_norm, found_inf, spike, loss_scale)
         if window.attempt == 0:
             progress.count(window.number, window.global_number, window.num_samples)
+            stats.num_samples += window.num_samples
             bar.update()
         else:
             state.ladder.seconds_lost += time.perf_counter() - now
@@ -142,7 +144,9 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
     stats.seconds += time.perf_counter() - start
 
 
-def epoch_windows(run: Run, stage: Stage, loader: DataLoader[Batch], num_windows: int) -> Iterator[Window]:
+def epoch_windows(
+    run: Run, stage: Stage, loader: DataLoader[Batch], num_windows: int, guard: BufferGuard
+) -> Iterator[Window]:
     """The windows left in the epoch under way, without quarantined samples; one that has nothing else is left out."""
     progress, first_global = run.state.progress, run.state.progress.global_window - run.state.progress.window
     first_of_stage = (progress.epoch - stage.first_epoch) * num_windows
@@ -162,7 +166,8 @@ def epoch_windows(run: Run, stage: Stage, loader: DataLoader[Batch], num_windows
         allowed = [n for n, index in enumerate(window.sample_indices) if not run.recovery.is_quarantined(index)]
         if allowed:
             window = window.only(allowed)
-            yield window.in_full_precision() if run.state.ladder.full_precision else window
+            full = run.state.ladder.full_precision
+            yield window.in_full_precision(halve=not guard.batch_matters) if full else window
 
 
 def settle_window(
@@ -180,7 +185,11 @@ def settle_window(
     where = {"stage": stage.number, "epoch": state.progress.epoch + 1, "window": window.number + 1}
     tried = {"attempt": window.attempt + 1, "precision": window.precision.name}
     run.log.event("window", **where, **tried, lr=stats.lr, **asdict(outcome))
-    again = run.recovery.answer(window, outcome, guard)
+    try:
+        again = run.recovery.answer(window, outcome, guard)
+    except RecoverySpentError:
+        bar.close()
+        raise
     run_again = any(other.number == window.number for other in again or ())
     stats.add(outcome, run_again, large_norm=5 * run.args.grad_clip)
     shown = {"loss": f"{outcome.loss:.2f}", "grad": f"{outcome.grad_norm:.3f}"}
@@ -228,6 +237,8 @@ def run_stage(run: Run, stage: Stage) -> None:
         progress.stage = stage.number
         state.scaler = run.precision.new_scaler(stage.scaler)
         state.detector.reset(run.device)
+        if not stage.freeze_backbone and not state.model.freeze_norm_statistics:
+            state.ladder.losses = LossHistory()  # BatchNorm begins to learn its statistics: another level
     fresh_moments(state.optimizer, everywhere=False)
     run.recovery.begin_stage()
     num_workers = cli.default_num_workers() if run.args.num_workers is None else run.args.num_workers
@@ -309,7 +320,8 @@ def train(run: Run) -> None:
                     3,
                     f"diverged in epoch {progress.epoch + 1}/{run.args.epochs}, all recoveries spent: {error}. What "
                     f"happened: {run.recovery.incidents.directory}; a good state is saved: {saved}\n"
-                    f"Go on from it, say with a lower learning rate: {resume_command(run)} --lr {run.args.lr / 4:g}",
+                    f"Go on from it, say with a lower learning rate: {resume_command(run)} "
+                    f"--lr {run.args.lr * run.state.ladder.lr_factor / 2:g}",
                 ) from error
 
 
@@ -345,6 +357,8 @@ def prepare(argv: Sequence[str] | None) -> Run:
     stages = build_stages(args)
     model = build_network(args, load_weights=checkpoint is None).to(device)
     model = model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types no such overload
+    if not all_finite(model.state_dict().values()):
+        raise ValueError(f"--backbone {args.backbone}: its initial weights are not finite; are the right ones loaded?")
     optimizer = build_optimizer(model.decoder, model.backbone, args.weight_decay)
     ema = Ema(model, args.ema_decay) if args.ema_decay > 0 else None
     detector = SpikeDetector(args.spike_policy, device)
@@ -366,7 +380,7 @@ def prepare(argv: Sequence[str] | None) -> Run:
     log = RunLog(directory)
     images = [pair.image.relative_to(root).as_posix() for pair in train_pairs]
     incidents = directory / "incidents"
-    recovery = Recovery(state, images, config["settings"], incidents, log, args.max_rollbacks)
+    recovery = Recovery(state, images, config["settings"], incidents, log, precision, args.max_rollbacks)
     packages = environment(Path(__file__), ("torch", "torchvision", "timm", "numpy", "pillow"))
     facts = {"command": shlex.join(sys.argv), "device": str(device), **config, **packages}
     write_json(directory / "config.json", facts)

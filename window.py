@@ -31,7 +31,12 @@ class Window:
     seed: int  # of dropout and drop-path
     attempt: int = 0  # how often it has been run before
     drill: Drill | None = None  # strikes this attempt
-    rehearses: str = ""  # kind of drill, where one has struck
+    spoilt_by: str = ""  # the kind of drill that has changed its samples
+
+    @property
+    def rehearses(self) -> str:
+        """The kind of drill, where one strikes."""
+        return self.spoilt_by if self.drill is None else self.drill.kind
 
     @property
     def num_samples(self) -> int:
@@ -53,16 +58,22 @@ class Window:
                 batches.append(batch.take(chosen))
         return replace(self, batches=batches)
 
-    def in_full_precision(self) -> "Window":
-        """The same in fp32, without loss scaling. Each batch in two halves: it needs no more memory than it did."""
+    def in_full_precision(self, halve: bool) -> "Window":
+        """The same in fp32, without loss scaling.
+
+        Args:
+            halve: each batch in two halves, so that it needs no more memory than it did. Not the same computation where
+                layers normalise by the batch's statistics.
+        """
         if self.precision.name == "fp32":
             return self
-        halves: list[Batch] = []
+        batches: list[Batch] = []
         for batch in self.batches:
-            middle, size = (len(batch.images) + 1) // 2, len(batch.images)
-            halves += [batch.take(range(start, end)) for start, end in ((0, middle), (middle, size)) if start < end]
+            size = len(batch.images)
+            middle = (size + 1) // 2 if halve else size
+            batches += [batch.take(range(start, end)) for start, end in ((0, middle), (middle, size)) if start < end]
         full = self.precision.full()
-        return replace(self, batches=halves, precision=full, scaler=full.new_scaler(self.scaler.settings))
+        return replace(self, batches=batches, precision=full, scaler=full.new_scaler(self.scaler.settings))
 
 
 def accumulate_gradients(model: nn.Module, window: Window) -> Tensor:
@@ -107,7 +118,7 @@ class WindowFeed:
         else:
             window = self._spoilt(window)
         drill = next((drill for drill in self._drills if drill.strikes_attempts(window.global_number)), None)
-        return replace(window, drill=drill, rehearses=drill.kind if drill is not None else window.rehearses)
+        return replace(window, drill=drill)
 
     def put_back(self, windows: Sequence[Window]) -> None:
         """Hand these out next, in this order."""
@@ -118,7 +129,7 @@ class WindowFeed:
             if drill.strikes_window(window.global_number):
                 first, *others = window.batches
                 spoilt = first._replace(images=drill.spoil_images(first.images))
-                window = replace(window, batches=[spoilt, *others], rehearses=drill.kind)
+                window = replace(window, batches=[spoilt, *others], spoilt_by=drill.kind)
         return window
 
 

@@ -2,8 +2,9 @@
 
     python benchmarks/gate_cost.py [--backbone NAME] [--img-size PX] [--batch-size N] [--windows N] [--device cpu|cuda]
 
-Both sides run the same forward and backward pass on the same batch in the same precision, clip, and step the same fused
-AdamW. On CUDA every window is timed to the end of its work, and it is asserted that nothing in it waits for the device.
+Both sides run the same forward and backward pass on the same batch in the same precision (bf16 or fp32), clip, and step
+the same fused AdamW; neither averages weights. On CUDA every window is timed to the end of its work, and it is asserted
+that nothing in it waits for the device but the snapshot of every 50th.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -37,9 +39,8 @@ def bare(run: Run, window: Window) -> None:
     run.state.optimizer.zero_grad(set_to_none=True)
 
 
-def gated(run: Run) -> Callable[[Run, Window], None]:
-    """The window of ``train_epoch``, one verdict late, with the average and the ladder."""
-    guard = BufferGuard(run.state.model)
+def gated(run: Run, guard: BufferGuard) -> Callable[[Run, Window], None]:
+    """The window of ``train_epoch``, one verdict late, with ladder, snapshots and log."""
     parameters = [parameter for parameter in run.state.model.parameters() if parameter.requires_grad]
     pending: list[PendingOutcome] = []
 
@@ -50,7 +51,9 @@ def gated(run: Run) -> Callable[[Run, Window], None]:
         if pending:
             outcome = pending.pop().read()
             assert outcome.verdict is StepVerdict.APPLIED
-            assert run.recovery.answer(window, outcome, guard) is None
+            with waiting_allowed(run.device):  # a snapshot, every 50 windows
+                assert run.recovery.answer(window, outcome, guard) is None
+            run.log.event("window", **asdict(outcome))
         window.scaler.unscale_(state.optimizer)
         grad_norm = gradient_norm(parameters)
         found_inf, loss_scale = window.scaler.found_inf(state.optimizer, loss), window.scaler.current_scale(loss)
@@ -60,11 +63,21 @@ def gated(run: Run) -> Callable[[Run, Window], None]:
         skip = should_skip(loss, grad_norm, found_inf, spike)
         gated_step(state.optimizer, skip)
         guard.end_window(skip)
-        window.scaler.update()
+        window.scaler.update_after(loss)
         state.optimizer.zero_grad(set_to_none=True)
         pending.append(PendingOutcome(loss, grad_norm, found_inf, spike, loss_scale))
 
     return step
+
+
+@contextlib.contextmanager
+def waiting_allowed(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("default")
+    yield
+    torch.cuda.set_sync_debug_mode("error")
 
 
 @contextlib.contextmanager
@@ -100,11 +113,12 @@ def main() -> None:
         run.state.model.train()
         loader = training_loader(run.train_pairs, options.img_size, options.batch_size, 0, 0, pin_memory=False)
         run.state.progress.epoch = stage.first_epoch
-        window = next(epoch_windows(run, stage, loader, len(loader)))
+        guard = BufferGuard(run.state.model)
+        window = next(epoch_windows(run, stage, loader, len(loader), guard))
         set_learning_rates(run.state.optimizer, LR, 1.0)
         fresh_moments(run.state.optimizer, everywhere=False)
         run.recovery.begin_stage()
-        step = gated(run)
+        step = gated(run, guard)
         times: dict[str, list[float]] = {"on": [], "off": []}
         for number in range(options.windows + 5):
             for name, function in (("on", step), ("off", bare)) if number % 2 else (("off", bare), ("on", step)):

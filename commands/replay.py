@@ -13,12 +13,14 @@ import torch
 from builders import build_network
 from models import CamouflageSegmenter
 from training.incidents import (
+    OF_THE_RUN,
     Diagnosis,
     IncidentRecord,
     diagnose,
     find_culprits,
     name_cause,
     read_incident,
+    running_statistics,
     stand_out,
     untouched,
 )
@@ -45,31 +47,36 @@ def replay(folder: Path, device_name: str) -> int:
     device = resolve_device(device_name)
     try:
         model, window = _rebuild(payload, device)
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        full = window.in_full_precision(halve=False)
+        recorded_again = _diagnose(model, window, record.loss_scale)
+        full_again = _diagnose(model, full) if full is not window else recorded_again
+        culprits = _culprits(model, full, record, full_again)
+        samples = [record.samples[position] for position in culprits]
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0][:120]
-        raise ValueError(f"{folder}: its network cannot be built from its settings and weights ({reason})") from error
-    full = window.in_full_precision()
+        raise ValueError(f"{folder}: cannot be run again from its settings, weights and samples ({reason})") from error
 
-    recorded_again = _diagnose(model, window, record.loss_scale)
-    full_again = _diagnose(model, full) if full is not window else recorded_again
-    culprits = _culprits(model, full, record, full_again)
-    cause = name_cause(recorded_again, full_again, culprits, window.num_samples, healthy_otherwise=False)
+    cause = name_cause(recorded_again, full_again, culprits, window.num_samples, record.healthy_otherwise)
     high = record.grad_norm / 2
     if record.verdict == StepVerdict.SPIKE and cause == "not reproduced" and recorded_again.grad_norm > high:
         cause = "precision" if full_again.grad_norm < high else "data" if culprits else "model"
+    if record.verdict in OF_THE_RUN:
+        cause = "model"
 
     print(f"{folder}: {record.verdict} in stage {record.stage}, epoch {record.epoch}, window {record.window}")
     print(f"Then: {record.action}")
     rows = [(f"recorded, {record.precision}", record.loss, record.grad_norm, record.first_nonfinite)]
     for name, again in ((f"replayed, {record.precision}", recorded_again), ("replayed, fp32", full_again)):
         rows.append((name, again.loss, again.grad_norm, again.first_nonfinite))
+    if record.verdict in OF_THE_RUN:
+        print("Replayed on the weights after that window's step: the run had gone astray by then")
     print(f"{'':16} {'loss':>10} {'grad norm':>10}  first number that is not finite")
     for name, loss, norm, where in rows:
         print(f"{name:16} {loss:10.4g} {norm:10.4g}  {where or 'none'}")
     if not all_finite(model.parameters()):
         print("Weights are not finite, so nothing after them is")
-    for position in culprits if cause == "data" else ():
-        print(f"Alone, in fp32, this sample does it: {record.samples[position]}")
+    for sample in samples if cause == "data" else ():
+        print(f"Alone, in fp32, this sample does it: {sample}")
     drill = f" (a fire drill: {record.drill})" if record.drill else ""
     print(f"Cause: {cause}: {_EXPLANATIONS[cause]}{drill}")
     return 0
@@ -94,8 +101,9 @@ def _culprits(
     model: CamouflageSegmenter, window: Window, record: IncidentRecord, diagnosis: Diagnosis
 ) -> Sequence[int]:
     """Positions of the samples that do it alone: not finite, or for a spike, far above the others."""
-    if not diagnosis.finite:
-        return find_culprits(window.num_samples, lambda few: not _diagnose(model, window.only(few)).finite)
-    if record.verdict != StepVerdict.SPIKE:
-        return []
-    return stand_out([_diagnose(model, window.only([n])).grad_norm for n in range(window.num_samples)])
+    with running_statistics(model):
+        if not diagnosis.finite:
+            return find_culprits(window.num_samples, lambda few: not _diagnose(model, window.only(few)).finite)
+        if record.verdict != StepVerdict.SPIKE:
+            return []
+        return stand_out([_diagnose(model, window.only([n])).grad_norm for n in range(window.num_samples)])

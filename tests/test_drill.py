@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import Argv, differing_tensors, read_events, tiny_arguments
 
 import train_ultimate
@@ -86,8 +85,7 @@ def rehearse(
     for expected in expected_actions(kind, count, precision):
         assert any(action.startswith(expected) for action in actions), f"{expected} is not among {actions}"
     saved = next(iter(directory.glob("step_*.pth")), directory / f"epoch_{2 * epochs_per_stage:04d}.pth")
-    weights = read_checkpoint(saved)  # refuses what is not finite
-    assert all(torch.isfinite(tensor).all() for tensor in weights["ema"]["model"].values())
+    read_checkpoint(saved)  # refuses what is not finite
     if exit_code == 3:
         assert main(["train", "--resume", "auto", "--checkpoint-dir", str(directory)]) == 0
     short = Counter(action.split(":")[0].split(" by ")[0].split(" until")[0] for action in actions)

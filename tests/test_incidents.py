@@ -19,6 +19,7 @@ from training.incidents import (
     find_culprits,
     name_cause,
     read_incident,
+    running_statistics,
     stand_out,
     untouched,
 )
@@ -150,12 +151,21 @@ fine, broken = Diagnosis(1.0, 1.0, ""), Diagnosis(math.nan, math.nan, "head")
         (broken, broken, [3], False, "data"),
         (broken, broken, [0, 1, 2, 3, 4, 5, 6, 7], False, "model"),
         (broken, broken, [0, 1, 2, 3, 4, 5, 6, 7], True, "data"),
-        (broken, broken, [], True, "model"),
+        (broken, broken, [], True, "data"),  # together, yet not alone
+        (broken, broken, [], False, "model"),
+        (broken, broken, [3], None, "data"),
+        (broken, broken, [0, 1, 2, 3, 4, 5, 6, 7], None, "model"),
         (fine, fine, [], True, "not reproduced"),
     ],
 )
-def test_cause(recorded: Diagnosis, full: Diagnosis, culprits: list[int], healthy_otherwise: bool, cause: str) -> None:
+def test_cause(
+    recorded: Diagnosis, full: Diagnosis, culprits: list[int], healthy_otherwise: bool | None, cause: str
+) -> None:
     assert name_cause(recorded, full, culprits, 8, healthy_otherwise) == cause
+
+
+def test_single_sample_is_given_the_blame_unless_the_weights_are_known_to_have_it() -> None:
+    assert [name_cause(broken, broken, [0], 1, healthy) for healthy in (None, True, False)] == ["data", "data", "model"]
 
 
 # Folders
@@ -190,14 +200,56 @@ def test_newest_incidents_are_kept(tmp_path: Path) -> None:
 
 
 def test_total_size_is_bounded_by_dropping_old_payloads_and_the_records_stay(tmp_path: Path) -> None:
-    store = IncidentStore(tmp_path, max_bytes=100_000)
-    folders = [store.open(record(), {"model": torch.zeros(10_000)}) for _ in range(5)]
-    assert sum(path.stat().st_size for path in tmp_path.rglob("*.*")) <= 100_000
+    store = IncidentStore(tmp_path, max_bytes=8 * 2**20)
+    folders = [store.open(record(), {"model": torch.zeros(500_000)}) for _ in range(5)]
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.*")) <= 8 * 2**20
     assert len(list(tmp_path.glob("*/incident.json"))) == 5
     assert [path.parent.name for path in sorted(tmp_path.glob("*/replay.pt"))] == ["000004", "000005"]
     read_incident(folders[-1])
     with pytest.raises(ValueError, match="removed to make room"):
         read_incident(tmp_path / "000001")
+
+
+def test_payload_that_is_too_large_is_not_written_and_removes_no_other(tmp_path: Path) -> None:
+    store = IncidentStore(tmp_path, max_bytes=5_000_000)
+    small = store.open(record(), {"model": torch.zeros(10)})
+    large = store.open(record(), {"model": torch.zeros(2_000_000)})
+    assert [path.name for path in large.iterdir()] == ["incident.json"]
+    read_incident(small)
+    with pytest.raises(ValueError, match="too large to keep"):
+        read_incident(large)
+
+
+def test_leftover_of_a_killed_write_is_removed(tmp_path: Path) -> None:
+    folder = IncidentStore(tmp_path).open(record(), {})
+    leftover = folder / ".replay.pt.unfinished"
+    leftover.write_bytes(b"half")
+    IncidentStore(tmp_path)
+    assert not leftover.exists()
+    read_incident(folder)
+
+
+def test_disk_that_fills_up_in_mid_write_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def half(_: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file: file write failed")
+
+    monkeypatch.setattr(torch, "save", half)
+    folder = IncidentStore(tmp_path).open(record(), {})
+    assert [path.name for path in folder.iterdir()] == ["incident.json"]
+    assert "cannot be replayed later" in capsys.readouterr().out
+
+
+def test_samples_are_looked_at_by_themselves_where_batchnorm_would_mix_them() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4).eval()).train()
+    model[2].eval()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model(torch.randn(1, 4))
+    with running_statistics(model):
+        model(torch.randn(1, 4))
+    assert [module.training for module in model] == [True, True, False]
 
 
 def test_full_disk_costs_the_folder_and_not_the_run(

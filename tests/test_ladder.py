@@ -134,7 +134,7 @@ def test_summary_and_last_lines_tell_what_happened() -> None:
     ladder.put_in_quarantine("Imgs/a.jpg", epoch=0)
     first, second = ladder.describe()
     assert first == (
-        "Windows: 2 applied, 1 skipped (1 spike); 1 rollbacks (learning rates now x 0.5), 1 samples quarantined, "
+        "Windows: 2 applied, 1 skipped (1 spike); 1 rollback (learning rates now x 0.5), 1 sample quarantined, "
         "2.0 s lost to recovery"
     )
     assert second == "   Quarantined until epoch 4: Imgs/a.jpg"

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from training.precision import LossScaler, resolve_device, resolve_precision
+from training.precision import LossScaler, Precision, resolve_device, resolve_precision
 from training.stages import ScalerSettings
 
 
@@ -90,3 +90,18 @@ def test_cuda_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="no CUDA device"):
         resolve_device("cuda")
     assert resolve_device("auto").type == "cpu"
+
+
+@pytest.mark.parametrize(("loss", "scale"), [(1.0, 512.0), (float("nan"), 1024.0), (float("inf"), 1024.0)])
+def test_overflow_halves_the_scale_and_a_loss_that_is_not_finite_leaves_it_alone(loss: float, scale: float) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    scaler = Precision("fp16", "cpu").new_scaler(ScalerSettings(init_scale=1024.0))
+    scaler.scale(weight.sum()).backward()
+    weight.grad = torch.full((3,), float("inf"))
+    scaler.unscale_(optimizer)
+    scaler.update_after(torch.tensor(loss))
+    assert scaler.get_scale() == scale
+    scaler.scale(weight.sum())  # the next window begins as usual
+    scaler.unscale_(optimizer)
+    scaler.update_after(torch.tensor(1.0))

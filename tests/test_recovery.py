@@ -67,9 +67,14 @@ def test_after_a_passing_fault_the_weights_are_bitwise_those_of_a_run_without(
     assert [attempt["verdict"] for attempt in incident["attempts"]][1] == "applied"
 
 
-def test_the_same_in_bf16(undisturbed: Callable[[str], Path], tiny_argv: Argv, tmp_path: Path) -> None:
-    assert main(tiny_argv("--precision", "bf16", "--drill", "nan-loss@6", "--drill", "inf-grad@13")) == 0
-    assert differing_tensors(final(tmp_path / "run"), final(undisturbed("bf16"))) == []
+@pytest.mark.parametrize(("precision", "faults"), [("bf16", ("nan-loss@6", "inf-grad@13")), ("fp16", ("nan-loss@6",))])
+def test_the_same_in_half_precision(
+    undisturbed: Callable[[str], Path], tiny_argv: Argv, tmp_path: Path, precision: str, faults: tuple[str, ...]
+) -> None:
+    """Under fp16 the loss scale stays as it is, too: a loss that is not finite says nothing about it."""
+    drills = [flag for fault in faults for flag in ("--drill", fault)]
+    assert main(tiny_argv("--precision", precision, *drills)) == 0
+    assert differing_tensors(final(tmp_path / "run"), final(undisturbed(precision))) == []
 
 
 def test_a_stop_in_the_midst_of_recovery_waits_for_it(
@@ -217,7 +222,7 @@ def test_poisoned_image_is_named_and_quarantined_and_the_run_finishes(
         assert stored["first_nonfinite"].startswith("backbone.body.conv_stem (output")
     out = capsys.readouterr().out
     assert "quarantined until epoch" in out
-    assert "   Quarantined until epoch 8: TrainDataset/Imgs/scene_00004.jpg" in out
+    assert "   Quarantined until epoch 9: TrainDataset/Imgs/scene_00004.jpg" in out
     assert read_events(directory, "run_end")[0]["recovery"]["skipped"] == {}
 
     shutil.copytree(directory / "incidents" / incidents[0]["folder"], tmp_path / "elsewhere")
@@ -267,7 +272,7 @@ def test_weight_that_becomes_nan_is_rolled_back_with_half_the_rate(
     assert all(
         torch.isfinite(value).all() for value in read_checkpoint(directory / "epoch_0004.pth")["ema"]["model"].values()
     )
-    assert "1 rollbacks (learning rates now x 0.5)" in capsys.readouterr().out
+    assert "1 rollback (learning rates now x 0.5)" in capsys.readouterr().out
 
 
 def prepare_stages(tiny_argv: Argv) -> list[Any]:
@@ -327,6 +332,7 @@ def test_loss_that_runs_away_without_a_nan_is_rolled_back_and_then_ends_the_run_
     error = capsys.readouterr().err
     assert "all recoveries spent: the loss" in error
     assert "--resume auto" in error
+    assert error.rstrip().endswith("--lr 0.00025")  # half of what has failed, 0.002 / 4
     (saved,) = directory.glob("step_*.pth")
     assert str(saved) in error
     assert read_checkpoint(saved)["ladder"]["lr_factor"] == 0.25
@@ -357,11 +363,64 @@ def test_when_every_rung_is_spent_the_run_ends_with_a_good_checkpoint(
     assert len(actions) == (4 if precision == "fp32" else 5)
     assert sum("from here on in fp32" in action for action in actions) == (0 if precision == "fp32" else 1)
     assert "Traceback" not in capsys.readouterr().err
-    assert main(["train", "--resume", "auto", "--checkpoint-dir", str(directory), "--lr", "0.001"]) == 0
+    assert main(["train", "--resume", "auto", "--checkpoint-dir", str(directory), "--lr", "0.0001"]) == 0
     out = capsys.readouterr().out
-    assert "lr: 0.002 -> 0.001" in out
+    assert "lr: 0.002 -> 0.0001" in out
+    assert "left by rollbacks, is dropped" in out
     assert "Learning rates are multiplied" not in out  # a rate given anew is meant as it is
     assert read_events(directory, "window")[-1]["precision"] == "fp32"
+
+
+def test_without_rollbacks_windows_that_are_skipped_again_and_again_do_not_end_the_run(
+    tiny_argv: Argv, tmp_path: Path
+) -> None:
+    flags = ("--accumulation-steps", "1", "--epochs", "2", "--stage1-epochs", "2", "--max-rollbacks", "0")
+    assert main(tiny_argv(*flags, "--drill", "spike@6x12")) == 0
+    assert read_events(tmp_path / "run", "run_end")[0]["recovery"]["skipped"]["spike"] >= 8
+
+
+def test_single_sample_in_the_very_first_window_is_quarantined_and_nothing_rolled_back(
+    tiny_argv: Argv, tmp_path: Path
+) -> None:
+    flags = ("--batch-size", "1", "--accumulation-steps", "1", "--epochs", "1", "--stage1-epochs", "1")
+    assert main(tiny_argv(*flags, "--drill", "bad-sample@1")) == 0
+    (incident,) = read_events(tmp_path / "run", "incident")
+    assert incident["action"].startswith("quarantined until epoch 4")
+    recovery = read_events(tmp_path / "run", "run_end")[0]["recovery"]
+    assert (recovery["rollbacks"], recovery["lr_factor"]) == (0, 1.0)
+
+
+def test_statistic_that_is_not_finite_is_found_before_anything_is_saved(
+    tiny_argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BatchNorm in training does not look at its running variance: nothing else would show it."""
+    run: list[Run] = []
+    original = train_ultimate.prepare
+    monkeypatch.setattr(train_ultimate, "prepare", lambda argv: run.append(original(argv)) or run[0])
+    step = train_ultimate.gated_step
+
+    def corrupting(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+        step(optimizer, skip)
+        if run[0].state.progress.global_window == 9:
+            next(b for n, b in run[0].state.model.named_buffers() if n.endswith("running_var")).fill_(torch.inf)
+
+    monkeypatch.setattr(train_ultimate, "gated_step", corrupting)
+    assert main(tiny_argv()) == 0
+    (incident,) = read_events(tmp_path / "run", "incident")
+    assert (incident["verdict"], incident["cause"]) == ("nonfinite_weights", "model")
+
+
+def test_initial_weights_that_are_not_finite_are_refused(
+    tiny_argv: Argv, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: Any, **options: Any) -> CamouflageSegmenter:
+        model = builders.build_network(*args, **options)
+        next(model.parameters()).data.fill_(torch.nan)
+        return model
+
+    monkeypatch.setattr(train_ultimate, "build_network", broken)
+    assert main(tiny_argv()) == 2
+    assert "initial weights are not finite" in capsys.readouterr().err
 
 
 # fp16

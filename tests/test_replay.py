@@ -98,4 +98,4 @@ def test_weights_of_another_network_are_refused(
     payload["settings"]["decoder_channels"] = 24
     torch.save(payload, folder / "replay.pt")
     assert main(["replay", str(folder)]) == 2
-    assert "its network cannot be built from its settings and weights" in capsys.readouterr().err
+    assert "cannot be run again from its settings, weights and samples" in capsys.readouterr().err

@@ -59,6 +59,8 @@ def test_run_leaves_the_files_and_events_of_the_design(finished: Path) -> None:
     assert sorted(path.name for path in finished.iterdir()) == expected
     events = read_events(finished, "epoch")
     assert [(event["stage"], event["epoch"]) for event in events] == [(1, 1), (1, 2), (2, 3), (2, 4)]
+    for event in events:
+        assert event["images_per_second"] == pytest.approx(20 / event["seconds"])
     assert set(events[0]) >= {
         *("stage", "epoch", "loss", "iou", "dice", "mae", "s_measure", "grad_norm_avg", "grad_norm_max", "lr"),
         *("backbone_lr", "images_per_second", "skipped", "overflows", "seconds"),

@@ -66,14 +66,15 @@ def test_part_of_a_window_has_just_those_samples(positions: set[int]) -> None:
 
 def test_full_precision_halves_batches_and_gives_the_same_gradient() -> None:
     model, half = TinyNetwork(), window(precision="bf16")
-    full = half.in_full_precision()
+    full = half.in_full_precision(halve=True)
     assert [len(batch.images) for batch in full.batches] == [2, 1, 2, 1, 1, 1]
     assert full.precision.name == "fp32"
     assert not full.scaler.is_enabled()
     for gradient, expected in zip(gradients(model, full), gradients(model, window()), strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
     in_fp32 = window()
-    assert in_fp32.in_full_precision() is in_fp32
+    assert in_fp32.in_full_precision(halve=True) is in_fp32
+    assert [len(batch.images) for batch in half.in_full_precision(halve=False).batches] == [3, 3, 2]
 
 
 def test_gradients_are_scaled_and_the_loss_is_not() -> None:

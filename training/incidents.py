@@ -1,6 +1,7 @@
 """Incidents: what went wrong where, written down so that it can be looked into later and elsewhere.
 
-An incident is one window that was not applied and that recovery had to act on. Its folder holds ``incident.json`` for
+An incident is a window that recovery had to act on: not applied, or applied in the course of a loss that runs away. Its
+folder holds ``incident.json`` for
 people and ``replay.pt``, everything needed to run the window again without the data set.
 """
 
@@ -8,8 +9,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -23,6 +24,8 @@ from training.runlog import write_json
 
 RECORD, PAYLOAD = "incident.json", "replay.pt"
 REPLAY_FORMAT = "train_ultimate/incident/1"
+DIVERGED, NONFINITE_WEIGHTS = "diverged", "nonfinite_weights"  # verdicts on the run, beside those on windows
+OF_THE_RUN = (DIVERGED, NONFINITE_WEIGHTS)
 WORST_PARAMETERS = 10
 STANDS_OUT = 10.0  # a sample's gradient norm, in medians of the window's other samples
 
@@ -59,8 +62,8 @@ def diagnose(model: nn.Module, backward: Callable[[], Tensor], loss_scale: float
     """
     with _watched(model) as found:
         loss = backward().item()
-    gradients = {name: p.grad.float() / loss_scale for name, p in model.named_parameters() if p.grad is not None}
-    norms = {name: torch.linalg.vector_norm(gradient).item() for name, gradient in gradients.items()}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norms = {name: torch.linalg.vector_norm(gradient).item() / loss_scale for name, gradient in gradients.items()}
     if not found and not math.isfinite(loss):
         found.append("the loss itself (all the network's outputs are finite)")
     if not found:
@@ -127,6 +130,20 @@ def untouched(model: nn.Module) -> Iterator[None]:
             buffer.copy_(value)
 
 
+@contextmanager
+def running_statistics(model: nn.Module) -> Iterator[None]:
+    """Let BatchNorm use its running statistics: a part of a batch, of one sample even, is then looked at by itself."""
+    layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    training = [layer for layer in layers if layer.training]
+    for layer in training:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for layer in training:
+            layer.train()
+
+
 def find_culprits(num_samples: int, is_bad: Callable[[Sequence[int]], bool]) -> list[int]:
     """Samples that are bad alone, by bisection: about 2 log2(n) runs for one of n.
 
@@ -171,6 +188,7 @@ class IncidentRecord:
     attempts: list[dict[str, Any]] = field(default_factory=list)  # verdict, loss, grad_norm, precision of each
     cause: str = ""
     culprits: list[str] = field(default_factory=list)
+    healthy_otherwise: bool | None = None  # whether the same weights were finite on other data; None: not tried
     action: str = "under way"
 
 
@@ -185,19 +203,24 @@ class IncidentStore:
         self.directory = directory
         self.most = most
         self.max_bytes = max_bytes
+        for leftover in directory.glob("*/.*.unfinished"):  # a write that was killed
+            leftover.unlink(missing_ok=True)
 
     def open(self, record: IncidentRecord, payload: dict[str, Any]) -> Path:
         """Write a new incident; returns its folder."""
         folder = self.directory / f"{max(map(int, (path.name for path in self._folders())), default=0) + 1:06d}"
+        unfinished, size = folder / f".{PAYLOAD}.unfinished", num_bytes(payload)
         try:
+            self._make_room(size)
             folder.mkdir(parents=True)
-            unfinished = folder / f".{PAYLOAD}.unfinished"
-            torch.save({"format": REPLAY_FORMAT, **payload}, unfinished)
-            os.replace(unfinished, folder / PAYLOAD)
+            if size <= self.max_bytes:
+                torch.save({"format": REPLAY_FORMAT, **payload}, unfinished)
+                os.replace(unfinished, folder / PAYLOAD)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
             print(f"Warning: {folder}: cannot be replayed later, nothing to replay was saved ({error})")
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
         self.update(folder, record)
-        self._prune()
         return folder
 
     def update(self, folder: Path, record: IncidentRecord) -> None:
@@ -209,18 +232,18 @@ class IncidentStore:
     def _folders(self) -> list[Path]:
         return sorted(path for path in self.directory.glob("[0-9]*") if path.name.isdigit())
 
-    def _prune(self) -> None:
+    def _make_room(self, size: int) -> None:
+        """For one more incident with a payload of so many bytes (none at all, if it is too large by itself)."""
         folders = self._folders()
-        for folder in folders[: -self.most]:
+        for folder in folders[: max(0, len(folders) - self.most + 1)]:
             shutil.rmtree(folder, ignore_errors=True)
-        folders = folders[-self.most :]
-        sizes = {path: path.stat().st_size for folder in folders for path in folder.glob("*") if path.is_file()}
-        for payload in (folder / PAYLOAD for folder in folders):
-            if sum(sizes.values()) <= self.max_bytes:
+        payloads = [path for path in (folder / PAYLOAD for folder in self._folders()) if path.exists()]
+        sizes = [path.stat().st_size for path in payloads]
+        records = self.most * 64 * 2**10  # what the records themselves may take
+        for index, path in enumerate(payloads):
+            if size > self.max_bytes or sum(sizes[index:]) + size + records <= self.max_bytes:
                 return
-            if payload in sizes:
-                payload.unlink(missing_ok=True)
-                del sizes[payload]
+            path.unlink()
 
 
 def read_incident(folder: Path) -> tuple[IncidentRecord, dict[str, Any]]:
@@ -239,7 +262,9 @@ def read_incident(folder: Path) -> tuple[IncidentRecord, dict[str, Any]]:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder / RECORD}: not a record of this program ({error})") from error
     if not (folder / PAYLOAD).exists():
-        raise ValueError(f"{folder}: {PAYLOAD} is not there: removed to make room for newer incidents, or not copied")
+        raise ValueError(
+            f"{folder}: {PAYLOAD} is not there: too large to keep, removed to make room for newer ones, or not copied"
+        )
     try:
         payload = torch.load(folder / PAYLOAD, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged archives raise anything
@@ -250,7 +275,7 @@ def read_incident(folder: Path) -> tuple[IncidentRecord, dict[str, Any]]:
 
 
 def name_cause(
-    recorded: Diagnosis, full: Diagnosis, culprits: Iterable[int], num_samples: int, healthy_otherwise: bool
+    recorded: Diagnosis, full: Diagnosis, culprits: Collection[int], num_samples: int, healthy_otherwise: bool | None
 ) -> Cause:
     """Who is at fault for a window that is not finite.
 
@@ -259,11 +284,20 @@ def name_cause(
         full: the same in fp32.
         culprits: samples that are not finite alone, in fp32.
         num_samples: of the window.
-        healthy_otherwise: whether the same weights are fine on other data.
+        healthy_otherwise: whether the same weights are finite on other data; None where there is none to try.
     """
     if recorded.finite and full.finite:
         return "not reproduced"
     if full.finite:
         return "precision"
-    found = len(list(culprits))
-    return "data" if found and (2 * found <= num_samples or healthy_otherwise) else "model"
+    if 0 < 2 * len(culprits) <= num_samples or healthy_otherwise:
+        return "data"
+    return "data" if num_samples == 1 and healthy_otherwise is None else "model"
+
+
+def num_bytes(value: Any) -> int:
+    """Of the tensors in nested dicts and lists."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(num_bytes(child) for child in children)

@@ -21,11 +21,12 @@ RISEN_FACTOR, RISEN_DEVIATIONS = 1.2, 1.0  # of the mean over the lowest mean: b
 SOUND_FACTOR = 1.1  # the mean over the lowest mean, below which weights are worth keeping
 FLOOR_GROWTH = 1.0002  # of the lowest mean, per window: a level that drifts up over thousands of windows is no rise
 PROGRESS_WINDOWS = 200  # so many applied after a rollback: it has helped, and the next one is a first one again
+LEAST_LR_FACTOR = 2.0**-10  # ten rollbacks: a run that needs more does not learn
 FIRST_QUARANTINE = 2  # epochs; each further offence doubles it
 
 
 class Action(StrEnum):
-    """The next rung. The text is what reports say was done."""
+    """The next rung."""
 
     GO_ON = "go on"
     RETRY = "run again"
@@ -165,10 +166,10 @@ class Ladder:
         """The same for its last lines."""
         verdicts = ", ".join(f"{number} {verdict.replace('_', ' ')}" for verdict, number in self.skipped.items())
         skipped = f"{sum(self.skipped.values())} skipped" + (f" ({verdicts})" if verdicts else "")
-        rollbacks = f"{self.num_rollbacks} rollbacks"
+        rollbacks = _counted(self.num_rollbacks, "rollback")
         if self.lr_factor != 1:
             rollbacks += f" (learning rates now x {self.lr_factor:g})"
-        quarantined = f"{len(self.offences)} samples quarantined"
+        quarantined = f"{_counted(len(self.offences), 'sample')} quarantined"
         lost = f"{self.seconds_lost:.1f} s lost to recovery"
         return [
             f"Windows: {self.num_applied} applied, {skipped}; {rollbacks}, {quarantined}, {lost}",
@@ -185,3 +186,7 @@ class Ladder:
 
     def _remember(self, bad: int) -> None:
         self.recent = [*self.recent[-(BAD_AMONG - 1) :], bad]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -88,6 +88,21 @@ class LossScaler(torch.amp.GradScaler):
             assert self._scale is not None
             self._scale.clamp_(min=1.0)
 
+    def update_after(self, loss: Tensor) -> None:
+        """``update()``, except where the loss is not finite: it is computed unscaled and says nothing about the scale.
+
+        Decided on the device; nothing waits.
+        """
+        if not self.is_enabled():
+            return
+        assert self._scale is not None
+        assert self._growth_tracker is not None
+        scale, growth_tracker = self._scale.clone(), self._growth_tracker.clone()
+        self.update()
+        finite = torch.isfinite(loss)
+        self._scale.copy_(torch.where(finite, self._scale, scale))
+        self._growth_tracker.copy_(torch.where(finite, self._growth_tracker, growth_tracker))
+
     def found_inf(self, optimizer: torch.optim.Optimizer, like: Tensor) -> Tensor:
         """1 if the last ``unscale_`` met a non-finite gradient, else 0 (always, when scaling is off).
 

@@ -150,6 +150,11 @@ class BufferGuard:
         }
         self.at_start: dict[str, Tensor] = {}
 
+    @property
+    def batch_matters(self) -> bool:
+        """Whether layers normalise by the statistics of the batch, so that a part of it is another computation."""
+        return bool(self._buffers)
+
     @torch.no_grad()
     def begin_window(self) -> None:
         self.at_start = {name: buffer.clone() for name, buffer in self._buffers.items()}

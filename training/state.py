@@ -14,6 +14,8 @@ from training.precision import LossScaler, Precision
 from training.stability import SpikeDetector, StepVerdict, WindowOutcome
 from training.stages import Stage
 
+_DECIDE_THE_LOSS = ("img_size", "batch_size", "accumulation_steps")  # of other settings, its history says nothing
+
 
 @dataclass
 class Progress:
@@ -160,8 +162,14 @@ def resume(
     if before["precision"] != now["precision"]:
         print(f"precision in use: {before['precision']} -> {now['precision']}")
         state.ladder.full_precision = False
+    if (
+        any(before["settings"][key] != now["settings"][key] for key in _DECIDE_THE_LOSS)
+        or before["data"] != now["data"]
+    ):
+        state.ladder.losses = LossHistory()
     if state.ladder.lr_factor != 1 and before["settings"]["lr"] != now["settings"]["lr"]:
-        state.ladder.lr_factor = 1.0  # a rate given anew is meant as it is
+        print(f"lr is meant as given: the factor {state.ladder.lr_factor:g}, left by rollbacks, is dropped")
+        state.ladder.lr_factor = 1.0
     if state.ladder.lr_factor != 1:
         print(f"Learning rates are multiplied by {state.ladder.lr_factor:g}: {state.ladder.num_rollbacks} rollbacks")
     if before["data"] != now["data"]:
