@@ -142,7 +142,7 @@ class Recovery:
         elif action is Action.RETRY_FULL_PRECISION:
             return [replace(window.in_full_precision(halve=not guard.batch_matters), attempt=2)]
         elif action is Action.LOCALISE:
-            return self._localise(window, verdict)
+            return self._localise(window, verdict, guard.least_batch)
         else:
             self._skip_or_roll_back(action, "skipped")
         return []
@@ -160,7 +160,7 @@ class Recovery:
         self._open(window, WindowOutcome(StepVerdict.APPLIED, float("nan"), float("nan"), 1.0), NONFINITE_WEIGHTS)
         self._roll_back("weights are not finite")
 
-    def _localise(self, window: Window, verdict: StepVerdict) -> list[Window]:
+    def _localise(self, window: Window, verdict: StepVerdict, least_batch: int) -> list[Window]:
         """The window is not finite in fp32 either: find the samples at fault, or the weights."""
         assert self._record is not None
         ladder, model = self.state.ladder, self.state.model
@@ -187,7 +187,7 @@ class Recovery:
             )
         else:
             self._quarantine([self.images[window.sample_indices[position]] for position in culprits])
-            rest = window.only(set(range(window.num_samples)) - set(culprits))
+            rest = window.only(set(range(window.num_samples)) - set(culprits), least_batch)
             if rest.num_samples:
                 return [replace(rest, attempt=AFTER_QUARANTINE)]
             self._skip_or_roll_back(ladder.give_up(verdict), self._record.action)

@@ -164,8 +164,8 @@ def epoch_windows(
             seed=derive_seed(run.args.seed, first_global + number + 1),
         )
         allowed = [n for n, index in enumerate(window.sample_indices) if not run.recovery.is_quarantined(index)]
-        if allowed:
-            window = window.only(allowed)
+        window = window.only(allowed, guard.least_batch)
+        if window.batches:
             full = run.state.ladder.full_precision
             yield window.in_full_precision(halve=not guard.batch_matters) if full else window
 

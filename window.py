@@ -46,15 +46,20 @@ class Window:
     def sample_indices(self) -> list[int]:
         return [index for batch in self.batches for index in batch.indices.tolist()]
 
-    def only(self, positions: Iterable[int]) -> "Window":
-        """The window made of some of its samples, by position, in the batches they are in. Batches left empty go."""
+    def only(self, positions: Iterable[int], least: int = 1) -> "Window":
+        """The window made of some of its samples, by position, in the batches they are in.
+
+        Args:
+            positions: over all batches, from 0.
+            least: batches left with fewer samples are left out.
+        """
         wanted, batches, first = set(positions), [], 0
         if len(wanted) == self.num_samples:
             return self
         for batch in self.batches:
             chosen = [position for position in range(len(batch.images)) if first + position in wanted]
             first += len(batch.images)
-            if chosen:
+            if len(chosen) >= least:
                 batches.append(batch.take(chosen))
         return replace(self, batches=batches)
 

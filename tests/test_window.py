@@ -64,6 +64,11 @@ def test_part_of_a_window_has_just_those_samples(positions: set[int]) -> None:
     assert all(len(batch.images) for batch in part.batches)
 
 
+def test_batches_left_with_too_few_samples_are_left_out() -> None:
+    assert window(sizes=(3, 3, 2)).only([0, 3, 4, 6, 7], least=2).sample_indices == [3, 4, 6, 7]
+    assert window(sizes=(2, 1)).only([0, 1, 2], least=2).num_samples == 3  # nothing is left out, so nothing is short
+
+
 def test_full_precision_halves_batches_and_gives_the_same_gradient() -> None:
     model, half = TinyNetwork(), window(precision="bf16")
     full = half.in_full_precision(halve=True)

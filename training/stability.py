@@ -155,6 +155,11 @@ class BufferGuard:
         """Whether layers normalise by the statistics of the batch, so that a part of it is another computation."""
         return bool(self._buffers)
 
+    @property
+    def least_batch(self) -> int:
+        """The least samples a batch must have to be trained on: there is nothing to normalise one by."""
+        return 2 if self._buffers else 1
+
     @torch.no_grad()
     def begin_window(self) -> None:
         self.at_start = {name: buffer.clone() for name, buffer in self._buffers.items()}
