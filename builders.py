@@ -1,17 +1,66 @@
-"""From settings to the parts of a run: stages, network, training and validation pairs."""
+"""From the command line to a run that is ready to train: settings, data, network, state, folder."""
 
 import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+import cli
 from data.dataset import require_image_headers
-from data.layouts import Pair, describe, find_subsets, split_as_before, split_validation, training_pairs
+from data.layouts import Pair, describe, find_subsets, fingerprint, split_as_before, split_validation, training_pairs
 from data.synthetic import write_synthetic_dataset
 from models import CamouflageSegmenter, build_model
+from recovery import Recovery
+from training.checkpoint import CheckpointStore, find_checkpoint, lock_directory
+from training.drill import Drill
+from training.interrupt import StopRequest
+from training.optim import Ema, all_finite, build_optimizer
+from training.precision import Precision, resolve_device, resolve_precision, use_deterministic_algorithms
+from training.runlog import RunLog, environment, write_json
+from training.stability import SpikeDetector
 from training.stages import CONSERVATIVE_SCALER, Stage
+from training.state import TrainState, load_weights, resume
 
 SYNTHETIC_TRAIN_IMAGES, SYNTHETIC_TEST_IMAGES = 640, 64
+
+
+@dataclass
+class Run:
+    """One training run. ``state`` changes; the rest is settled when the run is prepared."""
+
+    args: argparse.Namespace
+    config: dict[str, Any]  # the settings and the data's fingerprint, as saved
+    device: torch.device
+    precision: Precision
+    memory_format: torch.memory_format
+    stages: list[Stage]
+    train_pairs: list[Pair]
+    val_pairs: list[Pair]
+    state: TrainState
+    store: CheckpointStore
+    log: RunLog
+    recovery: Recovery
+    drills: list[Drill]
+    stop: StopRequest
+    lock: int | None  # on the checkpoint directory
+    consistent: bool = True  # no step is half done: the state could be saved
+
+    def checkpoint(self) -> dict[str, Any]:
+        return {"config": self.config, **self.state.state_dict()}
+
+    @property
+    def save_is_due(self) -> bool:
+        since = self.state.progress.global_window - self.store.last_window
+        return self.stop.save or 0 < self.args.checkpoint_every <= since
+
+    @property
+    def precision_in_use(self) -> Precision:
+        return self.precision.full() if self.state.ladder.full_precision else self.precision
 
 
 def build_stages(args: argparse.Namespace) -> list[Stage]:
@@ -61,3 +110,78 @@ def build_pairs(args: argparse.Namespace, validation: list[str] | None) -> tuple
     for line in describe(subsets, len(pairs)):
         print(f"   {line}")
     return train_pairs, val_pairs, root
+
+
+def prepare(argv: Sequence[str] | None) -> Run:
+    """From the command line to a run that is ready to train, new or resumed.
+
+    A setting comes from the first of: the command line; the checkpoint being resumed; the defaults.
+
+    Raises:
+        ValueError, OSError: a mistake in the flags, the data or the checkpoint.
+    """
+    args = cli.parse(argv)
+    directory = Path(args.checkpoint_dir)
+    source, checkpoint = find_checkpoint(args.resume, directory)
+    weights_alone = checkpoint["model"] if checkpoint is not None and "config" not in checkpoint else None
+    if weights_alone is not None:
+        print(f"Warning: {source} holds weights alone: epochs, moments, learning rates and average begin anew")
+        source = checkpoint = None
+    before = checkpoint["config"] if checkpoint is not None else None
+    if before is not None:
+        args = cli.parse(argv, saved=before["settings"])
+    cli.check(args)
+    drills = [Drill.parse(text) for text in args.drill]
+    store = CheckpointStore(directory, args.keep_checkpoints)
+    if store.files() and (source is None or source.parent.resolve() != directory.resolve()):
+        raise ValueError(
+            f"{directory} holds a run already: go on with --resume auto, or choose another --checkpoint-dir"
+        )
+    if args.deterministic:
+        use_deterministic_algorithms()
+    device = resolve_device(args.device)
+    precision = resolve_precision(args.precision, device)
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    no_cuda = "" if torch.cuda.is_available() else " (no CUDA device found)"
+    print(f"Device: {device}{no_cuda}, precision {precision.name}, backbone {args.backbone}")
+    train_pairs, val_pairs, root = build_pairs(args, before["validation"] if before is not None else None)
+    stages = build_stages(args)
+    model = build_network(args, load_weights=checkpoint is None and weights_alone is None).to(device)
+    if weights_alone is not None:
+        load_weights(model, weights_alone)
+    model = model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types no such overload
+    if not all_finite(model.state_dict().values()):
+        raise ValueError(f"--backbone {args.backbone}: its initial weights are not finite; are the right ones loaded?")
+    optimizer = build_optimizer(model.decoder, model.backbone, args.weight_decay)
+    ema = Ema(model, args.ema_decay) if args.ema_decay > 0 else None
+    detector = SpikeDetector(args.spike_policy, device)
+    state = TrainState(model, optimizer, precision.new_scaler(stages[0].scaler), detector, ema)
+    config = {
+        "settings": vars(args),
+        "precision": precision.name,
+        "data": fingerprint([*train_pairs, *val_pairs], root),
+        "validation": [pair.image.relative_to(root).as_posix() for pair in val_pairs],
+    }
+    if checkpoint is not None:
+        resume(state, checkpoint, config, stages, precision)
+        print(f"Resumed {source}: {state.progress.epoch} epochs and {state.progress.window} windows done")
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = lock_directory(directory)
+    store.remove_leftovers()
+    if checkpoint is not None:
+        for path in store.set_aside_after(state.progress.global_window):
+            print(f"Set aside as {path}: further on than the checkpoint being resumed")
+        if not store.best_path.exists():  # of another folder, or set aside: the best of what follows is the best
+            state.progress.best_iou = -1.0
+    store.last_window = state.progress.global_window
+    log = RunLog(directory)
+    store.on_saved = lambda name: log.event("checkpoint", file=name)
+    images = [pair.image.relative_to(root).as_posix() for pair in train_pairs]
+    incidents = directory / "incidents"
+    recovery = Recovery(state, images, config["settings"], incidents, log, precision, args.max_rollbacks)
+    packages = environment(Path(__file__), ("torch", "torchvision", "timm", "numpy", "pillow"))
+    facts = {"command": shlex.join(sys.argv), "device": str(device), **config, **packages}
+    write_json(directory / "config.json", facts)
+    log.event("run_start" if checkpoint is None else "resume", **facts, progress=asdict(state.progress))
+    return Run(args, config, device, precision, memory_format, stages, train_pairs, val_pairs, state, store, log,
+               recovery, drills, StopRequest(), lock)  # fmt: skip

@@ -133,6 +133,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
          "flags given beside it win over the saved settings")
     flag("--checkpoint-dir", help="where checkpoints, metrics.jsonl and config.json go (default: ./checkpoints; "
          "with --resume PATH, that file's folder; for demo, a new folder in demo-runs)")
+    flag("--checkpoint-every", type=_whole(0), default=0,
+         help="save in mid-epoch, too, every so many windows; 0: after epochs only")
     flag("--keep-checkpoints", type=_whole(1), default=3, help="how many epoch files to keep")
 
     flag = parser.add_argument_group("machine").add_argument

@@ -9,16 +9,16 @@ frozen backbone, stage 2 everything; both are rows of build_stages() and go thro
 optimizer step's worth of batches.
 """
 
-import argparse
 import math
+import os
 import shlex
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -28,24 +28,18 @@ from tqdm import tqdm
 
 import cli
 import metrics
-from builders import build_network, build_pairs, build_stages
+from builders import Run, prepare
 from commands.replay import replay
 from data.dataset import Batch
-from data.layouts import Pair, fingerprint
 from data.loading import UnreadableDataError, decoded, to_device, training_loader, validation_loader, windows
 from data.sampler import derive_seed
 from models import CamouflageSegmenter
-from recovery import Recovery, RecoverySpentError
-from training.checkpoint import CheckpointStore, find_checkpoint
-from training.drill import Drill
-from training.interrupt import StopRequest
+from recovery import RecoverySpentError
 from training.ladder import LossHistory
-from training.optim import Ema, all_finite, build_optimizer, fresh_moments, gradient_norm, set_learning_rates
-from training.precision import Precision, resolve_device, resolve_precision, use_deterministic_algorithms
-from training.runlog import RunLog, environment, write_json
-from training.stability import BufferGuard, PendingOutcome, SpikeDetector, StepVerdict, gated_step, should_skip
+from training.optim import fresh_moments, gradient_norm, set_learning_rates
+from training.stability import BufferGuard, PendingOutcome, StepVerdict, gated_step, should_skip
 from training.stages import Stage, cosine_ramp, learning_rate
-from training.state import EpochStats, TrainState, resume
+from training.state import EpochStats
 from window import Window, WindowFeed, accumulate_gradients
 
 
@@ -55,33 +49,6 @@ class StoppedError(Exception):
     def __init__(self, exit_code: int, message: str) -> None:
         super().__init__(message)
         self.exit_code = exit_code
-
-
-@dataclass
-class Run:
-    """One training run. ``state`` changes; the rest is settled when the run is prepared."""
-
-    args: argparse.Namespace
-    config: dict[str, Any]  # the settings and the data's fingerprint, as saved
-    device: torch.device
-    precision: Precision
-    memory_format: torch.memory_format
-    stages: list[Stage]
-    train_pairs: list[Pair]
-    val_pairs: list[Pair]
-    state: TrainState
-    store: CheckpointStore
-    log: RunLog
-    recovery: Recovery
-    drills: list[Drill]
-    stop: StopRequest
-
-    def checkpoint(self) -> dict[str, Any]:
-        return {"config": self.config, **self.state.state_dict()}
-
-    @property
-    def precision_in_use(self) -> Precision:
-        return self.precision.full() if self.state.ladder.full_precision else self.precision
 
 
 def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
@@ -105,10 +72,17 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
     start = time.perf_counter()
     bar = tqdm(desc=f"Epoch {progress.epoch + 1}/{run.args.epochs}", total=num_windows, initial=progress.window,
                unit="window", disable=None)  # fmt: skip
-    while (window := feed.take(stop=run.stop.signal_number is not None)) is not None or pending is not None:
+    while True:
         now = time.perf_counter()
         guard.begin_window()
-        loss = accumulate_gradients(state.model, window) if window is not None else None
+        try:
+            window = feed.take(hold=run.save_is_due or run.stop.signal_number is not None)
+            loss = accumulate_gradients(state.model, window) if window is not None else None
+        except Exception:  # a bug, a lost worker: what has been trained so far can still be saved
+            guard.restore()
+            if pending is not None:
+                settle_window(run, stage, *pending, guard, bar)
+            raise
         if pending is not None:  # before the step: the average takes in the weights as that window left them
             again, pending = settle_window(run, stage, *pending, guard, bar), None
             if again is not None:
@@ -116,8 +90,12 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
                 state.ladder.seconds_lost += time.perf_counter() - now
                 continue
         if window is None or loss is None:
-            continue
+            if run.save_is_due:
+                save_step(run)
+                continue
+            break
 
+        run.consistent = False
         if window.drill is not None:
             window.drill.strike(parameters)
         window.scaler.unscale_(state.optimizer)
@@ -188,10 +166,12 @@ def settle_window(
     try:
         again = run.recovery.answer(window, outcome, guard)
     except RecoverySpentError:
+        run.consistent = True
         bar.close()
         raise
     run_again = any(other.number == window.number for other in again or ())
     stats.add(outcome, run_again, large_norm=5 * run.args.grad_clip)
+    run.consistent = True
     shown = {"loss": f"{outcome.loss:.2f}", "grad": f"{outcome.grad_norm:.3f}"}
     bar.set_postfix(shown | ({"overflows": stats.num_overflows} if stats.num_overflows else {}), refresh=False)
     return again
@@ -202,9 +182,20 @@ def stop_if_asked(run: Run) -> None:
     number = run.stop.signal_number
     if number is None:
         return
-    saved = run.store.save_step(run.state.progress.global_window, run.checkpoint())
-    run.log.event("checkpoint", file=saved.name, reason=f"signal {number}")
-    raise StoppedError(128 + number, f"stopped by a signal; saved {saved}. Go on with: {resume_command(run)}")
+    raise StoppedError(128 + number, f"stopped by a signal; {save_and_wait(run)}. Go on with: {resume_command(run)}")
+
+
+def save_step(run: Run) -> Path:
+    """Begin a checkpoint in mid-epoch. Training waits for a copy of the state, not for the disk."""
+    run.stop.save = False
+    return run.store.save_step(run.state.progress.global_window, run.checkpoint())
+
+
+def save_and_wait(run: Run) -> str:
+    """Save before the process ends; returns what to tell the user."""
+    path = save_step(run)
+    run.store.wait()
+    return f"saved {path}" if run.store.failure is None else f"not saved ({run.store.failure}); older checkpoints stay"
 
 
 @torch.inference_mode()
@@ -263,11 +254,10 @@ def finish_epoch(run: Run, stage: Stage, scores: dict[str, float]) -> None:
     progress.epoch += 1
     progress.window = 0
     state.epoch_stats = EpochStats()
-    if scores["iou"] > progress.best_iou:  # False for NaN
+    is_best = scores["iou"] > progress.best_iou  # False for NaN
+    if is_best:
         progress.best_iou, progress.best_epoch = scores["iou"], progress.epoch
-        # Ahead of the epoch's own file: a kill between the two resumes from this one, which holds the same state.
-        run.log.event("checkpoint", file=run.store.save_best(run.checkpoint()).name, reason="best IoU")
-    run.log.event("checkpoint", file=run.store.save_epoch(progress.epoch, run.checkpoint()).name, reason="epoch")
+    run.store.save_epoch(progress.epoch, run.checkpoint(), is_best)
 
 
 def report_epoch(run: Run, stage: Stage, scores: dict[str, float]) -> None:
@@ -314,79 +304,24 @@ def train(run: Run) -> None:
             try:
                 run_stage(run, stage)
             except RecoverySpentError as error:
-                saved = run.store.save_step(progress.global_window, run.checkpoint())
-                run.log.event("checkpoint", file=saved.name, reason="recoveries spent")
+                saved = save_and_wait(run)
                 raise StoppedError(
                     3,
                     f"diverged in epoch {progress.epoch + 1}/{run.args.epochs}, all recoveries spent: {error}. What "
-                    f"happened: {run.recovery.incidents.directory}; a good state is saved: {saved}\n"
+                    f"happened: {run.recovery.incidents.directory}; a good state: {saved}\n"
                     f"Go on from it, say with a lower learning rate: {resume_command(run)} "
                     f"--lr {run.args.lr * run.state.ladder.lr_factor / 2:g}",
                 ) from error
 
 
-def prepare(argv: Sequence[str] | None) -> Run:
-    """From the command line to a run that is ready to train, new or resumed.
-
-    A setting comes from the first of: the command line; the checkpoint being resumed; the defaults.
-
-    Raises:
-        ValueError, OSError: a mistake in the flags, the data or the checkpoint.
-    """
-    args = cli.parse(argv)
-    directory = Path(args.checkpoint_dir)
-    source, checkpoint = find_checkpoint(args.resume, directory)
-    before = checkpoint["config"] if checkpoint is not None else None
-    if before is not None:
-        args = cli.parse(argv, saved=before["settings"])
-    cli.check(args)
-    drills = [Drill.parse(text) for text in args.drill]
-    store = CheckpointStore(directory, args.keep_checkpoints)
-    if store.files() and (source is None or source.parent.resolve() != directory.resolve()):
-        raise ValueError(
-            f"{directory} holds a run already: go on with --resume auto, or choose another --checkpoint-dir"
-        )
-    if args.deterministic:
-        use_deterministic_algorithms()
-    device = resolve_device(args.device)
-    precision = resolve_precision(args.precision, device)
-    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    no_cuda = "" if torch.cuda.is_available() else " (no CUDA device found)"
-    print(f"Device: {device}{no_cuda}, precision {precision.name}, backbone {args.backbone}")
-    train_pairs, val_pairs, root = build_pairs(args, before["validation"] if before is not None else None)
-    stages = build_stages(args)
-    model = build_network(args, load_weights=checkpoint is None).to(device)
-    model = model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types no such overload
-    if not all_finite(model.state_dict().values()):
-        raise ValueError(f"--backbone {args.backbone}: its initial weights are not finite; are the right ones loaded?")
-    optimizer = build_optimizer(model.decoder, model.backbone, args.weight_decay)
-    ema = Ema(model, args.ema_decay) if args.ema_decay > 0 else None
-    detector = SpikeDetector(args.spike_policy, device)
-    state = TrainState(model, optimizer, precision.new_scaler(stages[0].scaler), detector, ema)
-    config = {
-        "settings": vars(args),
-        "precision": precision.name,
-        "data": fingerprint([*train_pairs, *val_pairs], root),
-        "validation": [pair.image.relative_to(root).as_posix() for pair in val_pairs],
-    }
-    if checkpoint is not None:
-        resume(state, checkpoint, config, stages, precision)
-        print(f"Resumed {source}: {state.progress.epoch} epochs and {state.progress.window} windows done")
-        for path in store.set_aside_after(state.progress.global_window):
-            print(f"Set aside as {path}: further on than the checkpoint being resumed")
-        if not store.best_path.exists():  # of another folder, or set aside: the best of what follows is the best
-            state.progress.best_iou = -1.0
-    directory.mkdir(parents=True, exist_ok=True)
-    log = RunLog(directory)
-    images = [pair.image.relative_to(root).as_posix() for pair in train_pairs]
-    incidents = directory / "incidents"
-    recovery = Recovery(state, images, config["settings"], incidents, log, precision, args.max_rollbacks)
-    packages = environment(Path(__file__), ("torch", "torchvision", "timm", "numpy", "pillow"))
-    facts = {"command": shlex.join(sys.argv), "device": str(device), **config, **packages}
-    write_json(directory / "config.json", facts)
-    log.event("run_start" if checkpoint is None else "resume", **facts, progress=asdict(state.progress))
-    return Run(args, config, device, precision, memory_format, stages, train_pairs, val_pairs, state, store, log,
-               recovery, drills, StopRequest())  # fmt: skip
+def rescue(run: Run) -> str:
+    """After an error: save what has been trained, unless it struck in the midst of a step; returns what to tell."""
+    if not run.consistent:
+        return ""
+    try:
+        return f" ({save_and_wait(run)})"
+    except Exception as error:  # it must not hide the one that is to be told
+        return f" (not saved: {error})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -406,19 +341,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with run.stop:
             train(run)
+            run.store.wait()
+            if run.store.failure is not None:  # a last attempt, for what has been trained since the last good file
+                message = save_and_wait(run)
+                exit_code = 0 if run.store.failure is None else 1
     except StoppedError as stopped:
         exit_code, message = stopped.exit_code, str(stopped)
     except UnreadableDataError as error:
-        exit_code, message = 2, f"{error} with: {resume_command(run)}"
+        exit_code, message = 2, f"{error} with: {resume_command(run)}{rescue(run)}"
     except KeyboardInterrupt:
         exit_code, message = 130, f"stopped at once. Go on from the newest checkpoint with: {resume_command(run)}"
     except Exception:
         traceback.print_exc()
-        exit_code, message = 1, f"unexpected, see above. Go on from the newest checkpoint with: {resume_command(run)}"
+        exit_code, message = 1, f"unexpected, see above. Go on with: {resume_command(run)}{rescue(run)}"
     progress, ladder = run.state.progress, run.state.ladder
     best = {"best_iou": progress.best_iou, "best_epoch": progress.best_epoch}
     run.log.event("run_end", exit_code=exit_code, **best, recovery=ladder.summary())
     run.log.close()
+    if run.lock is not None:
+        os.close(run.lock)
     print(*ladder.describe(), sep="\n")
     if exit_code:
         print(f"error: {message}", file=sys.stderr)

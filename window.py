@@ -114,11 +114,11 @@ class WindowFeed:
         self._drills = drills
         self._again: deque[Window] = deque()
 
-    def take(self, stop: bool) -> Window | None:
-        """The next window; None at the end of the epoch, or where ``stop`` is set and nothing has been put back."""
+    def take(self, hold: bool) -> Window | None:
+        """The next window; None at the end of the epoch, or where ``hold`` is set and nothing has been put back."""
         if self._again:
             window = self._again.popleft()
-        elif stop or (window := next(self._windows, None)) is None:
+        elif hold or (window := next(self._windows, None)) is None:
             return None
         else:
             window = self._spoilt(window)

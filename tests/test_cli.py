@@ -13,7 +13,7 @@ FROZEN = {
     "stage2_lr_scale": 0.5, "backbone_lr_scale": 0.1, "weight_decay": 1e-4, "ema_decay": 0.999,
     "grad_clip": 0.5, "spike_policy": "skip", "max_rollbacks": 3, "drill": [],
     "precision": "auto", "seed": 42, "deterministic": False,
-    "resume": None, "checkpoint_dir": "./checkpoints", "keep_checkpoints": 3,
+    "resume": None, "checkpoint_dir": "./checkpoints", "keep_checkpoints": 3, "checkpoint_every": 0,
     "device": "auto", "channels_last": True,
 }  # fmt: skip
 

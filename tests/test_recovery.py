@@ -192,13 +192,14 @@ def large_activations(stem: nn.Module) -> None:
 @pytest.fixture
 def weakness(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks that get a weakness in their first layer, wherever they are built."""
+    original = builders.build_network
 
     def build(*args: Any, **options: Any) -> CamouflageSegmenter:
-        model = builders.build_network(*args, **options)
+        model = original(*args, **options)
         request.param(model.backbone.body.conv_stem)
         return model
 
-    monkeypatch.setattr(train_ultimate, "build_network", build)
+    monkeypatch.setattr(builders, "build_network", build)
     monkeypatch.setattr(replay, "build_network", build)
 
 
@@ -413,12 +414,14 @@ def test_statistic_that_is_not_finite_is_found_before_anything_is_saved(
 def test_initial_weights_that_are_not_finite_are_refused(
     tiny_argv: Argv, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    original = builders.build_network
+
     def broken(*args: Any, **options: Any) -> CamouflageSegmenter:
-        model = builders.build_network(*args, **options)
+        model = original(*args, **options)
         next(model.parameters()).data.fill_(torch.nan)
         return model
 
-    monkeypatch.setattr(train_ultimate, "build_network", broken)
+    monkeypatch.setattr(builders, "build_network", broken)
     assert main(tiny_argv()) == 2
     assert "initial weights are not finite" in capsys.readouterr().err
 

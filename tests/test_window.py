@@ -100,9 +100,9 @@ def test_dropout_is_a_function_of_the_window() -> None:
     assert not torch.equal(first[0], other[0])
 
 
-def numbers(feed: WindowFeed, stop: Callable[[], bool] = lambda: False) -> list[int]:
+def numbers(feed: WindowFeed, hold: Callable[[], bool] = lambda: False) -> list[int]:
     taken = []
-    while (next_window := feed.take(stop())) is not None:
+    while (next_window := feed.take(hold())) is not None:
         taken.append(next_window.number)
     return taken
 
@@ -115,12 +115,12 @@ def test_windows_that_are_put_back_come_first_and_in_order() -> None:
     assert numbers(feed) == [0, 1, 2, 3, 4]
 
 
-def test_a_stop_lets_through_what_was_put_back_and_nothing_new() -> None:
+def test_a_hold_lets_through_what_was_put_back_and_nothing_new() -> None:
     feed = WindowFeed(iter([window(), window()]))
     first = feed.take(False)
     assert first is not None
     feed.put_back([first])
-    assert len(numbers(feed, stop=lambda: True)) == 1
+    assert len(numbers(feed, hold=lambda: True)) == 1
 
 
 def test_drill_strikes_attempts_from_its_window_on_while_its_count_lasts() -> None:

@@ -1,12 +1,16 @@
 """Checkpoint files: written so that a crash leaves the older ones, read so that nothing in them can run."""
 
+import errno
+import fcntl
 import itertools
 import os
+import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -19,36 +23,94 @@ class CheckpointError(ValueError):
 
 
 class CheckpointStore:
-    """The checkpoint files of one run.
+    """The checkpoint files of one run, written in the background while training goes on.
+
+    What training waits for is a copy of the state to host memory, and a write still under way. A write that fails costs
+    a warning: the older files stay, and the next save is the next attempt.
 
     Args:
         directory: made when something is saved.
         keep: how many ``epoch_NNNN.pth`` to keep.
+        on_saved: called in the thread that saves, with the name of a file that is complete and verified by now.
     """
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: Path, keep: int, on_saved: Callable[[str], None] | None = None) -> None:
         self.directory = directory
         self.keep = keep
-        for leftover in directory.glob(".*.pth.unfinished"):  # a write that was killed
-            leftover.unlink()
+        self.on_saved = on_saved
+        self.last_window = -1  # of the run, in the newest save that was begun
+        self.failure: OSError | CheckpointError | None = None  # of the newest save
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._under_way: tuple[list[str], Future[None]] | None = None
+        self._host = HostCopy()
 
-    def save_epoch(self, epoch: int, payload: dict[str, Any]) -> Path:
-        """Write ``epoch_NNNN.pth``; only then remove the oldest beyond ``keep`` and the mid-epoch files it outdates."""
-        path = self._write(f"epoch_{epoch:04d}.pth", payload)
-        for outdated in [*self._numbered("epoch")[: -self.keep], *self._numbered("step")]:
-            outdated.unlink(missing_ok=True)
-        return path
+    def remove_leftovers(self) -> None:
+        """Of writes that were killed. Call with the directory locked: a write under way looks the same."""
+        for leftover in self.directory.glob(".*.pth.unfinished"):
+            leftover.unlink(missing_ok=True)
+
+    def save_epoch(self, epoch: int, payload: dict[str, Any], is_best: bool) -> None:
+        """Begin ``epoch_NNNN.pth``; when it is there, the oldest beyond ``keep`` and mid-epoch files go.
+
+        ``best_model.pth`` comes first where this is the best: a kill between the two resumes from that one.
+        """
+        self._begin([*([self.best_path.name] if is_best else []), f"epoch_{epoch:04d}.pth"], payload)
 
     def save_step(self, global_window: int, payload: dict[str, Any]) -> Path:
-        """Write ``step_NNNNNNNN.pth`` in mid-epoch; the newest one is kept."""
-        path = self._write(f"step_{global_window:08d}.pth", payload)
-        for outdated in self._numbered("step"):
-            if outdated != path:
-                outdated.unlink(missing_ok=True)
-        return path
+        """Begin ``step_NNNNNNNN.pth``, in mid-epoch; the newest one is kept."""
+        name = f"step_{global_window:08d}.pth"
+        self._begin([name], payload)
+        return self.directory / name
 
-    def save_best(self, payload: dict[str, Any]) -> Path:
-        return self._write(self.best_path.name, payload)
+    def wait(self) -> None:
+        """Until what has been begun is on the disk, or has failed."""
+        if self._under_way is None:
+            return
+        (names, future), self._under_way = self._under_way, None
+        try:
+            future.result()
+        except (OSError, CheckpointError) as error:
+            self.failure = error
+            print(f"Warning: {' and '.join(names)} could not be saved: {error}. Training goes on; older files stay")
+            return
+        self.failure = None
+        if self.on_saved is not None:
+            for name in names:
+                self.on_saved(name)
+
+    def _begin(self, names: list[str], payload: dict[str, Any]) -> None:
+        self.wait()
+        self.last_window = payload["progress"]["global_window"]
+        host = self._host.take(payload)
+        self._under_way = names, self._writer.submit(self._write_all, names, host)
+
+    def _write_all(self, names: list[str], payload: Callable[[], dict[str, Any]]) -> None:
+        """In the writer's thread."""
+        for name in names:
+            try:
+                self._write(name, payload())
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._make_room():
+                    raise
+                self._write(name, payload())
+            self._remove_outdated(self.directory / name)
+
+    def _make_room(self) -> bool:
+        """Remove the epoch files that are older than the newest; False if there are none."""
+        older = self._numbered("epoch")[:-1]
+        for path in older:
+            path.unlink(missing_ok=True)
+        return bool(older)
+
+    def _remove_outdated(self, written: Path) -> None:
+        """Only now, with the new one verified."""
+        outdated: list[Path] = []
+        if written.name.startswith("epoch_"):
+            outdated = [*self._numbered("epoch")[: -self.keep], *self._numbered("step")]
+        elif written.name.startswith("step_"):
+            outdated = [path for path in self._numbered("step") if path != written]
+        for path in outdated:
+            path.unlink(missing_ok=True)
 
     def files(self) -> list[Path]:
         return [
@@ -101,8 +163,77 @@ class CheckpointStore:
         return path
 
 
+class HostCopy:
+    """Copies nested state to host memory, into the same memory each time: fresh pages cost more than the copy.
+
+    From a CUDA device the copies are queued behind the work that is under way, and nothing waits for them here.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, payload: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+        """Begin to copy; what is returned waits for the copy to be complete and hands it out.
+
+        It must not be called again before that has been written.
+        """
+        copied = self._copy(payload, "")
+        if not any(tensor.is_cuda for _, tensor in _named_tensors(payload, "")):
+            return lambda: copied
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+        def complete() -> dict[str, Any]:
+            arrived.synchronize()
+            return copied
+
+        return complete
+
+    def _copy(self, value: Any, name: str) -> Any:
+        if isinstance(value, Tensor):
+            buffer = self._buffers.get(name)
+            if buffer is None or (buffer.shape, buffer.dtype, buffer.stride()) != (
+                value.shape,
+                value.dtype,
+                value.stride(),
+            ):
+                buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
+                self._buffers[name] = buffer
+            return buffer.copy_(value.detach(), non_blocking=True)
+        if isinstance(value, dict):
+            return {key: self._copy(child, f"{name}.{key}") for key, child in value.items()}
+        if isinstance(value, list):
+            return [self._copy(child, f"{name}[{index}]") for index, child in enumerate(value)]
+        return value
+
+
+def lock_directory(directory: Path) -> int | None:
+    """Make this process the only one that writes there, for as long as it lives: a crash leaves no lock behind.
+
+    Returns:
+        a descriptor to be kept open; None where the file system knows no locks.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(
+            f"{directory}: another run is writing there; wait for it or stop it, or choose another --checkpoint-dir"
+        ) from None
+    except OSError:  # some network file systems
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
 def find_checkpoint(requested: str | None, directory: Path) -> tuple[Path | None, dict[str, Any] | None]:
     """The verified checkpoint that ``--resume`` asks for, a path or "auto"; (None, None) for a run from the beginning.
+
+    A file that holds nothing but weights, as other programs write them, has the one key "model".
 
     Raises:
         CheckpointError: the file is unusable, or every one in the directory is.
@@ -138,7 +269,7 @@ def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         with open(unfinished, "wb") as file:
-            torch.save({"format": FORMAT, **payload}, file)
+            _save({"format": FORMAT, **payload}, file)
             file.flush()
             os.fsync(file.fileno())
         read_checkpoint(unfinished)
@@ -146,6 +277,27 @@ def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
         _sync_directory(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _save(payload: dict[str, Any], file: BinaryIO) -> None:
+    """``torch.save``, with the error of the disk: torch turns it into a RuntimeError about its container."""
+    refused: list[OSError] = []
+
+    class Recording:
+        def write(self, data: bytes) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                refused.append(error)
+                raise
+
+        def flush(self) -> None:
+            file.flush()
+
+    try:
+        torch.save(payload, Recording())  # type: ignore[arg-type]  # all that torch asks of a file
+    except RuntimeError as error:
+        raise (refused[0] if refused else error) from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -161,7 +313,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except Exception as error:  # of a damaged directory zipfile makes anything, UnicodeDecodeError included
         raise CheckpointError(f"{path}: damaged ({error})") from error
     if damaged is not None:
         raise CheckpointError(f"{path}: damaged (checksum of {damaged})")
@@ -175,7 +327,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def _windows_done(path: Path) -> int:
     """How far a checkpoint is, without reading its tensors: with ``mmap`` they stay on disk."""
     _require_archive(path)
-    return _load(path, mmap=True)["progress"]["global_window"]
+    checkpoint = _load(path, mmap=True)
+    if "progress" not in checkpoint:
+        raise CheckpointError(f"{path}: holds weights alone, no run to go on with")
+    return checkpoint["progress"]["global_window"]
 
 
 def _require_archive(path: Path) -> None:
@@ -189,8 +344,17 @@ def _require_archive(path: Path) -> None:
 def _load(path: Path, mmap: bool) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # damaged archives raise anything from OSError to UnpicklingError and RuntimeError
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise CheckpointError(
+                f"{path}: refused: it holds more than tensors, numbers and text, and loading that could run code. "
+                f"If you trust its origin, save its weights alone: torch.save(model.state_dict(), file)"
+            ) from error
         raise CheckpointError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:120]})") from error
+    except Exception as error:  # damaged archives raise anything from OSError to RuntimeError
+        raise CheckpointError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:120]})") from error
+    if isinstance(checkpoint, dict) and checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values()):
+        return {"model": {str(name).removeprefix("module."): weight for name, weight in checkpoint.items()}}
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this program (no format mark {FORMAT!r})")
     return checkpoint

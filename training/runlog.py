@@ -21,14 +21,21 @@ class RunLog:
 
     def __init__(self, directory: Path) -> None:
         path = directory / "metrics.jsonl"
-        self._file = open(path, "a", encoding="utf-8")
+        # Unbuffered: what a full disk has refused must not be tried again, with the next line or when it is closed.
+        self._file = open(path, "ab", buffering=0)
+        self._has_failed = False
         if _ends_in_mid_line(path):
-            self._file.write("\n")
+            self._file.write(b"\n")
 
     def event(self, event: str, **fields: Any) -> None:
+        """Append a line; one that the disk does not take is lost, with a warning the first time."""
         line = json.dumps({"event": event, "time": round(time.time(), 3), **_finite(fields)}, allow_nan=False)
-        self._file.write(line + "\n")
-        self._file.flush()
+        try:
+            self._file.write(line.encode() + b"\n")
+        except OSError as error:
+            if not self._has_failed:
+                print(f"Warning: {self._file.name}: cannot be written ({error}); training goes on, its events are lost")
+            self._has_failed = True
 
     def close(self) -> None:
         self._file.close()

@@ -117,8 +117,8 @@ class TrainState:
         Raises:
             ValueError: the weights or moments are those of another network.
         """
+        load_weights(self.model, state["model"])
         try:
-            self.model.load_state_dict(state["model"])
             load_optimizer_state(self.optimizer, state["optimizer"])
             if self.ema is not None and state["ema"] is not None:
                 self.ema.load_state_dict(state["ema"])
@@ -131,6 +131,19 @@ class TrainState:
         self.progress = Progress(**state["progress"])
         self.epoch_stats = EpochStats(**state["epoch_stats"])
         self.ladder = Ladder(**{**state["ladder"], "losses": LossHistory(**state["ladder"]["losses"])})
+
+
+def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
+    """Load weights under this network's own names.
+
+    Raises:
+        ValueError: they are those of another network.
+    """
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])[:300]
+        raise ValueError(f"the checkpoint's weights do not fit this network ({reason})") from error
 
 
 def resume(
