@@ -62,6 +62,10 @@ class CheckpointStore:
         self._begin([name], payload)
         return self.directory / name
 
+    @property
+    def is_writing(self) -> bool:
+        return self._under_way is not None and not self._under_way[1].done()
+
     def wait(self) -> None:
         """Until what has been begun is on the disk, or has failed."""
         if self._under_way is None:
