@@ -267,6 +267,7 @@ def test_damaged_files_are_passed_over_by_name_with_the_reason(
     for epoch in range(1, 6):
         save(store, epoch, payload(epoch * 10))
     files = {epoch: tmp_path / f"epoch_{epoch:04d}.pth" for epoch in range(1, 6)}
+    (tmp_path / "epoch_0006.pth").mkdir()
     files[5].write_bytes(b"")
     files[4].write_bytes(files[4].read_bytes()[:-100])
     content = bytearray(files[3].read_bytes())
@@ -276,6 +277,7 @@ def test_damaged_files_are_passed_over_by_name_with_the_reason(
     assert newest is not None
     assert newest[0] == files[2]
     printed = capsys.readouterr().out
+    assert re.search(r"Passed over .*epoch_0006\.pth: no such file but a folder", printed)
     assert re.search(r"Passed over .*epoch_0005\.pth: not a checkpoint, or cut short", printed)
     assert re.search(r"Passed over .*epoch_0004\.pth", printed)
     assert re.search(r"Passed over .*epoch_0003\.pth: damaged \(checksum", printed)

@@ -1,6 +1,8 @@
 """Interrupted in every way, a run goes on to the same weights, bit for bit, from a checkpoint that is always there."""
 
+import contextlib
 import os
+import pty
 import random
 import resource
 import shutil
@@ -266,6 +268,54 @@ def test_full_disk_costs_warnings_and_no_training(undisturbed: Path, tiny_argv: 
     assert len(read_events(tmp_path / "run", "epoch")) == 4
     assert not list((tmp_path / "run").glob("*.pth"))
     assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_when_there_is_room_again_saving_goes_on_and_nothing_is_lost(
+    undisturbed: Path, tiny_argv: Argv, tmp_path: Path
+) -> None:
+    """No file may grow beyond 100 kB during epochs 2 and 3. Killed after that, the run has all but those two files."""
+    finish_epoch = train_ultimate.finish_epoch
+
+    def life() -> int:
+        def limited(run: builders.Run, *rest: Any) -> None:
+            full = run.state.progress.epoch in (1, 2)
+            unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            run.store.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if full else unlimited, unlimited))
+            finish_epoch(run, *rest)
+
+        train_ultimate.finish_epoch = limited
+        return main(tiny_argv())
+
+    _, status = os.waitpid(forked(life), 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    saved = [event["file"] for event in read_events(tmp_path / "run", "checkpoint")]
+    assert [name for name in saved if name.startswith("epoch")] == ["epoch_0001.pth", "epoch_0004.pth"]
+    assert differing_tensors(final(tmp_path / "run"), final(undisturbed)) == []
+
+
+def test_ctrl_c_on_a_terminal_saves_and_the_resumed_run_is_bitwise_the_same(
+    undisturbed: Path, tiny_argv: Argv, tmp_path: Path
+) -> None:
+    """A real terminal, which sends SIGINT to the loader's worker, too."""
+    directory = tmp_path / "run"
+    child, terminal = pty.fork()
+    if child == 0:
+        command = [sys.executable, train_ultimate.__file__, *tiny_argv("--num-workers", "1")]
+        os.execvp("env", ["env", "OMP_NUM_THREADS=1", *command])
+    output, typed = b"", False
+    with contextlib.suppress(OSError):  # end of file, on a terminal
+        while chunk := os.read(terminal, 4096):
+            output += chunk
+            if not typed and (directory / "epoch_0001.pth").exists():
+                typed = bool(os.write(terminal, b"\x03"))
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 130, output.decode()
+    assert b"Traceback" not in output
+    assert b"Go on with: python" in output
+    assert len(list(directory.glob("step_*.pth"))) == 1
+    assert resume(directory) == 0
+    assert differing_tensors(final(directory), final(undisturbed)) == []
 
 
 @pytest.mark.slow
