@@ -91,6 +91,7 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
                 continue
         if window is None or loss is None:
             if run.save_is_due:
+                stats.seconds, start = stats.seconds + now - start, now
                 save_step(run)
                 continue
             break
