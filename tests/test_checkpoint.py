@@ -121,7 +121,9 @@ def test_failed_write_leaves_the_old_file_and_costs_a_warning(
     assert names(tmp_path) == ["epoch_0003.pth"]
 
 
-def test_full_disk_costs_the_oldest_epoch_files_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_costs_the_oldest_epoch_files_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Room for two files: the third takes the place of the oldest, and the newest stays while it is written."""
     store = CheckpointStore(tmp_path, keep=5)
     save(store, 1, payload(1))
@@ -139,6 +141,7 @@ def test_full_disk_costs_the_oldest_epoch_files_first(tmp_path: Path, monkeypatc
     save(store, 3, payload(3))
     assert store.failure is None
     assert names(tmp_path) == ["epoch_0002.pth", "epoch_0003.pth"]
+    assert printed(capsys) == "Warning: the disk is full; epoch_0001.pth removed to make room\n"
 
 
 def test_directory_that_vanished_is_made_again(tmp_path: Path) -> None:

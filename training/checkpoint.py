@@ -104,6 +104,8 @@ class CheckpointStore:
         older = self._numbered("epoch")[:-1]
         for path in older:
             path.unlink(missing_ok=True)
+        if older:
+            print(f"Warning: the disk is full; {', '.join(path.name for path in older)} removed to make room")
         return bool(older)
 
     def _remove_outdated(self, written: Path) -> None:
