@@ -89,7 +89,7 @@ def whole_runs(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.usefixtures("dropout")
-@settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(
     stops=st.lists(st.integers(1, 16), min_size=1, max_size=3, unique=True),
     workers=st.lists(st.sampled_from([0, 1, 2]), min_size=4, max_size=4),
