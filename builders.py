@@ -87,6 +87,16 @@ def build_network(args: argparse.Namespace, load_weights: bool) -> CamouflageSeg
     )
 
 
+def memory_format_of(args: argparse.Namespace) -> torch.memory_format:
+    return torch.channels_last if args.channels_last else torch.contiguous_format
+
+
+def on_device(
+    model: CamouflageSegmenter, device: torch.device, memory_format: torch.memory_format
+) -> CamouflageSegmenter:
+    return model.to(device).to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types no such one
+
+
 def build_pairs(args: argparse.Namespace, validation: list[str] | None) -> tuple[list[Pair], list[Pair], Path]:
     """Training pairs, the validation pairs carved out of them, and the data set's folder. Test folders are not touched.
 
@@ -141,15 +151,15 @@ def prepare(argv: Sequence[str] | None) -> Run:
         use_deterministic_algorithms()
     device = resolve_device(args.device)
     precision = resolve_precision(args.precision, device)
-    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    memory_format = memory_format_of(args)
     no_cuda = "" if torch.cuda.is_available() else " (no CUDA device found)"
     print(f"Device: {device}{no_cuda}, precision {precision.name}, backbone {args.backbone}")
     train_pairs, val_pairs, root = build_pairs(args, before["validation"] if before is not None else None)
     stages = build_stages(args)
-    model = build_network(args, load_weights=checkpoint is None and weights_alone is None).to(device)
+    model = build_network(args, load_weights=checkpoint is None and weights_alone is None)
+    model = on_device(model, device, memory_format)
     if weights_alone is not None:
         load_weights(model, weights_alone)
-    model = model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types no such overload
     if not all_finite(model.state_dict().values()):
         raise ValueError(f"--backbone {args.backbone}: its initial weights are not finite; are the right ones loaded?")
     optimizer = build_optimizer(model.decoder, model.backbone, args.weight_decay)

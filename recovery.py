@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from training.checkpoint import HostCopy
 from training.incidents import (
     DIVERGED,
     NONFINITE_WEIGHTS,
@@ -92,8 +93,13 @@ class Recovery:
     def begin_stage(self) -> None:
         self._take_snapshot({})
 
-    def is_quarantined(self, index: int) -> bool:
-        return self.state.ladder.is_quarantined(self.images[index], self.state.progress.epoch)
+    def without_quarantined(self, window: Window, least_batch: int) -> Window:
+        """The window without its quarantined samples, nor batches that then have fewer than ``least_batch``."""
+        ladder, epoch = self.state.ladder, self.state.progress.epoch
+        if not ladder.quarantine:
+            return window
+        names = [self.images[index] for index in window.sample_indices]
+        return window.only([n for n, name in enumerate(names) if not ladder.is_quarantined(name, epoch)], least_batch)
 
     def answer(self, window: Window, outcome: WindowOutcome, guard: BufferGuard) -> list[Window] | None:
         """Act on a window's verdict, before the next step is taken.
@@ -333,8 +339,6 @@ def _attempt(window: Window, outcome: WindowOutcome) -> dict[str, Any]:
     return {**asdict(outcome), "precision": window.precision.name}
 
 
-def _on_host(value: Any) -> Any:
+def _on_host(payload: dict[str, Any]) -> dict[str, Any]:
     """A copy of nested dicts of tensors in host memory, sharing nothing with the original."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    return {key: _on_host(child) for key, child in value.items()} if isinstance(value, dict) else value
+    return HostCopy().take(payload)()

@@ -142,8 +142,7 @@ def epoch_windows(
             memory_format=run.memory_format,
             seed=derive_seed(run.args.seed, first_global + number + 1),
         )
-        allowed = [n for n, index in enumerate(window.sample_indices) if not run.recovery.is_quarantined(index)]
-        window = window.only(allowed, guard.least_batch)
+        window = run.recovery.without_quarantined(window, guard.least_batch)
         if window.batches:
             full = run.state.ladder.full_precision
             yield window.in_full_precision(halve=not guard.batch_matters) if full else window

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from builders import build_network
+from builders import build_network, memory_format_of, on_device
 from models import CamouflageSegmenter
 from training.incidents import (
     OF_THE_RUN,
@@ -84,10 +84,9 @@ def replay(folder: Path, device_name: str) -> int:
 
 def _rebuild(payload: dict[str, Any], device: torch.device) -> tuple[CamouflageSegmenter, Window]:
     settings = argparse.Namespace(**payload["settings"])
-    memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
-    model = build_network(settings, load_weights=False)
+    memory_format = memory_format_of(settings)
+    model = on_device(build_network(settings, load_weights=False), device, memory_format)
     model.load_state_dict(payload["model"])
-    model = model.to(device).to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types no such one
     model.set_backbone_frozen(payload["backbone_frozen"])
     return model.train(), window_from_payload(payload["window"], device.type, memory_format)
 

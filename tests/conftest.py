@@ -1,6 +1,8 @@
 """Fixtures: a tiny data set, and the command line of a run that takes a second or two."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import train_ultimate
 from data.synthetic import write_synthetic_dataset
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -45,6 +48,26 @@ def tiny_argv(tiny_dataset: Path, tmp_path: Path) -> Argv:
         return tiny_arguments(tiny_dataset, checkpoint_dir, *extra)
 
     return build
+
+
+class SignalAt:
+    """A signal that arrives as the script makes its nth call of one of its functions, here in this process."""
+
+    def __init__(
+        self, patch: pytest.MonkeyPatch, name: str, *calls: int, signal_number: signal.Signals = signal.SIGTERM
+    ) -> None:
+        self.left = set(calls)
+        self.signal_number = signal_number
+        self.count = 0
+        self.original = getattr(train_ultimate, name)
+        patch.setattr(train_ultimate, name, self)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.count += 1
+        if self.count in self.left:
+            self.left.discard(self.count)
+            os.kill(os.getpid(), self.signal_number)
+        return self.original(*args, **options)
 
 
 def read_events(directory: Path, event: str) -> list[dict[str, Any]]:

@@ -2,17 +2,15 @@
 
 import copy
 import json
-import os
 import re
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Argv, differing_tensors, read_events, tiny_arguments
+from conftest import Argv, SignalAt, differing_tensors, read_events, tiny_arguments
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -81,16 +79,7 @@ def test_a_stop_in_the_midst_of_recovery_waits_for_it(
     undisturbed: Callable[[str], Path], tiny_argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGTERM right after the window whose verdict is not known yet."""
-    original, calls = train_ultimate.gated_step, 0
-
-    def stopping(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-        original(optimizer, skip)
-
-    monkeypatch.setattr(train_ultimate, "gated_step", stopping)
+    SignalAt(monkeypatch, "gated_step", 6)
     assert main(tiny_argv("--drill", "nan-loss@6")) == 143
     (saved,) = (tmp_path / "run").glob("step_*.pth")
     assert saved.name == "step_00000006.pth"

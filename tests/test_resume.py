@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Argv, differing_tensors, read_events, tiny_arguments
+from conftest import Argv, SignalAt, differing_tensors, read_events, tiny_arguments
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -65,31 +65,13 @@ class DropPath(nn.Module):
         )
 
 
-class StopAtWindows:
-    """SIGTERM right after certain windows of the run."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, windows: list[int]) -> None:
-        self.left = set(windows)
-        original = train_ultimate.gated_step
-
-        def stopping(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
-            original(optimizer, skip)
-            self.count += 1
-            if self.count in self.left:
-                self.left.discard(self.count)
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        self.count = 0
-        patch.setattr(train_ultimate, "gated_step", stopping)
-
-
 @pytest.fixture(scope="module")
 def whole_runs(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {}
 
 
 @pytest.mark.usefixtures("dropout")
-@settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(
     stops=st.lists(st.integers(1, 16), min_size=1, max_size=3, unique=True),
     workers=st.lists(st.sampled_from([0, 1, 2]), min_size=4, max_size=4),
@@ -109,7 +91,7 @@ def test_stopped_at_random_windows_several_times_the_final_state_is_bitwise_the_
         assert main(tiny_arguments(tiny_dataset, whole_runs[precision], "--precision", precision)) == 0
     directory = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
-        StopAtWindows(patch, stops)
+        SignalAt(patch, "gated_step", *stops)
         exit_code = main(tiny_arguments(tiny_dataset, directory, "--precision", precision))
         for number in workers[: len(stops)]:
             assert exit_code == 143
@@ -152,16 +134,7 @@ def test_every_mid_epoch_checkpoint_resumes_to_bitwise_the_same_weights(
 
 def test_sigusr1_saves_and_training_goes_on(undisturbed: Path, tiny_argv: Argv, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        original, calls = train_ultimate.gated_step, 0
-
-        def notified(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
-            nonlocal calls
-            calls += 1
-            if calls == 6:
-                os.kill(os.getpid(), signal.SIGUSR1)
-            original(optimizer, skip)
-
-        patch.setattr(train_ultimate, "gated_step", notified)
+        SignalAt(patch, "gated_step", 6, signal_number=signal.SIGUSR1)
         assert main(tiny_argv()) == 0
     saved = [event["file"] for event in read_events(tmp_path / "run", "checkpoint")]
     assert "step_00000006.pth" in saved

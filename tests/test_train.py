@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHARED, Argv, differing_tensors, needs_shared, read_events, tiny_arguments
+from conftest import SHARED, Argv, SignalAt, differing_tensors, needs_shared, read_events, tiny_arguments
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -339,7 +339,7 @@ def test_flags_beside_resume_win_and_are_printed(
 def test_epoch_under_way_goes_on_at_the_same_sample_when_the_window_changes(tiny_argv: Argv, tmp_path: Path) -> None:
     """Stopped after 6 of 20 images; at 2 to a window instead of 6, the epoch has 7 windows left."""
     with pytest.MonkeyPatch.context() as patch:
-        StopAt(patch, "gated_step", 1)
+        SignalAt(patch, "gated_step", 1)
         assert main(tiny_argv()) == 143
     argv = ["train", "--resume", "auto", "--checkpoint-dir", str(tmp_path / "run"), "--accumulation-steps", "1"]
     assert main(argv) == 0
@@ -442,14 +442,15 @@ def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[bytes]"
         time.sleep(0.005)
 
 
-@pytest.fixture
-def undisturbed(tiny_argv: Argv, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def undisturbed(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in a process of its own, to compare with interrupted ones."""
-    directory = tmp_path / "undisturbed"
-    assert start(tiny_argv(checkpoint_dir=directory), tmp_path / "log").wait(120) == 0
-    return directory
+    directory = tmp_path_factory.mktemp("undisturbed")
+    assert start(tiny_arguments(tiny_dataset, directory / "run"), directory / "log").wait(120) == 0
+    return directory / "run"
 
 
+@pytest.mark.slow
 def test_killed_with_9_and_resumed_ends_in_the_same_weights(undisturbed: Path, tiny_argv: Argv, tmp_path: Path) -> None:
     directory, log = tmp_path / "killed", tmp_path / "log"
     for after_epoch in (1, 3):
@@ -481,21 +482,6 @@ def test_signal_to_the_process_group_saves_and_exits_and_the_resumed_run_is_bitw
     assert differing_tensors(final_state(directory), final_state(undisturbed)) == []
 
 
-class StopAt:
-    """Stands in for a signal that arrives at the nth call of a function of the script."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
-        self.left = call
-        self.original = getattr(train_ultimate, name)
-        monkeypatch.setattr(train_ultimate, name, self)
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return self.original(*args, **options)
-
-
 @pytest.mark.parametrize(
     ("name", "call"),
     [("gated_step", 2), ("gated_step", 8), ("gated_step", 9), ("gated_step", 10), ("gated_step", 12), ("validate", 1)],
@@ -506,7 +492,7 @@ def test_stopped_anywhere_the_resumed_run_is_bitwise_the_same(
 ) -> None:
     """Stage 2 trains BatchNorm here, whose statistics have moved on by the time a window is settled."""
     with pytest.MonkeyPatch.context() as patch:
-        StopAt(patch, name, call)
+        SignalAt(patch, name, call)
         assert main(tiny_argv()) == 143
     assert main(["train", "--resume", "auto", "--checkpoint-dir", str(tmp_path / "run")]) == 0
     assert differing_tensors(final_state(tmp_path / "run"), final_state(finished)) == []
