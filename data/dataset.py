@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from data.decoding import decode_image, decode_mask, decode_message
 from data.layouts import Pair
 from data.sampler import SampleKey, derive_seed
 from data.transforms import Augmentation, seeded
@@ -82,41 +83,23 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def load_image(path: Path, size: int) -> Tensor:
-    """Decode an image of any mode, upright by its EXIF orientation, to a (3, size, size) uint8 RGB tensor.
+    """Decode an image to a (3, size, size) uint8 RGB tensor.
 
     Raises:
         ValueError: the file cannot be decoded.
     """
-    try:
-        with Image.open(path) as file:
-            image = _to_rgb(ImageOps.exif_transpose(file)).resize((size, size), Image.Resampling.BILINEAR)
-    except Exception as error:  # Pillow's plug-ins raise anything for a damaged file, TypeError included
-        raise ValueError(_decode_message(path, error)) from error
+    image = decode_image(path).resize((size, size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def load_mask(path: Path, size: int) -> Tensor:
     """Decode a mask to a (1, size, size) uint8 tensor of 0 (background) and 1 (object).
 
-    Cut at half of the mask's own brightest value, whatever that is: 255, 1 (label images), 65,535 (16 bits), or a dark
-    palette colour. In colour masks the brightest channel counts. A JPEG with nothing above 31 is an empty mask: what it
-    holds is compression noise.
-
     Raises:
         ValueError: the file cannot be decoded.
     """
-    try:
-        with Image.open(path) as file:
-            lossy = file.format == "JPEG"
-            mask = ImageOps.exif_transpose(file)
-            grey = mask.mode == "L" or mask.mode.startswith(("I", "F"))
-            values = np.array(mask) if grey else np.array(mask.convert("RGB")).max(axis=2)
-    except Exception as error:
-        raise ValueError(_decode_message(path, error)) from error
-    brightest = float(values.max(initial=0))
-    binary = values > (31 if lossy and brightest < 32 else brightest / 2)
-    resized = Image.fromarray(binary.astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)
-    return torch.from_numpy(np.array(resized)).unsqueeze(0)
+    binary = Image.fromarray(decode_mask(path).astype(np.uint8))
+    return torch.from_numpy(np.array(binary.resize((size, size), Image.Resampling.NEAREST))).unsqueeze(0)
 
 
 def require_image_headers(pairs: Sequence[Pair]) -> None:
@@ -138,17 +121,4 @@ def _header_problem(path: Path) -> str:
         with Image.open(path):
             return ""
     except Exception as error:
-        return _decode_message(path, error)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # 16-bit grey: convert("RGB") would clip it to white
-        values = np.array(image, dtype=np.float64)
-        scale = 257 if values.max(initial=0) > 255 else 1
-        image = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def _decode_message(path: Path, error: Exception) -> str:
-    reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error) or type(error).__name__
-    return f"{path}: cannot be decoded ({reason})"
+        return decode_message(path, error)

@@ -1,0 +1,68 @@
+"""Decode photographs and masks of any encoding to NumPy arrays. Pillow and NumPy alone: worker processes start fast."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+BoolArray = NDArray[np.bool_]
+
+
+def decode_image(path: Path) -> Image.Image:
+    """An image of any mode as RGB, upright by its EXIF orientation.
+
+    Raises:
+        ValueError: the file cannot be decoded.
+    """
+    try:
+        with Image.open(path) as file:
+            return _to_rgb(ImageOps.exif_transpose(file))
+    except Exception as error:  # Pillow's plug-ins raise anything for a damaged file, TypeError included
+        raise ValueError(decode_message(path, error)) from error
+
+
+def decode_mask(path: Path) -> BoolArray:
+    """A mask, (H, W), True where the object is.
+
+    Above 128 is object, as the field's evaluation code has it. Masks whose brightest value is another than 129 to 255
+    are cut at half of it: 1 in label images, 65,535 with 16 bits, a dark palette colour. In colour masks the brightest
+    channel counts. A JPEG with nothing above 31 is an empty mask: what it holds is compression noise.
+
+    Raises:
+        ValueError: the file cannot be decoded.
+    """
+    values, lossy = decode_mask_values(path)
+    brightest = float(values.max(initial=0))
+    if lossy and brightest < 32:
+        return np.zeros(values.shape, dtype=np.bool_)
+    return values > (128 if 128 < brightest <= 255 else brightest / 2)
+
+
+def decode_mask_values(path: Path) -> tuple[NDArray[Any], bool]:
+    """A mask's values as they are stored, (H, W), the brightest channel of colour; and whether it was a JPEG.
+
+    Raises:
+        ValueError: the file cannot be decoded.
+    """
+    try:
+        with Image.open(path) as file:
+            mask = ImageOps.exif_transpose(file)
+            grey = mask.mode == "L" or mask.mode.startswith(("I", "F"))
+            return np.array(mask) if grey else np.array(mask.convert("RGB")).max(axis=2), file.format == "JPEG"
+    except Exception as error:
+        raise ValueError(decode_message(path, error)) from error
+
+
+def decode_message(path: Path, error: Exception) -> str:
+    reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error) or type(error).__name__
+    return f"{path}: cannot be decoded ({reason})"
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):  # 16-bit grey: convert("RGB") would clip it to white
+        values = np.array(image, dtype=np.float64)
+        scale = 257 if values.max(initial=0) > 255 else 1
+        image = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
