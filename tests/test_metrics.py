@@ -1,68 +1,165 @@
+"""Scores against pysodmetrics, the field's reference, and against what they are by definition."""
+
 import warnings
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from py_sod_metrics import sod_metrics
+from py_sod_metrics.fmeasurev2 import DICEHandler, FmeasureV2, IOUHandler
 
-from metrics import dice, iou, mae, s_measure
+from metrics import BoolArray, ByteArray, MeanScores, quick_scores, score_image
 
-pysodmetrics = pytest.importorskip("py_sod_metrics")
-
-
-def random_case(height: int, width: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (height, width), dtype=np.uint8), rng.random((height, width)) < share
+CURVES = ("e_curve", "f_curve", "precision", "recall")
 
 
-def ours(metric: Callable[..., torch.Tensor], prediction: np.ndarray, mask: np.ndarray) -> float:
-    as_tensors = torch.from_numpy(prediction / 255.0)[None, None], torch.from_numpy(mask)[None, None].double()
-    return metric(*as_tensors).item()
+def reference(prediction: ByteArray, mask: BoolArray) -> dict[str, Any]:
+    """Every score by pysodmetrics; its curves run from the highest threshold to the lowest."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        f, s, e = sod_metrics.Fmeasure(), sod_metrics.Smeasure(), sod_metrics.Emeasure()
+        weighted, error = sod_metrics.WeightedFmeasure(), sod_metrics.MAE()
+        handlers = {
+            "iou": IOUHandler(with_dynamic=False, with_adaptive=False, with_binary=True),
+            "dice": DICEHandler(with_dynamic=False, with_adaptive=False, with_binary=True),
+        }
+        binary = FmeasureV2(handlers)
+        for measure in (f, s, e, weighted, error, binary):
+            measure.step(prediction, mask.astype(np.uint8) * 255)
+    f_results, e_results, overlap = f.get_results(), e.get_results()["em"], binary.get_results()
+    return {
+        "s_measure": s.get_results()["sm"],
+        "weighted_f": weighted.get_results()["wfm"],
+        "mae": error.get_results()["mae"],
+        "adaptive_e": e_results["adp"],
+        "adaptive_f": f_results["fm"]["adp"],
+        "e_curve": e_results["curve"][::-1],
+        "f_curve": f_results["fm"]["curve"][::-1],
+        "precision": f_results["pr"]["p"][::-1],
+        "recall": f_results["pr"]["r"][::-1],
+        "iou": overlap["iou"]["binary"],
+        "dice": overlap["dice"]["binary"],
+    }
 
 
-@settings(deadline=None, max_examples=200)
-@given(
-    height=st.integers(1, 40),
-    width=st.integers(1, 40),
-    share=st.sampled_from([0.0, 0.02, 0.3, 0.9, 1.0]),
-    constant=st.sampled_from([None, 0, 127, 255]),
-    seed=st.integers(0, 10_000),
-)
-def test_s_measure_and_mae_equal_the_reference(
-    height: int, width: int, share: float, constant: int | None, seed: int
-) -> None:
-    prediction, mask = random_case(height, width, share, seed)
-    if constant is not None:
-        prediction[:] = constant
-    structure, error = pysodmetrics.Smeasure(), pysodmetrics.MAE()
-    with np.errstate(invalid="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        structure.step(prediction / 255.0, mask, normalize=False)
-    error.step(prediction / 255.0, mask, normalize=False)
-    expected = structure.get_results()["sm"]
-    if np.isnan(expected):  # the centroid lies in the last row or column, and the reference averages an empty region
-        assert 0 <= ours(s_measure, prediction, mask) <= 1
-    else:
-        assert ours(s_measure, prediction, mask) == pytest.approx(expected, abs=1e-9)
-    assert ours(mae, prediction, mask) == pytest.approx(error.get_results()["mae"], abs=1e-9)
+def assert_equals_reference(prediction: ByteArray, mask: BoolArray) -> None:
+    scores, expected = score_image(prediction, mask), reference(prediction, mask)
+    if scores.iou == 1 and not mask.any():  # the reference gives 0 to what is wholly right
+        expected |= {"iou": 1.0, "dice": 1.0}
+    if np.isnan(expected["s_measure"]):  # the centroid lies in the last row or column: it averages an empty region
+        expected["s_measure"] = scores.s_measure
+        assert 0 <= scores.s_measure <= 1
+    for name, value in expected.items():
+        np.testing.assert_allclose(getattr(scores, name), value, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
-@given(share=st.floats(0, 1), seed=st.integers(0, 10_000))
-def test_iou_and_dice_count_pixels_above_one_half(share: float, seed: int) -> None:
-    prediction, mask = random_case(12, 15, share, seed)
-    predicted = prediction / 255.0 > 0.5
-    both, either = (predicted & mask).sum(), (predicted | mask).sum()
-    assert ours(iou, prediction, mask) == pytest.approx(both / either if either else 1.0)
-    assert ours(dice, prediction, mask) == pytest.approx(2 * both / (both + either) if either else 1.0)
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[ByteArray, BoolArray]:
+    """Sizes from 1 x 1 to 2000 x 3; masks empty, full, of one pixel, of blobs and of noise; predictions to match."""
+    side = st.integers(1, 40)
+    height, width = draw(
+        st.one_of(st.tuples(side, side), st.sampled_from([(2000, 3), (3, 2000), (1, 300), (130, 250)]))
+    )
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    y, x = np.mgrid[:height, :width]
+    centre = rng.random(2) * (height, width)
+    blob = np.hypot(y - centre[0], (x - centre[1]) * rng.uniform(0.5, 2)) < rng.uniform(0.5, 0.6 * max(height, width))
+    one_pixel = (y == int(centre[0])) & (x == int(centre[1]))
+    masks = {
+        "empty": blob & False,
+        "full": blob | True,
+        "one pixel": one_pixel,
+        "all but one": ~one_pixel,
+        "blob": blob,
+        "noise": rng.random((height, width)) < rng.random(),
+    }
+    mask = masks[draw(st.sampled_from(sorted(masks)))]
+    level, other = draw(st.integers(0, 255)), draw(st.integers(0, 255))
+    smooth = 255 / (1 + np.exp(-rng.normal(0, 1, (height, width)) - 3 * (2.0 * blob - 1)))
+    predictions = {
+        "constant": np.full((height, width), level),
+        "two levels": np.where(rng.random((height, width)) < 0.5, level, other),
+        "halves": np.where(x < width // 2, level, other),
+        "the mask": mask * 255,
+        "its opposite": ~mask * 255,
+        "one pixel": one_pixel * level,
+        "noise": rng.integers(0, 256, (height, width)),
+        "soft": smooth,
+        "weak": smooth / 9 + level / 2,
+    }
+    prediction = predictions[draw(st.sampled_from(sorted(predictions)))]
+    return prediction.astype(np.uint8), mask
 
 
-def test_scores_are_per_image() -> None:
-    probabilities, masks = torch.zeros(3, 1, 4, 4), torch.zeros(3, 1, 4, 4)
-    masks[1] = 1
-    probabilities[2], masks[2, :, :2] = 1, 1
-    assert iou(probabilities, masks).tolist() == [1.0, 0.0, 0.5]
-    assert dice(probabilities, masks).tolist() == pytest.approx([1.0, 0.0, 2 / 3])
-    assert mae(probabilities, masks).tolist() == [0.0, 1.0, 0.5]
-    assert s_measure(probabilities, masks).shape == (3,)
+@settings(max_examples=300, deadline=None)
+@given(cases())
+def test_every_score_and_curve_is_the_references(case: tuple[ByteArray, BoolArray]) -> None:
+    assert_equals_reference(*case)
+
+
+@pytest.mark.parametrize("size", [(352, 352), (768, 1024), (1024, 300)])
+def test_sizes_of_real_images_with_far_away_errors(size: tuple[int, int]) -> None:
+    """An object in a corner: most of the image is further away than the distances that are computed exactly."""
+    rng = np.random.default_rng(3)
+    y, x = np.mgrid[: size[0], : size[1]]
+    mask = np.hypot(y - 40, x - 50) < 30 + 8 * np.sin(np.arctan2(y - 40, x - 50) * 5)
+    soft = 255 / (1 + np.exp((np.hypot(y - 45, x - 52) - 33) / 4))
+    assert_equals_reference(
+        (soft * rng.uniform(0.7, 1, size) + rng.integers(0, 40, size)).clip(0, 255).astype(np.uint8), mask
+    )
+
+
+def test_empty_mask_and_empty_prediction_agree_wholly_in_iou_and_dice() -> None:
+    """Where we leave the reference, which gives 0."""
+    nothing = np.zeros((8, 8), dtype=np.uint8)
+    scores = score_image(nothing, nothing > 0)
+    assert (scores.iou, scores.dice, scores.mae, scores.s_measure) == (1, 1, 0, 1)
+    assert scores.weighted_f == 0
+    assert reference(nothing, nothing > 0)["iou"] == 0
+
+
+def test_quick_scores_do_not_stretch_what_is_faint() -> None:
+    mask = np.zeros((20, 20), dtype=np.bool_)
+    mask[5:15, 5:15] = True
+    faint = np.where(mask, 60, 20).astype(np.uint8)
+    assert quick_scores(faint, mask)["iou"] == 0
+    assert score_image(faint, mask).iou == 1
+    sharp = mask.astype(np.uint8) * 255
+    whole = score_image(sharp, mask)
+    quick = quick_scores(sharp, mask)
+    assert quick == {name: getattr(whole, name) for name in quick}
+
+
+def test_iou_and_dice_count_what_is_above_half() -> None:
+    mask = np.array([[True, True, True, False, False, False]])
+    prediction = np.array([[255, 128, 127, 200, 0, 0]], dtype=np.uint8)
+    quick = quick_scores(prediction, mask)
+    assert quick["iou"] == pytest.approx(2 / 4)
+    assert quick["dice"] == pytest.approx(2 * 2 / 6)
+    assert quick["mae"] == pytest.approx((0 + 127 + 128 + 200) / 255 / 6)
+
+
+def test_sizes_that_differ_and_images_without_pixels_are_refused() -> None:
+    for prediction, mask in (((4, 4), (4, 5)), ((0, 4), (0, 4)), ((4,), (4,))):
+        with pytest.raises(ValueError, match="cannot be compared"):
+            score_image(np.zeros(prediction, dtype=np.uint8), np.zeros(mask, dtype=np.bool_))
+
+
+def test_means_are_the_references_over_a_set() -> None:
+    """The best threshold of the mean curve, not the mean of each image's best."""
+    rng = np.random.default_rng(0)
+    images = [(rng.integers(0, 256, (30, 40)).astype(np.uint8), rng.random((30, 40)) < 0.3) for _ in range(5)]
+    total = MeanScores()
+    for prediction, mask in images:
+        total.add(score_image(prediction, mask))
+    means, expected = total.means(), [reference(*image) for image in images]
+    for name in ("s_measure", "weighted_f", "mae", "adaptive_e", "adaptive_f", "iou", "dice"):
+        assert means[name] == pytest.approx(np.mean([scores[name] for scores in expected]))
+    for name in ("e", "f"):
+        curve = np.mean([scores[f"{name}_curve"] for scores in expected], axis=0)
+        assert means[f"max_{name}"] == pytest.approx(curve.max())
+        assert means[f"mean_{name}"] == pytest.approx(curve.mean())
+    with pytest.raises(ValueError, match="no image"):
+        MeanScores().means()
