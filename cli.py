@@ -62,7 +62,10 @@ def parse(argv: Sequence[str] | None, saved: dict[str, Any] | None = None) -> ar
     replay.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one"
     )
+    _add_evaluate(commands)
     args = parser.parse_args(argv)
+    if args.command == "evaluate":
+        _check_evaluate(args)
     if args.command not in ("train", "demo"):
         return args
     if args.checkpoint_dir is None:
@@ -144,10 +147,56 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     # fmt: on
 
 
+def _add_evaluate(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser(
+        "evaluate", usage="%(prog)s [flags]",
+        help="score a checkpoint on test sets, or any method's predictions against masks",
+    )  # fmt: skip
+    # fmt: off
+    flag = parser.add_argument_group("what to score").add_argument
+    flag("--checkpoint", help="a checkpoint of train, such as best_model.pth; its averaged weights are scored")
+    flag("--predictions", metavar="DIR", help="predictions of any method, each with its mask's file name, instead")
+    flag("--dataset-path", metavar="DIR", nargs="+",
+         help="folders with test sets, in any layout README lists; with --predictions, one folder of them a set")
+    flag("--masks", metavar="DIR", help="with --predictions: the folder with the masks, instead of --dataset-path")
+    flag("--include-noncam", action=argparse.BooleanOptionalAction, default=False,
+         help="COD10K: take in its images without camouflaged objects too")
+
+    flag = parser.add_argument_group("what to write").add_argument
+    flag("--json", metavar="FILE", help="everything: scores, curves, groups, and each image's scores")
+    flag("--save-predictions", metavar="DIR", help="8-bit PNGs at the masks' sizes, in one folder a set")
+    flag("--contact-sheet", metavar="FILE", help="a picture of the 24 worst: image, mask, prediction")
+
+    flag = parser.add_argument_group("machine").add_argument
+    flag("--img-size", type=_whole(32), help="side of the network's input (default: as it was trained)")
+    flag("--batch-size", type=_whole(1), default=8, help="images that go through the network at once")
+    flag("--precision", choices=("auto", "fp16", "bf16", "fp32"), default="auto", help="of the forward pass")
+    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one")
+    flag("--num-workers", type=_whole(0), help="processes that score (default: CPU cores, at most 8); 0: this one")
+    # fmt: on
+
+
+def _check_evaluate(args: argparse.Namespace) -> None:
+    if (args.checkpoint is None) == (args.predictions is None):
+        raise UsageError("evaluate needs --checkpoint or --predictions, one of them")
+    if args.checkpoint is not None and (args.dataset_path is None or args.masks is not None):
+        raise UsageError("--checkpoint goes with --dataset-path, the folder with the test sets")
+    if args.predictions is not None and (args.dataset_path is None) == (args.masks is None):
+        raise UsageError("--predictions goes with --masks or --dataset-path, one of them")
+    if args.predictions is not None and args.save_predictions is not None:
+        raise UsageError("--save-predictions goes with --checkpoint; these are saved already")
+    if args.img_size is not None:
+        _check_img_size(args.img_size)
+
+
+def num_cores() -> int:
+    """That this program may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_num_workers() -> int:
-    """One process for each core this program may use but one, at most eight. Of the machine, so never saved."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, max(1, cores - 1))
+    """One process for each core but one, at most eight. Of the machine, so never saved."""
+    return min(8, max(1, num_cores() - 1))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -162,15 +211,18 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--stage1-epochs {args.stage1_epochs} is more than --epochs {args.epochs}, the sum of both stages"
         )
-    if args.img_size % 32:
-        nearest = round(args.img_size / 32) * 32
-        raise UsageError(
-            f"--img-size {args.img_size} is not a multiple of 32, a backbone's coarsest stride; try {nearest}"
-        )
+    _check_img_size(args.img_size)
     if args.decoder_channels % 8:
         raise UsageError(f"--decoder-channels {args.decoder_channels} is not a multiple of 8")
     if args.ema_decay == 1:
         raise UsageError("--ema-decay must be below 1: at 1 the average would never move")
+
+
+def _check_img_size(size: int) -> None:
+    if size % 32:
+        raise UsageError(
+            f"--img-size {size} is not a multiple of 32, a backbone's coarsest stride; try {round(size / 32) * 32}"
+        )
 
 
 def _reconcile(args: argparse.Namespace, saved: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ frozen backbone, stage 2 everything; both are rows of build_stages() and go thro
 optimizer step's worth of batches.
 """
 
+import argparse
 import math
 import os
 import shlex
@@ -27,7 +28,6 @@ from tqdm import tqdm
 
 import cli
 from builders import Run, prepare
-from commands.replay import replay
 from data.dataset import Batch
 from data.loading import UnreadableDataError, decoded, to_device, training_loader, validation_loader, windows
 from data.sampler import derive_seed
@@ -329,18 +329,29 @@ def rescue(run: Run) -> str:
         return f" (not saved: {error})"
 
 
+def run_command(args: argparse.Namespace) -> int:
+    """A command other than training; only its own imports are paid for."""
+    if args.command == "replay":
+        from commands.replay import replay
+
+        return replay(Path(args.incident), args.device)
+    from commands.evaluate import evaluate
+
+    return evaluate(args)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done; 1 a bug; 2 bad usage or input; 3 diverged; 130 / 143 stopped by a signal."""
     try:
         args = cli.parse(argv)
-        if args.command == "replay":
-            return replay(Path(args.incident), args.device)
+        if args.command not in ("train", "demo"):
+            return run_command(args)
         run = prepare(argv)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted before training began", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     exit_code, message = 0, ""
     try:

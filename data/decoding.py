@@ -9,6 +9,8 @@ from PIL import Image, ImageOps
 
 BoolArray = NDArray[np.bool_]
 
+_ORIENTATION = 0x0112  # EXIF tag; from 5 on, width and height are swapped
+
 
 def decode_image(path: Path) -> Image.Image:
     """An image of any mode as RGB, upright by its EXIF orientation.
@@ -53,6 +55,37 @@ def decode_mask_values(path: Path) -> tuple[NDArray[Any], bool]:
             return np.array(mask) if grey else np.array(mask.convert("RGB")).max(axis=2), file.format == "JPEG"
     except Exception as error:
         raise ValueError(decode_message(path, error)) from error
+
+
+def decode_prediction(path: Path) -> NDArray[np.uint8]:
+    """A prediction that any program has saved, as grey levels, (H, W).
+
+    Raises:
+        ValueError: the file cannot be decoded.
+    """
+    values, _ = decode_mask_values(path)
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype.kind == "f":
+        scale = 255.0 if values.max(initial=0) <= 1 else 1.0
+    else:
+        scale = 1 / 257 if values.max(initial=0) > 255 else 1.0  # 16 bits
+    return (values * scale).clip(0, 255).round().astype(np.uint8)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(H, W) of an image shown upright, from its header.
+
+    Raises:
+        ValueError: the file is no image.
+    """
+    try:
+        with Image.open(path) as file:
+            width, height = file.size
+            turned = file.getexif().get(_ORIENTATION, 1) >= 5
+    except Exception as error:
+        raise ValueError(decode_message(path, error)) from error
+    return (width, height) if turned else (height, width)
 
 
 def decode_message(path: Path, error: Exception) -> str:

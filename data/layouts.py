@@ -55,8 +55,12 @@ class Pair:
     @property
     def superclass(self) -> str:
         """COD10K's superclass ("Aquatic", "Flying", ...) where the file name tells it, else an empty string."""
-        match = _COD10K_NAME.match(self.image.stem)
-        return match["superclass"] if match else ""
+        return superclass_of(self.image.stem)
+
+
+def superclass_of(stem: str) -> str:
+    match = _COD10K_NAME.match(stem)
+    return match["superclass"] if match else ""
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,10 @@ def find_subsets(root: Path, include_noncam: bool = False) -> list[Subset]:
         ValueError: ``root`` is not a folder, holds no known layout, or two images share a stem.
     """
     if not root.is_dir():
-        raise ValueError(f"{root}: no such folder; --dataset-path must name the data set's folder, or be 'synthetic'")
+        raise ValueError(f"{root}: no such folder; --dataset-path must name the data set's folder")
     subsets = []
     for images, masks in _find_pair_folders(root):
-        nested = [child for child in _subfolders(images) if _split_of([child.name]) is not None]
+        nested = [child for child in _subfolders(images) if split_of([child.name]) is not None]
         for folder in nested or [images]:
             own_masks = masks / folder.name if nested and (masks / folder.name).is_dir() else masks
             subsets.append(_read_subset(root, folder, own_masks, nested=bool(nested), include_noncam=include_noncam))
@@ -223,7 +227,8 @@ def _subfolders(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def _split_of(path_parts: Sequence[str]) -> Split | None:
+def split_of(path_parts: Sequence[str]) -> Split | None:
+    """What the last of the folders that says so says; None where none does."""
     for part in reversed(path_parts):
         words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)]
         if any(_TRAIN_WORD.fullmatch(word) for word in words):
@@ -236,8 +241,8 @@ def _split_of(path_parts: Sequence[str]) -> Split | None:
 def _read_subset(root: Path, images: Path, masks: Path, nested: bool, include_noncam: bool) -> Subset:
     location = images if nested else images.parent
     relative = location.relative_to(root)
-    image_by_stem = _files_by_stem(images, IMAGE_SUFFIXES)
-    mask_by_stem = _files_by_stem(masks, MASK_SUFFIXES)
+    image_by_stem = files_by_stem(images, IMAGE_SUFFIXES)
+    mask_by_stem = files_by_stem(masks, MASK_SUFFIXES)
     noncam = [stem for stem in image_by_stem if stem.startswith("COD10K-NonCAM")]
     if not include_noncam:
         for stem in noncam:
@@ -245,14 +250,19 @@ def _read_subset(root: Path, images: Path, masks: Path, nested: bool, include_no
     pairs = [Pair(image, mask_by_stem[stem]) for stem, image in image_by_stem.items() if stem in mask_by_stem]
     return Subset(
         name=relative.as_posix() if relative.parts else root.resolve().name,
-        split=_split_of(relative.parts) or _split_of([root.resolve().name]) or "train",
+        split=split_of(relative.parts) or split_of([root.resolve().name]) or "train",
         pairs=tuple(pairs),
         images_without_mask=tuple(image for stem, image in image_by_stem.items() if stem not in mask_by_stem),
         num_noncam_skipped=0 if include_noncam else len(noncam),
     )
 
 
-def _files_by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+def files_by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    """The folder's visible files of these kinds, by name without suffix, sorted.
+
+    Raises:
+        ValueError: two of them share a stem.
+    """
     files: dict[str, Path] = {}
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if not entry.name.startswith("."))

@@ -83,13 +83,13 @@ def _loader(
         collate_fn=collate,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_leave_signals_to_main,
+        worker_init_fn=leave_signals_to_main,
         generator=torch.Generator(),  # its own: otherwise every epoch draws a seed from the stream that dropout uses
     )
     return loader
 
 
-def _leave_signals_to_main(_worker: int) -> None:
+def leave_signals_to_main(_worker: int) -> None:
     """Ctrl-C, ``timeout`` and Slurm signal whole groups of processes; the main one decides what becomes of the run.
 
     It may need batches to finish its window, so a worker outlives SIGTERM by a minute. (A worker whose main process is

@@ -1,0 +1,331 @@
+"""``evaluate``: scores of a checkpoint on test sets, or of any method's saved predictions against masks.
+
+Images stream through: a network (or files) on one side, processes that score on the other, and sums at the end.
+"""
+
+import argparse
+import heapq
+import itertools
+import multiprocessing
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from cli import num_cores
+from data.decoding import decode_mask, decode_prediction
+from data.figures import contact_sheet, thumbnail
+from data.layouts import MASK_SUFFIXES, Pair, Subset, files_by_stem, find_subsets, split_of, superclass_of
+from metrics import ByteArray, ImageScores, MeanScores, score_image
+from training.runlog import environment, write_json
+
+_COLUMNS = {  # as papers print them
+    "s_measure": "S", "weighted_f": "wF", "mae": "MAE", "adaptive_e": "adpE", "mean_e": "meanE", "max_e": "maxE",
+    "adaptive_f": "adpF", "mean_f": "meanF", "max_f": "maxF", "iou": "IoU", "dice": "Dice",
+}  # fmt: skip
+_GROUP_COLUMNS = ("s_measure", "weighted_f", "mae", "mean_e", "mean_f", "iou", "dice")  # means of image scores
+_NUM_WORST = 24
+_QUEUED_PER_PROCESS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image to be scored."""
+
+    set_name: str
+    mask: Path
+    image: Path | None
+    prediction: Path | ByteArray
+    save_as: Path | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the scoring process returns."""
+
+    scores: ImageScores
+    object_share: float  # of the image's pixels
+    was_resized: bool  # the prediction, to the mask's size
+
+
+@dataclass(order=True)
+class Bad:
+    """One of the worst images so far. The heap's first is the best of them."""
+
+    badness: float
+    number: int
+    panels: list[Image.Image] = field(compare=False)
+    caption: str = field(compare=False)
+
+
+@dataclass
+class SetReport:
+    """Scores of a test set as they come in. An image leaves a row of numbers behind, no pixels and no curves."""
+
+    totals: MeanScores = field(default_factory=MeanScores)
+    images: list[dict[str, Any]] = field(default_factory=list)
+    num_resized: int = 0
+
+    def add(self, case: Case, scored: Scored) -> None:
+        self.totals.add(scored.scores)
+        self.num_resized += scored.was_resized
+        name, superclass = case.mask.name, superclass_of(case.mask.stem)
+        row = {"name": name, "superclass": superclass, "object_share": scored.object_share, **scored.scores.numbers()}
+        self.images.append(row)
+
+    def by_superclass(self) -> dict[str, dict[str, float]]:
+        names = sorted({row["superclass"] for row in self.images} - {""})
+        return {name: _means([row for row in self.images if row["superclass"] == name]) for name in names}
+
+    def by_size(self) -> dict[str, dict[str, float]]:
+        """A third of the images each, by the share of the image that the object covers."""
+        by_share = sorted(self.images, key=lambda row: row["object_share"])
+        thirds: dict[str, dict[str, float]] = {}
+        for name, rows in zip(("small", "medium", "large"), np.array_split(np.arange(len(by_share)), 3), strict=True):
+            if len(rows):
+                chosen = [by_share[row] for row in rows]
+                thirds[f"{name}, to {chosen[-1]['object_share']:.1%}"] = _means(chosen)
+        return thirds
+
+    def to_json(self) -> dict[str, Any]:
+        curves = zip(("e", "f", "precision", "recall"), self.totals.curve_sums / self.totals.num_images, strict=True)
+        return {
+            "num_images": self.totals.num_images,
+            "scores": self.totals.means(),
+            "curves": {name: curve.tolist() for name, curve in curves},
+            "by_superclass": self.by_superclass(),
+            "by_size": self.by_size(),
+            "images": self.images,
+        }
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Returns the exit code: 0, or 1 where an image could not be scored.
+
+    Raises:
+        ValueError, OSError: a folder or checkpoint is not usable, or a mask has no prediction.
+    """
+    for output in (args.json, args.contact_sheet):
+        if output is not None and not Path(output).resolve().parent.is_dir():
+            raise ValueError(f"{output}: its folder does not exist")
+    num_processes = min(8, num_cores()) if args.num_workers is None else args.num_workers
+    if args.checkpoint is not None:
+        cases, total, source = _cases_of_checkpoint(args, num_processes)
+    else:
+        cases, total, source = _cases_of_folder(args)
+    reports: dict[str, SetReport] = {}
+    failures: list[str] = []
+    worst: list[Bad] = []
+    number = itertools.count()
+    with tqdm(total=total, unit="image", disable=None) as bar:
+        for case, scored in scored_cases(cases, num_processes):
+            bar.update()
+            if isinstance(scored, str):
+                failures.append(scored)
+                continue
+            reports.setdefault(case.set_name, SetReport()).add(case, scored)
+            if args.contact_sheet is not None:
+                _keep_if_bad(worst, case, scored.scores, next(number))
+    if not reports:
+        raise ValueError(f"not one image could be scored; the first reason: {failures[0] if failures else 'no image'}")
+    print(*_table(reports), sep="\n")
+    for failure in failures:
+        print(f"Not scored: {failure}", file=sys.stderr)
+    if args.contact_sheet is not None:
+        rows = [(bad.caption, bad.panels) for bad in sorted(worst, reverse=True)]
+        contact_sheet(rows, ("image", "mask", "prediction")).save(args.contact_sheet)
+        print(f"The {len(rows)} worst: {args.contact_sheet}")
+    if args.json is not None:
+        sets = {name: report.to_json() for name, report in reports.items()}
+        packages = environment(Path(__file__), ("torch", "numpy", "pillow"))
+        write_json(Path(args.json), {**source, **packages, "not_scored": failures, "sets": sets})
+        print(f"All of it, image by image: {args.json}")
+    return 1 if failures else 0
+
+
+def scored_cases(cases: Iterable[Case | str], num_processes: int) -> Iterator[tuple[Case, Scored | str]]:
+    """Score in other processes, in order, with few images under way: memory does not depend on how many there are.
+
+    Args:
+        cases: or the reason why there is none, which is passed on.
+        num_processes: 0: here.
+    """
+    if num_processes == 0:
+        for case in cases:
+            yield (_NO_CASE, case) if isinstance(case, str) else (case, score_case(case))
+        return
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)  # spawned, each would load torch
+    under_way: deque[tuple[Case, Future[Scored | str] | str]] = deque()
+    with ProcessPoolExecutor(num_processes, context, initializer=_leave_interrupts_to_main) as pool:
+        try:
+            for case in cases:
+                under_way.append((_NO_CASE, case) if isinstance(case, str) else (case, pool.submit(score_case, case)))
+                if len(under_way) > _QUEUED_PER_PROCESS * num_processes:
+                    yield _result(*under_way.popleft())
+            while under_way:
+                yield _result(*under_way.popleft())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def score_case(case: Case) -> Scored | str:
+    """Score one image, and save its prediction where that is asked for; or the reason why it cannot be done."""
+    try:
+        mask = decode_mask(case.mask)
+        prediction = case.prediction if isinstance(case.prediction, np.ndarray) else decode_prediction(case.prediction)
+        fits = prediction.shape == mask.shape
+        if not fits:
+            size = mask.shape[1], mask.shape[0]
+            prediction = np.array(Image.fromarray(prediction).resize(size, Image.Resampling.BILINEAR))
+        if case.save_as is not None:
+            Image.fromarray(prediction).save(case.save_as)
+        return Scored(score_image(prediction, mask), float(mask.mean()), not fits)
+    except (ValueError, OSError) as error:
+        return str(error)
+
+
+_NO_CASE = Case("", Path(), None, Path())
+
+
+def _result(case: Case, result: "Future[Scored | str] | str") -> tuple[Case, Scored | str]:
+    return case, result if isinstance(result, str) else result.result()
+
+
+def _leave_interrupts_to_main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _cases_of_checkpoint(
+    args: argparse.Namespace, num_processes: int
+) -> tuple[Iterator[Case | str], int, dict[str, Any]]:
+    from inference import load_network, predict_pairs  # torch, which scoring alone does not need
+
+    subsets = _test_subsets(args.dataset_path, args.include_noncam)
+    network = load_network(Path(args.checkpoint), args.device, args.precision, args.img_size)
+    names = [(name, pair) for name, subset in subsets.items() for pair in subset.pairs]
+    folders: dict[str, Path | None] = dict.fromkeys(subsets)
+    if args.save_predictions is not None:
+        folders = {name: Path(args.save_predictions) / name for name in subsets}
+        for folder in folders.values():
+            assert folder is not None
+            folder.mkdir(parents=True, exist_ok=True)
+    print(f"Network: {args.checkpoint}, {network.img_size} px, {network.precision.name} on {network.device}")
+
+    def cases() -> Iterator[Case | str]:
+        pairs = [pair for _, pair in names]
+        for index, prediction in predict_pairs(network, pairs, args.batch_size, max(1, num_processes // 2)):
+            (name, pair), folder = names[index], folders[names[index][0]]
+            if isinstance(prediction, str):
+                yield prediction
+            else:
+                save_as = None if folder is None else folder / f"{pair.mask.stem}.png"
+                yield Case(name, pair.mask, pair.image, prediction, save_as)
+
+    source = {"checkpoint": args.checkpoint, "img_size": network.img_size, "precision": network.precision.name}
+    return cases(), len(names), source
+
+
+def _cases_of_folder(args: argparse.Namespace) -> tuple[Iterator[Case | str], int, dict[str, Any]]:
+    """Raises ValueError where a mask has no prediction: a method is not to be scored on what it did not leave out."""
+    root = Path(args.predictions)
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder; --predictions must name the folder with a method's predictions")
+    if args.masks is not None:
+        masks = Path(args.masks)
+        if not masks.is_dir():
+            raise ValueError(f"{masks}: no such folder; --masks must name the folder with the masks")
+        sets = {masks.resolve().name: [Pair(mask, mask) for mask in files_by_stem(masks, MASK_SUFFIXES).values()]}
+    else:
+        subsets = _test_subsets(args.dataset_path, args.include_noncam)
+        sets = {name: list(subset.pairs) for name, subset in subsets.items()}
+    if not any(sets.values()):
+        raise ValueError(f"{args.masks or args.dataset_path}: not one mask ({', '.join(MASK_SUFFIXES)}) there")
+    cases: list[Case | str] = []
+    for name, pairs in sets.items():
+        folder = root / name if (root / name).is_dir() else root
+        predictions = files_by_stem(folder, (*MASK_SUFFIXES, ".tif", ".tiff"))
+        missing = [pair.mask.name for pair in pairs if pair.mask.stem not in predictions]
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise ValueError(
+                f"{folder}: no prediction for {len(missing)} of the {len(pairs)} masks of {name}: "
+                f"{', '.join(missing[:3])}{more}; a prediction carries its mask's file name"
+            )
+        for pair in pairs:
+            image = pair.image if args.masks is None else None
+            cases.append(Case(name, pair.mask, image, predictions[pair.mask.stem]))
+    return iter(cases), len(cases), {"predictions": str(root)}
+
+
+def _test_subsets(roots: Sequence[str], include_noncam: bool) -> dict[str, Subset]:
+    """By the name to print: the last folder that says more than "test"; the whole path where that is not unique.
+
+    The test folders below each root; where there is none, all of them: who names a folder here wants it scored.
+    """
+    found: list[tuple[Path, Subset]] = []
+    for root in roots:
+        subsets = find_subsets(Path(root), include_noncam)
+        tests = [subset for subset in subsets if subset.split == "test"] or subsets
+        found += [(Path(root), subset) for subset in tests if subset.pairs]
+        for subset in tests:
+            if subset.images_without_mask:
+                print(f"Warning: {subset.name}: {len(subset.images_without_mask)} images without a mask are left out")
+    paths = [[root.resolve().name, *subset.name.split("/")] for root, subset in found]
+    short = [next((part for part in reversed(parts) if split_of([part]) is None), parts[0]) for parts in paths]
+    named = {
+        name if short.count(name) == 1 else "-".join(parts): subset
+        for name, parts, (_, subset) in zip(short, paths, found, strict=True)
+    }
+    if not named:
+        raise ValueError(f"{', '.join(roots)}: not one image there has a mask")
+    return named
+
+
+def _keep_if_bad(worst: list[Bad], case: Case, scores: ImageScores, number: int) -> None:
+    badness = -scores.s_measure
+    if len(worst) == _NUM_WORST and badness <= worst[0].badness:
+        return
+    prediction = case.prediction if isinstance(case.prediction, np.ndarray) else decode_prediction(case.prediction)
+    panels = [thumbnail(decode_mask(case.mask).astype(np.uint8) * 255), thumbnail(prediction)]
+    if case.image is not None:
+        panels.insert(0, thumbnail(case.image))
+    caption = f"{case.set_name}/{case.mask.stem}   S {scores.s_measure:.3f}   IoU {scores.iou:.3f}"
+    keep: Callable[[list[Bad], Bad], Any] = heapq.heappush if len(worst) < _NUM_WORST else heapq.heapreplace
+    keep(worst, Bad(badness, number, panels, caption))
+
+
+def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    means = {name: float(np.mean([row[name] for row in rows])) for name in _GROUP_COLUMNS}
+    return {"num_images": len(rows), **means}
+
+
+def _table(reports: dict[str, SetReport]) -> list[str]:
+    lines = [_row("", "images", list(_COLUMNS.values()))]
+    for name, report in reports.items():
+        means = report.totals.means()
+        lines.append(_row(name, str(report.totals.num_images), [f"{means[key]:.3f}" for key in _COLUMNS]))
+    titles = [_COLUMNS[key] for key in _GROUP_COLUMNS]
+    for name, report in reports.items():
+        for title, groups in (("by object size", report.by_size()), ("by superclass", report.by_superclass())):
+            if len(groups) > 1:
+                lines += ["", _row(f"{name} {title}", "images", titles)]
+                for group, means in groups.items():
+                    values = [f"{means[key]:.3f}" for key in _GROUP_COLUMNS]
+                    lines.append(_row(f"  {group}", str(means["num_images"]), values))
+    for name, report in reports.items():
+        if report.num_resized:
+            lines.append(f"Warning: {report.num_resized} predictions of {name} were resized to their masks' size")
+    return lines
+
+
+def _row(name: str, number: str, values: Sequence[str]) -> str:
+    return f"{name:28.28} {number:>6}" + "".join(f" {value:>6}" for value in values)

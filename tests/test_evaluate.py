@@ -1,0 +1,290 @@
+"""``evaluate``: a checkpoint or a folder of predictions, from the command line to the numbers."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_arguments
+from PIL import Image
+
+import train_ultimate
+from commands.evaluate import Case, Scored, scored_cases
+from data.decoding import decode_mask
+from inference import load_network
+from metrics import score_image
+from train_ultimate import main
+from training.checkpoint import read_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("trained")
+    assert main(tiny_arguments(tiny_dataset, directory, "--epochs", "2", "--stage1-epochs", "1")) == 0
+    return directory / "epoch_0002.pth"
+
+
+def write_set(root: Path, names: list[str], suffix: str = ".jpg", size: tuple[int, int] = (30, 20)) -> Path:
+    """``root/{Imgs,GT}``, each object a little larger than the last."""
+    for folder in ("Imgs", "GT"):
+        (root / folder).mkdir(parents=True)
+    for number, name in enumerate(names, start=1):
+        mask = Image.new("L", size)
+        mask.paste(255, (2, 2, 4 + number, 4 + number))
+        mask.save(root / "GT" / f"{name}.png")
+        Image.new("RGB", size, (90, 120, 60)).save(root / "Imgs" / f"{name}{suffix}")
+    return root
+
+
+def write_predictions(masks: Path, folder: Path, blur: int = 1) -> Path:
+    folder.mkdir(parents=True)
+    for mask in masks.iterdir():
+        soft = np.roll(np.array(Image.open(mask)), blur, axis=1) // 2 + 20
+        Image.fromarray(soft.astype(np.uint8)).save(folder / mask.name)
+    return folder
+
+
+def failing(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["evaluate", *argv]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+# A checkpoint
+
+
+def test_checkpoint_is_scored_on_its_test_set_and_its_saved_predictions_score_the_same(
+    checkpoint: Path, tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, saved = ["--dataset-path", str(tiny_dataset)], str(tmp_path / "saved")
+    flags = ["--checkpoint", str(checkpoint), *data, "--json", str(tmp_path / "a.json"), "--save-predictions", saved]
+    assert main(["evaluate", *flags]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^tiny +3( +\d\.\d{3}){11}$", out, re.MULTILINE)
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert report["checkpoint"] == str(checkpoint)
+    scores = report["sets"]["tiny"]["scores"]
+    masks = tiny_dataset / "TestDataset" / "GT"
+    for mask in masks.iterdir():
+        prediction = Image.open(tmp_path / "saved" / "tiny" / mask.name)
+        assert (prediction.mode, prediction.size) == ("L", Image.open(mask).size)
+    for where in (data, ["--masks", str(masks)]):
+        again = ["--predictions", str(tmp_path / "saved" / "tiny"), *where, "--json", str(tmp_path / "b.json")]
+        assert main(["evaluate", *again]) == 0
+        (rescored,) = json.loads((tmp_path / "b.json").read_text())["sets"].values()
+        assert rescored["scores"] == scores
+        assert rescored["curves"] == report["sets"]["tiny"]["curves"]
+
+
+def test_averaged_weights_are_used_at_the_training_size(checkpoint: Path) -> None:
+    network = load_network(checkpoint, "cpu", "fp32", img_size=None)
+    state = read_checkpoint(checkpoint)
+    assert not torch.equal(
+        state["model"]["decoder.coarse_head.weight"], state["ema"]["model"]["decoder.coarse_head.weight"]
+    )
+    used = network.model.state_dict()
+    assert all(torch.equal(used[name], weight) for name, weight in state["ema"]["model"].items())
+    assert not network.model.training
+    assert network.img_size == 64
+    assert load_network(checkpoint, "cpu", "fp32", img_size=96).img_size == 96
+
+
+def test_weights_alone_do_not_tell_their_network(
+    checkpoint: Path, tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(read_checkpoint(checkpoint)["model"], tmp_path / "weights.pth")
+    argv = ["--checkpoint", str(tmp_path / "weights.pth"), "--dataset-path", str(tiny_dataset)]
+    assert "weights.pth: holds weights alone" in failing(argv, capsys)
+
+
+def test_image_that_cannot_be_read_is_named_and_the_others_are_scored(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_set(tmp_path / "set", ["a", "b", "c"])
+    (root / "Imgs" / "b.jpg").write_text("<html>")
+    argv = ["--checkpoint", str(checkpoint), "--dataset-path", str(root), "--json", str(tmp_path / "out.json")]
+    assert main(["evaluate", *argv]) == 1
+    assert "Not scored: " in (error := capsys.readouterr().err)
+    assert "b.jpg: cannot be decoded (not an image)" in error
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [image["name"] for image in report["sets"]["set"]["images"]] == ["a.png", "c.png"]
+    assert len(report["not_scored"]) == 1
+
+
+# A folder of predictions
+
+
+def test_scores_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "set", [f"photo{number}" for number in range(9)])
+    predictions = write_predictions(root / "GT", tmp_path / "predictions")
+    reports = []
+    for processes in ("0", "1", "2"):
+        argv = ["--predictions", str(predictions), "--masks", str(root / "GT"), "--num-workers", processes]
+        assert main(["evaluate", *argv, "--json", str(tmp_path / "out.json")]) == 0
+        reports.append(json.loads((tmp_path / "out.json").read_text()))
+    assert reports[0] == reports[1] == reports[2]
+    images = reports[0]["sets"]["GT"]["images"]
+    assert [image["name"] for image in images] == sorted(image["name"] for image in images)
+    for image in images:
+        mask = decode_mask(root / "GT" / image["name"])
+        expected = score_image(np.array(Image.open(predictions / image["name"])), mask).numbers()
+        assert {name: image[name] for name in expected} == expected
+        assert image["object_share"] == mask.mean()
+
+
+def test_several_sets_superclasses_and_thirds_by_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    aquatic = [f"COD10K-CAM-1-Aquatic-1-Fish-{number}" for number in range(4)]
+    flying = [f"COD10K-CAM-2-Flying-5-Moth-{number}" for number in range(4, 6)]
+    write_set(tmp_path / "data" / "TestDataset" / "COD10K", aquatic + flying)
+    write_set(tmp_path / "data" / "TestDataset" / "CAMO", ["x", "y"])
+    write_set(tmp_path / "data" / "TrainDataset", ["never"])
+    for name in ("COD10K", "CAMO"):
+        write_predictions(tmp_path / "data" / "TestDataset" / name / "GT", tmp_path / "predictions" / name)
+    argv = ["--predictions", str(tmp_path / "predictions"), "--dataset-path", str(tmp_path / "data")]
+    assert main(["evaluate", *argv, "--json", str(tmp_path / "out.json")]) == 0
+    sets = json.loads((tmp_path / "out.json").read_text())["sets"]
+    assert {name: report["num_images"] for name, report in sets.items()} == {"CAMO": 2, "COD10K": 6}
+    groups = sets["COD10K"]["by_superclass"]
+    assert {name: group["num_images"] for name, group in groups.items()} == {"Aquatic": 4, "Flying": 2}
+    rows = [row for row in sets["COD10K"]["images"] if row["superclass"] == "Flying"]
+    assert groups["Flying"]["s_measure"] == pytest.approx(np.mean([row["s_measure"] for row in rows]))
+    thirds = sets["COD10K"]["by_size"]
+    assert [group["num_images"] for group in thirds.values()] == [2, 2, 2]
+    shares = sorted(row["object_share"] for row in sets["COD10K"]["images"])
+    assert list(thirds) == [
+        f"{name}, to {shares[last]:.1%}" for name, last in (("small", 1), ("medium", 3), ("large", 5))
+    ]
+    out = capsys.readouterr().out
+    assert "COD10K by superclass" in out
+    assert "CAMO by superclass" not in out
+
+
+def test_mask_without_a_prediction_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_set(tmp_path / "set", ["a", "b", "c"])
+    predictions = write_predictions(root / "GT", tmp_path / "predictions")
+    (predictions / "b.png").unlink()
+    line = failing(["--predictions", str(predictions), "--masks", str(root / "GT")], capsys)
+    assert "no prediction for 1 of the 3 masks of GT: b.png" in line
+
+
+def test_predictions_of_another_size_or_kind_are_scored_with_a_warning_about_the_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_set(tmp_path / "set", ["a", "b", "c"])
+    predictions = write_predictions(root / "GT", tmp_path / "predictions")
+    whole = Image.open(predictions / "a.png")
+    whole.resize((60, 40)).save(predictions / "a.png")
+    Image.fromarray(np.array(Image.open(predictions / "b.png")).astype(np.uint16) * 257).save(predictions / "b.png")
+    Image.open(predictions / "c.png").convert("RGBA").save(predictions / "c.png")
+    assert main(["evaluate", "--predictions", str(predictions), "--masks", str(root / "GT")]) == 0
+    assert "Warning: 1 predictions of GT were resized to their masks' size" in capsys.readouterr().out
+
+
+def test_contact_sheet_has_the_worst_twenty_four(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_set(tmp_path / "set", [f"photo{number:02d}" for number in range(26)], size=(40, 40))
+    predictions = write_predictions(root / "GT", tmp_path / "predictions")
+    argv = ["--predictions", str(predictions), "--dataset-path", str(root), "--contact-sheet", str(tmp_path / "a.png")]
+    assert main(["evaluate", *argv]) == 0
+    assert "The 24 worst:" in capsys.readouterr().out
+    sheet = Image.open(tmp_path / "a.png")
+    assert sheet.width > sheet.height / 2.5
+    assert sheet.height > 12 * 165
+    few = ["--predictions", str(predictions), "--masks", str(root / "GT"), "--contact-sheet", str(tmp_path / "b.png")]
+    assert main(["evaluate", *few]) == 0
+    assert Image.open(tmp_path / "b.png").width < sheet.width  # without images
+
+
+def test_images_stream_through_with_few_under_way(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "set", ["a"])
+    taken = 0
+
+    def cases() -> Iterator[Case | str]:
+        nonlocal taken
+        for number in range(50):
+            taken += 1
+            yield "a reason" if number == 3 else Case("set", root / "GT" / "a.png", None, root / "GT" / "a.png")
+
+    results: list[Any] = []
+    for _, scored in scored_cases(cases(), num_processes=2):
+        results.append(scored)
+        assert taken - len(results) <= 2 * 4
+    assert results[3] == "a reason"
+    assert all(isinstance(scored, Scored) for scored in results[:3] + results[4:])
+    assert len(results) == 50
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the processes in /proc")
+def test_ctrl_c_ends_it_without_a_traceback(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "set", ["a"], size=(900, 900))
+    predictions = write_predictions(root / "GT", tmp_path / "predictions")
+    for number in range(3000):
+        for folder in (root / "GT", predictions):
+            (folder / f"{number}.png").symlink_to(folder / "a.png")
+    argv = ["--predictions", str(predictions), "--masks", str(root / "GT"), "--contact-sheet", str(tmp_path / "a.png")]
+    command = [sys.executable, train_ultimate.__file__, "evaluate", *argv]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    os.set_blocking(process.stderr.fileno(), False)
+    time.sleep(0.1)
+    deadline = time.monotonic() + 60
+    children: list[str] = []
+    while len(children) < 2:  # the processes that score have begun
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        task = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        children = task.read_text().split() if task.exists() else []
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(30) == 130
+    error = process.stderr.read()
+    assert "Traceback" not in error
+    assert error.endswith("interrupted\n")
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+# What a user gets wrong
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "evaluate needs --checkpoint or --predictions, one of them"),
+        (["--checkpoint", "a", "--predictions", "b"], "one of them"),
+        (["--checkpoint", "a"], "--checkpoint goes with --dataset-path"),
+        (["--predictions", "b"], "--predictions goes with --masks or --dataset-path"),
+        (["--predictions", "b", "--masks", "c", "--dataset-path", "d"], "one of them"),
+        (
+            ["--predictions", "b", "--masks", "c", "--save-predictions", "d"],
+            "--save-predictions goes with --checkpoint",
+        ),
+        (["--checkpoint", "a", "--dataset-path", "b", "--img-size", "100"], "--img-size 100 is not a multiple of 32"),
+        (["--predictions", "nowhere", "--masks", "c"], "nowhere: no such folder"),
+        (["--checkpoint", "nowhere.pth", "--dataset-path", "."], "nowhere.pth: no such file"),
+        (["--predictions", ".", "--masks", ".", "--json", "no/where.json"], "no/where.json: its folder does not exist"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    flags: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(write_set(tmp_path / "set", ["a"]))
+    assert message in failing(flags, capsys)
+
+
+def test_empty_folders_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    empty = str(tmp_path / "empty")
+    assert "not one mask" in failing(["--predictions", empty, "--masks", empty], capsys)
+    root = write_set(tmp_path / "set", ["a"])
+    shutil.rmtree(root / "GT")
+    (root / "GT").mkdir()
+    assert "not one image there has a mask" in failing(["--predictions", empty, "--dataset-path", str(root)], capsys)
