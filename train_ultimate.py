@@ -325,11 +325,19 @@ def rescue(run: Run) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done; 1 a bug; 2 bad usage or input; 3 diverged; 130 / 143 stopped by a signal."""
+    """Returns the exit code: 0 done; 1 a bug; 2 bad usage or input; 3 diverged; 130 / 143 stopped by a signal.
+
+    Of ``check-data``: 1 for findings.
+    """
     try:
         args = cli.parse(argv)
         if args.command == "replay":
             return replay(Path(args.incident), args.device)
+        if args.command == "check-data":
+            from commands.check_data import check_data  # its modules are no other command's business
+
+            workers = cli.default_num_workers() if args.num_workers is None else args.num_workers
+            return check_data(args.dataset_path, args.json, args.write_exclude, workers, args.include_noncam)
         run = prepare(argv)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
