@@ -12,7 +12,17 @@ import torch
 
 import cli
 from data.dataset import require_image_headers
-from data.layouts import Pair, describe, find_subsets, fingerprint, split_as_before, split_validation, training_pairs
+from data.layouts import (
+    Pair,
+    describe,
+    find_subsets,
+    fingerprint,
+    leave_out,
+    read_exclude_file,
+    split_as_before,
+    split_validation,
+    training_pairs,
+)
 from data.synthetic import write_synthetic_dataset
 from models import CamouflageSegmenter, build_model
 from recovery import Recovery
@@ -97,12 +107,30 @@ def on_device(
     return model.to(device).to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types no such one
 
 
-def build_pairs(args: argparse.Namespace, validation: list[str] | None) -> tuple[list[Pair], list[Pair], Path]:
+def excluded_names(args: argparse.Namespace, before: dict[str, Any] | None) -> list[str]:
+    """What ``--exclude`` names. A run being resumed whose file has gone leaves out what it named before.
+
+    Args:
+        args: the settings.
+        before: "config" of the run being resumed.
+    """
+    if not args.exclude:
+        return []
+    if before is not None and before["settings"].get("exclude") == args.exclude and not Path(args.exclude).exists():
+        print(f"--exclude {args.exclude} has gone: what it named when the checkpoint was written is left out")
+        return before["excluded"]
+    return read_exclude_file(Path(args.exclude))
+
+
+def build_pairs(
+    args: argparse.Namespace, validation: list[str] | None, excluded: list[str]
+) -> tuple[list[Pair], list[Pair], Path]:
     """Training pairs, the validation pairs carved out of them, and the data set's folder. Test folders are not touched.
 
     Args:
         args: the settings.
         validation: paths below the folder of the images that the run being resumed is validated on.
+        excluded: paths below the folder of images or masks whose pairs are left out.
     """
     root = Path(args.dataset_path)
     if args.dataset_path == "synthetic":
@@ -110,15 +138,20 @@ def build_pairs(args: argparse.Namespace, validation: list[str] | None) -> tuple
         print(f"Synthetic scenes: {SYNTHETIC_TRAIN_IMAGES} to train on, {SYNTHETIC_TEST_IMAGES} to test on, in {root}")
         write_synthetic_dataset(root, SYNTHETIC_TRAIN_IMAGES, SYNTHETIC_TEST_IMAGES, args.img_size, args.seed)
     subsets = find_subsets(root, args.include_noncam)
-    pairs = training_pairs(subsets, root)
+    found = training_pairs(subsets, root)
+    pairs, unmatched = leave_out(found, root, excluded)
     require_image_headers(pairs)
     if validation is None:
         train_pairs, val_pairs = split_validation(pairs, args.val_fraction, args.seed)
     else:
         train_pairs, val_pairs = split_as_before(pairs, root, validation)
     print(f"Data: {root}, {len(train_pairs)} pairs to train on, {len(val_pairs)} to validate on")
-    for line in describe(subsets, len(pairs)):
+    for line in describe(subsets, len(found)):
         print(f"   {line}")
+    if args.exclude:
+        print(f"   {len(found) - len(pairs)} pairs left out by --exclude {args.exclude}")
+    if unmatched:
+        print(f"   Warning: {len(unmatched)} paths in it match no training pair, the first: {unmatched[0]}")
     return train_pairs, val_pairs, root
 
 
@@ -154,7 +187,8 @@ def prepare(argv: Sequence[str] | None) -> Run:
     memory_format = memory_format_of(args)
     no_cuda = "" if torch.cuda.is_available() else " (no CUDA device found)"
     print(f"Device: {device}{no_cuda}, precision {precision.name}, backbone {args.backbone}")
-    train_pairs, val_pairs, root = build_pairs(args, before["validation"] if before is not None else None)
+    excluded = excluded_names(args, before)
+    train_pairs, val_pairs, root = build_pairs(args, before["validation"] if before is not None else None, excluded)
     stages = build_stages(args)
     model = build_network(args, load_weights=checkpoint is None and weights_alone is None)
     model = on_device(model, device, memory_format)
@@ -170,6 +204,7 @@ def prepare(argv: Sequence[str] | None) -> Run:
         "settings": vars(args),
         "precision": precision.name,
         "data": fingerprint([*train_pairs, *val_pairs], root),
+        "excluded": excluded,
         "validation": [pair.image.relative_to(root).as_posix() for pair in val_pairs],
     }
     if checkpoint is not None:

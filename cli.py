@@ -63,6 +63,8 @@ def parse(argv: Sequence[str] | None, saved: dict[str, Any] | None = None) -> ar
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one"
     )
     _add_evaluate(commands)
+    check_data = commands.add_parser("check-data", help="list what is wrong with a data set, file by file")
+    _add_check_data_flags(check_data)
     args = parser.parse_args(argv)
     if args.command == "evaluate":
         _check_evaluate(args)
@@ -86,12 +88,29 @@ class _HelpFormatter(argparse.HelpFormatter):
         return text if told else text + " (default: %(default)s)"
 
 
+def _add_check_data_flags(parser: argparse.ArgumentParser) -> None:
+    # fmt: off
+    flag = parser.add_argument
+    flag("--dataset-path", metavar="DIR", type=Path, required=True,
+         help="the data set's folder, in any layout README lists")
+    flag("--json", metavar="FILE", type=Path, help="write the report there, too, every finding of it")
+    flag("--write-exclude", metavar="FILE", type=Path,
+         help="write a list of the training images that training is better without, for train --exclude")
+    flag("--include-noncam", action=argparse.BooleanOptionalAction, default=False,
+         help="COD10K: check its images without camouflaged objects too")
+    flag("--num-workers", type=_whole(0), help="processes that read (default: CPU cores, at most 8); 0: this one")
+    # fmt: on
+
+
 def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     flag = parser.add_argument_group("data").add_argument
     flag("--dataset-path", help="the data set's folder, in any layout README lists, or 'synthetic'")
     flag("--include-noncam", action=argparse.BooleanOptionalAction, default=False,
          help="COD10K: take in its images without camouflaged objects too")
+    flag("--exclude", metavar="FILE",
+         help="leave out the pairs whose image or mask this file names, one path a line below the data set's folder; "
+         "check-data --write-exclude writes one")
     flag("--img-size", type=_whole(64), default=384, help="side of the network's input in pixels; a multiple of 32")
     flag("--val-fraction", type=_number(0, 0.9), default=0.1, help="share of the training images to validate on")
     flag("--num-workers", type=_whole(0), help="processes that load images (default: CPU cores less one, at most 8)")

@@ -9,10 +9,10 @@ frozen backbone, stage 2 everything; both are rows of build_stages() and go thro
 optimizer step's worth of batches.
 """
 
-import argparse
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -21,12 +21,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
+import cli
+import commands
+
+if __name__ == "__main__":  # help, mistakes and the commands that do without torch answer before it is imported
+    if (answered := commands.run()) is not None:
+        sys.exit(answered)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): a traceback from amid imports would help nobody
+
 import torch
 from torch.nn.utils import clip_grads_with_norm_
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import cli
 from builders import Run, prepare
 from data.dataset import Batch
 from data.loading import UnreadableDataError, decoded, to_device, training_loader, validation_loader, windows
@@ -329,23 +336,14 @@ def rescue(run: Run) -> str:
         return f" (not saved: {error})"
 
 
-def run_command(args: argparse.Namespace) -> int:
-    """A command other than training; only its own imports are paid for."""
-    if args.command == "replay":
-        from commands.replay import replay
-
-        return replay(Path(args.incident), args.device)
-    from commands.evaluate import evaluate
-
-    return evaluate(args)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done; 1 a bug; 2 bad usage or input; 3 diverged; 130 / 143 stopped by a signal."""
+    """Returns the exit code: 0 done; 1 a bug; 2 bad usage or input; 3 diverged; 130 / 143 stopped by a signal.
+
+    Of ``check-data``: 1 for findings.
+    """
+    if (exit_code := commands.run(argv)) is not None:
+        return exit_code
     try:
-        args = cli.parse(argv)
-        if args.command not in ("train", "demo"):
-            return run_command(args)
         run = prepare(argv)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -387,5 +385,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a redirected log is to be read as it grows
     sys.exit(main())

@@ -6,12 +6,10 @@ Images stream through: a network (or files) on one side, processes that score on
 import argparse
 import heapq
 import itertools
-import multiprocessing
-import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from cli import num_cores
 from data.decoding import decode_mask, decode_prediction
 from data.figures import contact_sheet, thumbnail
 from data.layouts import MASK_SUFFIXES, Pair, Subset, files_by_stem, find_subsets, split_of, superclass_of
+from data.processes import process_pool
 from metrics import ByteArray, ImageScores, MeanScores, score_image
 from training.runlog import environment, write_json
 
@@ -107,8 +105,15 @@ class SetReport:
         }
 
 
-def evaluate(args: argparse.Namespace) -> int:
-    """Returns the exit code: 0, or 1 where an image could not be scored.
+def evaluate(args: argparse.Namespace, num_processes: int) -> int:
+    """Print the table and write what is asked for.
+
+    Args:
+        args: of the command line.
+        num_processes: that score; 0: this one.
+
+    Returns:
+        the exit code: 0, or 1 where an image could not be scored.
 
     Raises:
         ValueError, OSError: a folder or checkpoint is not usable, or a mask has no prediction.
@@ -116,7 +121,6 @@ def evaluate(args: argparse.Namespace) -> int:
     for output in (args.json, args.contact_sheet):
         if output is not None and not Path(output).resolve().parent.is_dir():
             raise ValueError(f"{output}: its folder does not exist")
-    num_processes = min(8, num_cores()) if args.num_workers is None else args.num_workers
     if args.checkpoint is not None:
         cases, total, source = _cases_of_checkpoint(args, num_processes)
     else:
@@ -162,9 +166,8 @@ def scored_cases(cases: Iterable[Case | str], num_processes: int) -> Iterator[tu
         for case in cases:
             yield (_NO_CASE, case) if isinstance(case, str) else (case, score_case(case))
         return
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)  # spawned, each would load torch
     under_way: deque[tuple[Case, Future[Scored | str] | str]] = deque()
-    with ProcessPoolExecutor(num_processes, context, initializer=_leave_interrupts_to_main) as pool:
+    with process_pool(num_processes) as pool:
         try:
             for case in cases:
                 under_way.append((_NO_CASE, case) if isinstance(case, str) else (case, pool.submit(score_case, case)))
@@ -198,10 +201,6 @@ _NO_CASE = Case("", Path(), None, Path())
 
 def _result(case: Case, result: "Future[Scored | str] | str") -> tuple[Case, Scored | str]:
     return case, result if isinstance(result, str) else result.result()
-
-
-def _leave_interrupts_to_main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _cases_of_checkpoint(

@@ -20,7 +20,7 @@ def decode_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as file:
-            return _to_rgb(ImageOps.exif_transpose(file))
+            return to_rgb(ImageOps.exif_transpose(file))
     except Exception as error:  # Pillow's plug-ins raise anything for a damaged file, TypeError included
         raise ValueError(decode_message(path, error)) from error
 
@@ -35,7 +35,11 @@ def decode_mask(path: Path) -> BoolArray:
     Raises:
         ValueError: the file cannot be decoded.
     """
-    values, lossy = decode_mask_values(path)
+    return binary_mask(*decode_mask_values(path))
+
+
+def binary_mask(values: NDArray[Any], lossy: bool) -> BoolArray:
+    """``decode_mask`` from what ``decode_mask_values`` returns."""
     brightest = float(values.max(initial=0))
     if lossy and brightest < 32:
         return np.zeros(values.shape, dtype=np.bool_)
@@ -50,11 +54,15 @@ def decode_mask_values(path: Path) -> tuple[NDArray[Any], bool]:
     """
     try:
         with Image.open(path) as file:
-            mask = ImageOps.exif_transpose(file)
-            grey = mask.mode == "L" or mask.mode.startswith(("I", "F"))
-            return np.array(mask) if grey else np.array(mask.convert("RGB")).max(axis=2), file.format == "JPEG"
+            return mask_values(ImageOps.exif_transpose(file)), file.format == "JPEG"
     except Exception as error:
         raise ValueError(decode_message(path, error)) from error
+
+
+def mask_values(mask: Image.Image) -> NDArray[Any]:
+    """A decoded mask of any mode as (H, W): its values, or the brightest channel of colour."""
+    grey = mask.mode == "L" or mask.mode.startswith(("I", "F"))
+    return np.array(mask) if grey else np.array(mask.convert("RGB")).max(axis=2)
 
 
 def decode_prediction(path: Path) -> NDArray[np.uint8]:
@@ -93,7 +101,8 @@ def decode_message(path: Path, error: Exception) -> str:
     return f"{path}: cannot be decoded ({reason})"
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded image of any mode as RGB; transparency is dropped."""
     if image.mode.startswith(("I", "F")):  # 16-bit grey: convert("RGB") would clip it to white
         values = np.array(image, dtype=np.float64)
         scale = 257 if values.max(initial=0) > 255 else 1

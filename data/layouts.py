@@ -1,6 +1,6 @@
 """Find image/mask pairs in the folder layouts that camouflaged-object data sets come in.
 
-Recognised below the given folder, at most three levels down, in any letter case:
+Recognised below the given folder, at most four levels down, in any letter case:
 
     COD10K-v3        {Train,Test}/{Image,GT_Object}   only COD10K-CAM-* unless asked otherwise
     SINet, most      TrainDataset/{Imgs,GT}  TestDataset/{CAMO,CHAMELEON,COD10K,NC4K}/{Imgs,GT}  TestDataset/{Imgs,GT}
@@ -19,7 +19,7 @@ import hashlib
 import os
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,7 +37,7 @@ _PAIR_FOLDERS = (
     ("images", "gt"),
     ("image", "gt"),
 )
-_MAX_DEPTH = 3
+_MAX_DEPTH = 4
 _TRAIN_WORD = re.compile(r"train.*|tr")
 _TEST_WORD = re.compile(r"test.*|te|val|valid|validation|vd|eval.*")
 _COD10K_NAME = re.compile(r"COD10K-CAM-\d+-(?P<superclass>[^-]+)-\d+-[^-]+-\d+")
@@ -71,6 +71,7 @@ class Subset:
     split: Split
     pairs: tuple[Pair, ...]
     images_without_mask: tuple[Path, ...]
+    masks_without_image: tuple[Path, ...]
     num_noncam_skipped: int
 
 
@@ -89,9 +90,13 @@ def find_subsets(root: Path, include_noncam: bool = False) -> list[Subset]:
     subsets = []
     for images, masks in _find_pair_folders(root):
         nested = [child for child in _subfolders(images) if split_of([child.name]) is not None]
-        for folder in nested or [images]:
-            own_masks = masks / folder.name if nested and (masks / folder.name).is_dir() else masks
-            subsets.append(_read_subset(root, folder, own_masks, nested=bool(nested), include_noncam=include_noncam))
+        stems = {folder: files_by_stem(folder, IMAGE_SUFFIXES).keys() for folder in nested or [images]}
+        for folder in stems:
+            own = nested and (masks / folder.name).is_dir()
+            # One mask folder for all: a mask of the test images is not without its image among the training images.
+            elsewhere = {stem for other in stems if other != folder and not own for stem in stems[other]}
+            mask_folder = masks / folder.name if own else masks
+            subsets.append(_read_subset(root, folder, mask_folder, bool(nested), elsewhere, include_noncam))
     if not subsets:
         raise ValueError(_describe_unknown_layout(root))
     return subsets
@@ -120,10 +125,56 @@ def training_pairs(subsets: Sequence[Subset], root: Path) -> list[Pair]:
             f"{root}: {num_images} images in {names} and not one has a mask; a mask carries its image's file name, "
             f"with {', '.join(MASK_SUFFIXES)}"
         )
+    return each_once(pairs)
+
+
+def each_once(pairs: Sequence[Pair]) -> list[Pair]:
+    """The first of the pairs whose photographs have the same file name and size."""
     first_of_its_kind: dict[tuple[str, int], Pair] = {}
     for pair in pairs:
-        first_of_its_kind.setdefault((pair.image.name, pair.image.stat().st_size), pair)
+        try:
+            size = pair.image.stat().st_size
+        except OSError:  # a link to nowhere, say: whoever opens it tells
+            size = -1
+        first_of_its_kind.setdefault((pair.image.name, size), pair)
     return list(first_of_its_kind.values())
+
+
+def read_exclude_file(path: Path) -> list[str]:
+    """The paths an exclude file names, relative to the data set's folder: one a line, but for empty and ``#`` lines.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+    except OSError as error:
+        raise ValueError(
+            f"--exclude {path}: cannot be read ({error.strerror}); check-data --write-exclude FILE writes such a file"
+        ) from error
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def leave_out(pairs: Sequence[Pair], root: Path, names: Collection[str]) -> tuple[list[Pair], list[str]]:
+    """Leave out the pairs whose image or mask is named, by its path relative to ``root``.
+
+    To be called on pairs that are there once: of two copies, the one left out would let the other in.
+
+    Returns:
+        (the other pairs, the names that no pair has).
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    left, unmatched = [], set(names)
+    for pair in pairs:
+        own = {path.relative_to(root).as_posix() for path in (pair.image, pair.mask)}
+        unmatched -= own
+        if own.isdisjoint(names):
+            left.append(pair)
+    if not left:
+        raise ValueError(f"{root}: --exclude names every one of the {len(pairs)} training pairs; shorten its list")
+    return left, sorted(unmatched)
 
 
 def describe(subsets: Sequence[Subset], num_used: int) -> list[str]:
@@ -238,11 +289,14 @@ def split_of(path_parts: Sequence[str]) -> Split | None:
     return None
 
 
-def _read_subset(root: Path, images: Path, masks: Path, nested: bool, include_noncam: bool) -> Subset:
+def _read_subset(
+    root: Path, images: Path, masks: Path, nested: bool, stems_elsewhere: Collection[str], include_noncam: bool
+) -> Subset:
     location = images if nested else images.parent
     relative = location.relative_to(root)
     image_by_stem = files_by_stem(images, IMAGE_SUFFIXES)
     mask_by_stem = files_by_stem(masks, MASK_SUFFIXES)
+    lone_masks = [mask_by_stem[stem] for stem in mask_by_stem.keys() - image_by_stem.keys() - set(stems_elsewhere)]
     noncam = [stem for stem in image_by_stem if stem.startswith("COD10K-NonCAM")]
     if not include_noncam:
         for stem in noncam:
@@ -253,6 +307,7 @@ def _read_subset(root: Path, images: Path, masks: Path, nested: bool, include_no
         split=split_of(relative.parts) or split_of([root.resolve().name]) or "train",
         pairs=tuple(pairs),
         images_without_mask=tuple(image for stem, image in image_by_stem.items() if stem not in mask_by_stem),
+        masks_without_image=tuple(sorted(lone_masks)),
         num_noncam_skipped=0 if include_noncam else len(noncam),
     )
 
@@ -280,4 +335,4 @@ def _describe_unknown_layout(root: Path) -> str:
     found = [path.relative_to(root).as_posix() + "/" for path, depth in _walk(root) if 0 < depth < _MAX_DEPTH]
     shown = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "") if found else "no folders"
     known = ", ".join(f"{{{image},{mask}}}" for image, mask in _PAIR_FOLDERS)
-    return f"{root}: no image/mask folders found. Looked for {known}, up to three levels down; found {shown}"
+    return f"{root}: no image/mask folders found. Looked for {known}, up to four levels down; found {shown}"

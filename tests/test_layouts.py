@@ -10,6 +10,8 @@ from data.layouts import (
     describe,
     find_subsets,
     fingerprint,
+    leave_out,
+    read_exclude_file,
     split_as_before,
     split_validation,
     training_pairs,
@@ -26,23 +28,65 @@ def summary(root: Path, include_noncam: bool = False) -> list[tuple[str, str, in
     return [(subset.name, subset.split, len(subset.pairs)) for subset in find_subsets(root, include_noncam)]
 
 
-def test_traindataset_and_four_test_sets(tmp_path: Path) -> None:
-    put(tmp_path / "TrainDataset" / "Imgs", "a.jpg", "b.jpg")
-    put(tmp_path / "TrainDataset" / "GT", "a.png", "b.png")
-    put(tmp_path / "TrainDataset" / "Edge", "a.png", "b.png")
-    for name in ("CAMO", "CHAMELEON", "COD10K", "NC4K"):
-        put(tmp_path / "TestDataset" / name / "Imgs", "c.jpg")
-        put(tmp_path / "TestDataset" / name / "GT", "c.png")
-    assert summary(tmp_path) == [
-        *((f"TestDataset/{name}", "test", 1) for name in ("CAMO", "CHAMELEON", "COD10K", "NC4K")),
-        ("TrainDataset", "train", 2),
-    ]
+CAM, NONCAM = "COD10K-CAM-1-Aquatic-1-BatFish-{}", "COD10K-NonCAM-5-Background-1-Sky-{}"
+FOUR = ("CAMO", "CHAMELEON", "COD10K", "NC4K")
+
+# Every layout in use: its image folders with their mask folders and number of pairs, and what is to be found.
+LAYOUTS = {
+    "COD10K-v3": (
+        {"Train/Image": ("Train/GT_Object", 3, CAM), "Test/Image": ("Test/GT_Object", 2, CAM)},
+        [("Test", "test", 2), ("Train", "train", 3)],
+    ),
+    "SINet, four test sets": (
+        {
+            "TrainDataset/Imgs": ("TrainDataset/GT", 3, "{}"),
+            **{f"TestDataset/{name}/Imgs": (f"TestDataset/{name}/GT", 2, "{}") for name in FOUR},
+        },
+        [*((f"TestDataset/{name}", "test", 2) for name in FOUR), ("TrainDataset", "train", 3)],
+    ),
+    "SINet, one test set": (
+        {"TrainDataset/Imgs": ("TrainDataset/GT", 3, "{}"), "TestDataset/Imgs": ("TestDataset/GT", 2, "{}")},
+        [("TestDataset", "test", 2), ("TrainDataset", "train", 3)],
+    ),
+    "ZoomNeXt": (
+        {"TR-COD10K/Image": ("TR-COD10K/Mask", 3, "{}"), "TE-CAMO/Image": ("TE-CAMO/Mask", 2, "{}")},
+        [("TE-CAMO", "test", 2), ("TR-COD10K", "train", 3)],
+    ),
+    "BiRefNet": (
+        {"TR-COD10K/im": ("TR-COD10K/gt", 3, "{}"), "TE-NC4K/im": ("TE-NC4K/gt", 2, "{}")},
+        [("TE-NC4K", "test", 2), ("TR-COD10K", "train", 3)],
+    ),
+    "CAMO-V.1.0": (
+        {"Images/Train": ("GT", 3, "train_{}"), "Images/Test": ("GT", 2, "test_{}")},
+        [("Images/Test", "test", 2), ("Images/Train", "train", 3)],
+    ),
+    "NC4K": ({"Test/NC4K/Imgs": ("Test/NC4K/GT", 2, "{}")}, [("Test/NC4K", "test", 2)]),
+}
 
 
-def test_single_test_set(tmp_path: Path) -> None:
-    put(tmp_path / "TestDataset" / "Imgs", "c.jpg")
-    put(tmp_path / "TestDataset" / "GT", "c.png")
-    assert summary(tmp_path) == [("TestDataset", "test", 1)]
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("above", ["", "downloads/"])
+def test_every_layout_in_use_is_detected_paired_and_counted(tmp_path: Path, layout: str, above: str) -> None:
+    """Besides the pairs, each folder holds an image without a mask, and edges; each mask folder a mask too many."""
+    folders, expected = LAYOUTS[layout]
+    root = tmp_path / "data"
+    for images, (masks, count, name) in folders.items():
+        stems = [name.format(number) for number in range(count)]
+        put(root / above / images, *(f"{stem}.jpg" for stem in stems), "lone_image.jpg")
+        put(root / above / masks, *(f"{stem}.png" for stem in stems), "lone_mask.png")
+        put((root / above / masks).parent / "GT_Edge", *(f"{stem}.png" for stem in stems))
+    if layout == "COD10K-v3":
+        put(root / above / "Train" / "Image", NONCAM.format(1) + ".jpg", NONCAM.format(2) + ".jpg")
+        put(root / above / "Train" / "GT_Object", NONCAM.format(1) + ".png", NONCAM.format(2) + ".png")
+    subsets = find_subsets(root)
+    assert [(s.name, s.split, len(s.pairs)) for s in subsets] == [(above + n, split, num) for n, split, num in expected]
+    for subset in subsets:
+        assert all(pair.image.stem == pair.mask.stem for pair in subset.pairs)
+        assert [path.name for path in subset.images_without_mask] == ["lone_image.jpg"]
+        assert [path.name for path in subset.masks_without_image] == ["lone_mask.png"]
+    noncam = sum(subset.num_noncam_skipped for subset in subsets)
+    assert noncam == (2 if layout == "COD10K-v3" else 0)
+    assert sum(len(s.pairs) for s in find_subsets(root, include_noncam=True)) == sum(n for *_, n in expected) + noncam
 
 
 def test_cod10k_leaves_out_images_without_camouflage_unless_asked(tmp_path: Path) -> None:
@@ -55,13 +99,6 @@ def test_cod10k_leaves_out_images_without_camouflage_unless_asked(tmp_path: Path
     assert [pair.superclass for pair in train.pairs] == ["Aquatic"]
     assert train.num_noncam_skipped == 1
     assert summary(tmp_path, include_noncam=True) == [("COD10K-v3/Test", "test", 2), ("COD10K-v3/Train", "train", 2)]
-
-
-def test_camo_v1_with_one_mask_folder_for_both_splits(tmp_path: Path) -> None:
-    put(tmp_path / "Images" / "Train", "a.jpg", "b.jpg")
-    put(tmp_path / "Images" / "Test", "c.jpg")
-    put(tmp_path / "GT", "a.png", "b.png", "c.png")
-    assert summary(tmp_path) == [("Images/Test", "test", 1), ("Images/Train", "train", 2)]
 
 
 @pytest.mark.parametrize(
@@ -159,6 +196,31 @@ def test_pairs_by_stem_across_formats_and_reports_what_has_no_mask(tmp_path: Pat
         *(("a.jpg", "a.png"), ("b.png", "b.bmp"), ("c.bmp", "c.jpg"), ("d.webp", "d.png"), ("e.JPEG", "e.png")),
     ]
     assert [path.name for path in subset.images_without_mask] == ["no_mask.jpg"]
+
+
+def test_excluded_pairs_are_left_out_by_image_or_mask_and_unknown_names_told(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    put(root / "Imgs", "a.jpg", "b.jpg", "c.jpg", "d e.jpg")
+    put(root / "GT", "a.png", "b.png", "c.png", "d e.png")
+    file = tmp_path / "exclude.txt"
+    file.write_bytes(b"\xef\xbb\xbf# reason\r\nImgs/a.jpg\r\n\r\n  GT/b.png\nImgs/d e.jpg\nGT/z.png\nImgs/\xff.jpg\n")
+    names = read_exclude_file(file)
+    assert names == ["Imgs/a.jpg", "GT/b.png", "Imgs/d e.jpg", "GT/z.png", "Imgs/\udcff.jpg"]
+    pairs = training_pairs(find_subsets(root), root)
+    left, unmatched = leave_out(pairs, root, names)
+    assert [pair.image.name for pair in left] == ["c.jpg"]
+    assert unmatched == ["GT/z.png", "Imgs/\udcff.jpg"]
+    with pytest.raises(ValueError, match="names every one of the 4 training pairs"):
+        leave_out(pairs, root, [f"Imgs/{pair.image.name}" for pair in pairs])
+
+
+def test_copy_of_an_excluded_photograph_does_not_take_its_place(tmp_path: Path) -> None:
+    for folder in ("TrainDataset", "TrainCopy"):
+        put(tmp_path / folder / "Imgs", "a.jpg", "b.jpg")
+        put(tmp_path / folder / "GT", "a.png", "b.png")
+    pairs = training_pairs(find_subsets(tmp_path), tmp_path)
+    left, _ = leave_out(pairs, tmp_path, ["TrainCopy/Imgs/a.jpg"])
+    assert [pair.image.name for pair in left] == ["b.jpg"]
 
 
 def test_two_images_of_one_stem_are_refused(tmp_path: Path) -> None:

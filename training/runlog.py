@@ -69,8 +69,13 @@ def _ends_in_mid_line(path: Path) -> bool:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Replace a JSON file in one step."""
+    write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a UTF-8 file in one step; bytes of file names that are not UTF-8 are written as they came."""
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    unfinished.write_text(text, encoding="utf-8", errors="surrogateescape")
     os.replace(unfinished, path)
 
 

@@ -1,0 +1,173 @@
+"""``check-data``: every finding about a data set with file and reason, before a run meets it."""
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data.inspection import KINDS, SIZE_BINS, PairFacts, Report, assess, pairs_to_inspect, start_inspection
+from data.layouts import Pair, Split, find_subsets
+from training.runlog import write_json, write_text
+
+_SHOWN = 10  # files of a kind in the table
+_BAR = 30  # characters of the histogram's longest bar
+
+
+def check_data(
+    root: Path, json_file: Path | None, exclude_file: Path | None, num_workers: int, include_noncam: bool
+) -> int:
+    """Print the report, and write it where asked.
+
+    Returns:
+        0: no findings; 1: findings; 2: nothing in the folder can be used; 130: interrupted.
+
+    Raises:
+        ValueError: no such folder, no known layout, nothing in it that can be used; a file cannot be written.
+    """
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder; --dataset-path must name the data set's folder")
+    for file in (json_file, exclude_file):
+        if file is not None:
+            _require_writable(file)
+    start = time.perf_counter()
+    try:
+        subsets = find_subsets(root, include_noncam)
+        pairs = pairs_to_inspect(subsets)
+        facts = _inspect([pair for pair, _ in pairs], num_workers)
+        report = assess(root, subsets, pairs, facts)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    seconds = time.perf_counter() - start
+    _print(_table(root, report, seconds))
+    try:
+        if json_file is not None:
+            write_json(json_file, _as_json(root, report, seconds))
+        if exclude_file is not None:
+            write_text(exclude_file, _exclude_text(root, report))
+    except OSError as error:
+        names = " or ".join(str(file) for file in (json_file, exclude_file) if file is not None)
+        raise ValueError(f"{names}: cannot be written ({error.strerror}); choose another place") from error
+    _print(["", _next_step(root, report, exclude_file)])
+    if not report.num_usable:
+        raise ValueError(f"{root}: not one image and mask that can be used; see the findings above")
+    return 1 if report.findings else 0
+
+
+def _print(lines: Sequence[str]) -> None:
+    try:
+        for line in lines:
+            print(line.encode(errors="backslashreplace").decode())  # names that are not UTF-8
+        sys.stdout.flush()
+    except BrokenPipeError:  # `check-data | head` has seen enough; what comes now must go somewhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _require_writable(file: Path) -> None:
+    """Before minutes of work, not after."""
+    if file.is_dir():
+        raise ValueError(f"{file}: is a folder; name a file to write")
+    if not file.absolute().parent.is_dir():
+        raise ValueError(f"{file}: cannot be written, there is no folder {file.parent}; create it first")
+    if not os.access(file.absolute().parent, os.W_OK):
+        raise ValueError(f"{file}: cannot be written, {file.absolute().parent} is read-only; choose another place")
+
+
+def _inspect(pairs: Sequence[Pair], num_workers: int) -> list[PairFacts]:
+    results = start_inspection(pairs, num_workers)  # before the bar, which starts a thread: processes fork without one
+    facts = []
+    with tqdm(total=2 * len(pairs), unit="file", desc="Reading", disable=None) as bar:
+        for fact in results:
+            facts.append(fact)
+            bar.update(2)
+    return facts
+
+
+def _table(root: Path, report: Report, seconds: float) -> list[str]:
+    num_pairs = sum(folder.pairs for folder in report.folders)
+    lines = [f"{root}: {num_pairs} pairs in {len(report.folders)} folders, read in {seconds:.1f} s"]
+    name_width = max(len(folder.name) for folder in report.folders)
+    for folder in report.folders:
+        published = ""
+        if folder.published is not None:
+            same = "as published" if folder.published == folder.pairs else f"published: {folder.published}"
+            published = f"   {folder.published_as}, {same}"
+        use = f"for {folder.split}ing"
+        lines.append(f"   {folder.name:{name_width}}   {use:12}   {folder.pairs:5} pairs{published}")
+    lines.append("")
+    lines.append(f"Findings: {len(report.findings)}" if report.findings else "Findings: none")
+    for kind, group in groupby(report.findings, key=lambda finding: finding.kind):
+        findings = list(group)
+        lines.append(f"   {kind}: {KINDS[kind]} ({len(findings)})")
+        for finding in findings[:_SHOWN]:
+            other = f" [{finding.other}]" if finding.other else ""
+            lines.append(f"      {finding.file}: {finding.reason}{other}")
+        if len(findings) > _SHOWN:
+            lines.append(f"      ... and {len(findings) - _SHOWN} more (--json FILE has all)")
+    lines += ["", *_histogram(report.object_sizes)]
+    if report.notes:
+        lines += ["", "Notes", *(f"   {note}" for note in report.notes)]
+    return lines
+
+
+def _histogram(sizes: dict[Split, list[int]]) -> list[str]:
+    """Pairs by the object's share of the image, a column for each split that has any."""
+    shown = {split: counts for split, counts in sizes.items() if any(counts)}
+    if not shown:
+        return ["Object's share of the image: no mask could be read"]
+    lines = ["Object's share of the image" + "".join(f"   {split + 'ing':<{_BAR + 7}}" for split in shown)]
+    for number, label in enumerate(_bin_labels()):
+        line = f"   {label:24}"
+        for counts in shown.values():
+            bar = "#" * round(_BAR * counts[number] / max(counts))
+            line += f"   {counts[number]:5}  {bar:{_BAR}}"
+        lines.append(line)
+    return [line.rstrip() for line in lines]
+
+
+def _bin_labels() -> list[str]:
+    ends = [f"{end * 100:g}" for end in SIZE_BINS]
+    between = [f"{low} to {high} %" for low, high in pairwise(ends)]
+    return [f"below {ends[0]} %", *between, f"above {ends[-1]} %"]
+
+
+def _next_step(root: Path, report: Report, exclude_file: Path | None) -> str:
+    program = ["python", sys.argv[0]]
+    train = [*program, "train", "--dataset-path", str(root)]
+    if not report.exclude:
+        return f"Nothing that training would have to leave out. Next: {shlex.join(train)}"
+    if exclude_file is not None:
+        leave_out = shlex.join([*train, "--exclude", str(exclude_file)])
+        return f"{exclude_file} names {len(report.exclude)} training images to leave out. Next: {leave_out}"
+    write = shlex.join([*program, "check-data", "--dataset-path", str(root), "--write-exclude", "exclude.txt"])
+    return f"Training is better without {len(report.exclude)} of its images. Next: {write}"
+
+
+def _exclude_text(root: Path, report: Report) -> str:
+    lines = [
+        f"# Of {root.resolve().name}: training images to leave out, with train --exclude FILE. Found by check-data.",
+        "# One path a line, relative to the data set's folder; lines that begin with # are comments.",
+    ]
+    for file, reason in sorted(report.exclude.items()):
+        lines += [f"# {reason}", file]
+    return "\n".join(lines) + "\n"
+
+
+def _as_json(root: Path, report: Report, seconds: float) -> dict[str, Any]:
+    return {
+        "dataset": str(root),
+        "seconds": round(seconds, 3),
+        "usable_pairs": report.num_usable,
+        "folders": [asdict(folder) for folder in report.folders],
+        "findings": [asdict(finding) for finding in report.findings],
+        "notes": report.notes,
+        "object_sizes": {"bins": _bin_labels(), **report.object_sizes},
+        "exclude": report.exclude,
+    }

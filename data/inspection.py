@@ -1,0 +1,391 @@
+"""Look at every file of a data set and list what is wrong with it.
+
+``start_inspection`` decodes each pair once, in worker processes, and keeps a kilobyte of it; ``assess`` makes the
+report. What the program itself does with a file is told with each finding: most are read all the same.
+"""
+
+import hashlib
+import io
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from data.decoding import binary_mask, mask_values, to_rgb
+from data.duplicates import THUMBNAIL_SIDE, Likeness, find_alike, thumbnail
+from data.layouts import Pair, Split, Subset, each_once
+from data.processes import process_pool
+
+# What is looked for: in the order of the report, the gravest first.
+KINDS = {
+    "leak": "for training and for testing: inflates the scores on the test images",
+    "unreadable": "not readable as images",
+    "truncated": "cut short",
+    "size-mismatch": "image and mask differ in size",
+    "empty-mask": "masks without an object",
+    "full-mask": "masks without a background",
+    "mask-not-binary": "masks with values in between",
+    "wrong-mode": "unusual modes",
+    "image-without-mask": "images without a mask",
+    "mask-without-image": "masks without an image",
+    "duplicate": "the same file twice",
+    "near-duplicate": "the same photograph twice",
+    "same-scene": "the same scene twice: another moment, crop or edit",
+}
+SIZE_BINS = (0.01, 0.05, 0.1, 0.2, 0.4)  # upper ends, of the object's share of the image; the last bin is above 0.4
+
+_SOFT_SHARE = 0.01  # of a mask's pixels; a mask with fewer values in between has soft outlines, and that is noted
+_ASPECT_TOLERANCE = 0.02
+_NONCAM_PREFIX = "COD10K-NonCAM"
+_IMAGE_MODES = {
+    "L": "grey; its one channel is used three times",
+    "1": "black and white; its one channel is used three times",
+    "P": "palette; its colours are looked up",
+    "CMYK": "CMYK; converted to RGB without its colour profile",
+    "RGBA": "RGB with transparency, which is dropped",
+    "LA": "grey with transparency, which is dropped",
+}
+_MASK_MODES = {
+    "P": "palette; the brightest channel of its colours counts",
+    "RGB": "colour; the brightest channel counts",
+    "RGBA": "colour with transparency, which is dropped; the brightest channel counts",
+    "LA": "grey with transparency, which is dropped",
+}
+_PUBLISHED: dict[tuple[str, Split], int] = {
+    ("COD10K", "train"): 3040, ("COD10K", "test"): 2026, ("CAMO", "train"): 1000, ("CAMO", "test"): 250,
+    ("CHAMELEON", "test"): 76, ("NC4K", "test"): 4121,
+}  # fmt: skip
+_PUBLISHED_NONCAM: dict[Split, int] = {"train": 2960, "test": 1974}
+_SET_NAME = re.compile(r"(?<![A-Z])(COD10K|CAMO|CHAMELEON|NC4K)(?![A-Z])")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Paths are relative to the data set's folder, with slashes."""
+
+    kind: str  # one of KINDS
+    file: str
+    reason: str
+    other: str = ""  # the file it goes together with: its mask or image, its double
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A finding about one of a pair's two files, as a worker process tells it."""
+
+    kind: str
+    in_mask: bool
+    reason: str
+    spoils_training: bool = False
+
+
+@dataclass(frozen=True)
+class PairFacts:
+    """What is kept of a pair."""
+
+    problems: tuple[Problem, ...]
+    digest: bytes  # of the image file; empty where it cannot be read
+    thumbnail: bytes  # 32 x 32 grey levels; empty where the image cannot be decoded
+    object_share: float  # of the mask's pixels; NaN where it cannot be decoded
+    has_soft_outline: bool
+
+    @property
+    def usable(self) -> bool:
+        return not any(problem.kind in ("unreadable", "truncated") for problem in self.problems)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A subset's line in the report."""
+
+    name: str
+    split: Split
+    pairs: int
+    images_without_mask: int
+    masks_without_image: int
+    noncam_left_out: int
+    published: int | None  # pairs, where the folder's name tells which set it is
+    published_as: str
+
+
+@dataclass
+class Report:
+    folders: list[Folder]
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    object_sizes: dict[Split, list[int]] = field(default_factory=dict)  # pairs in each of SIZE_BINS and above
+    # Training images that training is better without, and why. Test images never: scores would not compare any more.
+    exclude: dict[str, str] = field(default_factory=dict)
+    num_usable: int = 0  # pairs
+
+
+def pairs_to_inspect(subsets: Sequence[Subset]) -> list[tuple[Pair, Split]]:
+    """Test pairs, then training pairs, each photograph once in either: so does training count them."""
+    pairs: list[tuple[Pair, Split]] = []
+    splits: tuple[Split, ...] = ("test", "train")
+    for split in splits:
+        of_split = [pair for subset in subsets if subset.split == split for pair in subset.pairs]
+        pairs.extend((pair, split) for pair in each_once(of_split))
+    return pairs
+
+
+def start_inspection(pairs: Sequence[Pair], num_workers: int) -> Iterator[PairFacts]:
+    """Start the worker processes (none for 0), and return an iterator over the facts, in the order of ``pairs``.
+
+    Iterating ends the processes, also where it is interrupted.
+
+    Raises:
+        ValueError: while iterating; a worker process died.
+    """
+    if num_workers == 0:
+        return map(inspect_pair, pairs)
+    pool = process_pool(num_workers)
+    return _drain(pool, pool.map(inspect_pair, pairs, chunksize=4))
+
+
+def _drain(pool: ProcessPoolExecutor, results: Iterator[PairFacts]) -> Iterator[PairFacts]:
+    try:
+        yield from results
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process that reads images died, out of memory perhaps; try fewer with --num-workers, 0 for none"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def inspect_pair(pair: Pair) -> PairFacts:
+    """Decode both files of a pair as training does; never raises for what is in them."""
+    problems: list[Problem] = []
+    image, image_data = _load(pair.image, False, problems)
+    mask, mask_data = _load(pair.mask, True, problems)
+    grey, share, soft = b"", float("nan"), False
+    if image is not None:
+        if image.mode != "RGB":
+            problems.append(Problem("wrong-mode", False, _IMAGE_MODES.get(image.mode, _sixteen_bit(image.mode))))
+        grey = thumbnail(to_rgb(image)).tobytes()
+    if mask is not None:
+        if mask.mode not in ("L", "1"):
+            problems.append(Problem("wrong-mode", True, _MASK_MODES.get(mask.mode, _sixteen_bit(mask.mode))))
+        found, share, soft = _mask_problems(mask, lossy=mask_data.startswith(b"\xff\xd8"))
+        if not (share == 0 and pair.image.name.startswith(_NONCAM_PREFIX)):
+            problems += found
+    if image is not None and mask is not None and image.size != mask.size:
+        problems.append(_size_mismatch(image_data, image.size, mask.size))
+    digest = hashlib.blake2b(image_data, digest_size=16).digest() if image_data else b""
+    return PairFacts(tuple(problems), digest, grey, share, soft)
+
+
+def _load(path: Path, in_mask: bool, problems: list[Problem]) -> tuple[Image.Image | None, bytes]:
+    """The decoded image, upright by its EXIF orientation, and the file's bytes; None, and a problem, where it fails."""
+
+    def fail(kind: str, reason: str) -> None:
+        problems.append(Problem(kind, in_mask, reason, spoils_training=True))
+
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        fail("unreadable", f"cannot be opened ({error.strerror})")
+        return None, b""
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Exception as error:  # Pillow's plug-ins raise anything for a damaged file
+        fail("unreadable", _not_an_image(data, error))
+        return None, data
+    try:
+        image.load()
+        return ImageOps.exif_transpose(image), data
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        if "truncated" in reason or isinstance(error, EOFError):
+            fail("truncated", f"cut short after {len(data):,} bytes")
+        else:
+            fail("unreadable", f"damaged {image.format} ({reason})")
+        return None, data
+
+
+def _not_an_image(data: bytes, error: Exception) -> str:
+    if not data:
+        return "an empty file"
+    if data.lstrip()[:1] == b"<":
+        return "not an image but HTML or XML, as a failed download leaves"
+    return "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error) or type(error).__name__
+
+
+def _sixteen_bit(mode: str) -> str:
+    return "more than 8 bits; scaled to 8" if mode.startswith(("I", "F")) else f"{mode}; converted"
+
+
+def _mask_problems(mask: Image.Image, lossy: bool) -> tuple[list[Problem], float, bool]:
+    """Problems with a mask's values, the object's share, and whether its outlines alone are soft."""
+    values = mask_values(mask)
+    share = float(binary_mask(values, lossy).mean())
+    if share in (0, 1):
+        kind, what = ("empty-mask", "no object") if share == 0 else ("full-mask", "all of the image is object")
+        return [Problem(kind, True, what, spoils_training=True)], share, False
+    darkest, brightest = values.min(), values.max()
+    between = float(((values > darkest) & (values < brightest)).mean())
+    if between < _SOFT_SHARE:
+        return [], share, between > 0
+    cut = 128 if 128 < brightest <= 255 else brightest / 2
+    form = ", a JPEG" if lossy else ""
+    reason = f"{between:.1%} of its values lie between {darkest} and {brightest}{form}; object is what is above {cut:g}"
+    return [Problem("mask-not-binary", True, reason)], share, False
+
+
+def _size_mismatch(image_data: bytes, image_size: tuple[int, int], mask_size: tuple[int, int]) -> Problem:
+    (width, height), (mask_width, mask_height) = image_size, mask_size
+    reason = f"the image is {width} x {height}, its mask {mask_width} x {mask_height}"
+    if abs(width * mask_height / (height * mask_width) - 1) <= _ASPECT_TOLERANCE:
+        return Problem("size-mismatch", False, f"{reason}; of one shape, so training makes them fit")
+    with Image.open(io.BytesIO(image_data)) as stored:
+        if stored.size == mask_size:
+            reason += "; the mask fits the image as stored, not as its EXIF orientation turns it"
+    return Problem("size-mismatch", False, reason, spoils_training=True)
+
+
+def assess(
+    root: Path, subsets: Sequence[Subset], pairs: Sequence[tuple[Pair, Split]], facts: Sequence[PairFacts]
+) -> Report:
+    """The report on a data set.
+
+    Args:
+        root: its folder.
+        subsets: from ``find_subsets``.
+        pairs: from ``pairs_to_inspect``.
+        facts: of each of ``pairs``.
+    """
+    report = Report([_folder(root, subset) for subset in subsets])
+    report.num_usable = sum(fact.usable for fact in facts)
+
+    def relative(path: Path) -> str:
+        return path.relative_to(root).as_posix()
+
+    for subset in subsets:
+        for image in subset.images_without_mask:
+            reason = "no file of its name among the masks; left out"
+            report.findings.append(Finding("image-without-mask", relative(image), reason))
+        for mask in subset.masks_without_image:
+            reason = "no file of its name among the images; not used"
+            report.findings.append(Finding("mask-without-image", relative(mask), reason))
+    for (pair, split), fact in zip(pairs, facts, strict=True):
+        for problem in fact.problems:
+            file, other = (pair.mask, pair.image) if problem.in_mask else (pair.image, pair.mask)
+            shown = relative(other) if problem.in_mask or problem.kind == "size-mismatch" else ""
+            report.findings.append(Finding(problem.kind, relative(file), problem.reason, shown))
+            if problem.spoils_training and split == "train":
+                what = "mask: " if problem.in_mask else ""
+                report.exclude.setdefault(relative(pair.image), f"{problem.kind}: {what}{problem.reason}")
+    spoilt = set(report.exclude)
+    for second, first, kind, reason in _doubles(pairs, facts):
+        (pair, split), (other, other_split) = pairs[second], pairs[first]
+        if split != other_split:
+            kind = "leak"
+        image, double = relative(pair.image), relative(other.image)
+        place = f"both for {split}ing" if split == other_split else "one for training, one for testing"
+        report.findings.append(Finding(kind, image, f"{reason}; {place}", double))
+        # Of two copies one is to stay: the later one where the first has a bad mask.
+        if split == "train" and (kind == "leak" or (kind != "same-scene" and double not in spoilt)):
+            report.exclude.setdefault(image, f"{kind}: {reason} as {double}")
+    order = list(KINDS)
+    report.findings.sort(key=lambda finding: (order.index(finding.kind), finding.file))
+    for split in ("train", "test"):
+        shares = [fact.object_share for (_, own), fact in zip(pairs, facts, strict=True) if own == split]
+        counts = np.bincount(np.digitize([share for share in shares if share > 0], SIZE_BINS), minlength=6)
+        report.object_sizes[split] = counts.tolist()
+    report.notes += _notes(report.folders, sum(len(subset.pairs) for subset in subsets) - len(pairs))
+    num_soft = sum(fact.has_soft_outline for fact in facts)
+    if num_soft:
+        report.notes.append(
+            f"{num_soft} masks have soft outlines (values in between in less than {_SOFT_SHARE:.0%} of their pixels): "
+            "harmless, they are cut in the middle"
+        )
+    return report
+
+
+def _doubles(pairs: Sequence[tuple[Pair, Split]], facts: Sequence[PairFacts]) -> Iterator[tuple[int, int, str, str]]:
+    """(position, position of its earlier double, kind, reason), once for each photograph that has one.
+
+    Test images come first, so that what is found there is kept; of several doubles a test image goes first, then the
+    one most alike. A file's exact copies are not compared any further.
+    """
+    firsts: dict[bytes, int] = {}
+    distinct = []
+    for position, fact in enumerate(facts):
+        if not fact.thumbnail:  # reported already; failed downloads are all the same page
+            continue
+        first = firsts.setdefault(fact.digest, position)
+        if first != position:
+            yield position, first, "duplicate", "the same file"
+        else:
+            distinct.append(position)
+    thumbnails = np.frombuffer(b"".join(facts[position].thumbnail for position in distinct), dtype=np.uint8)
+    best: dict[int, tuple[tuple[bool, bool, float], Likeness]] = {}
+    for likeness in find_alike(thumbnails.reshape(-1, THUMBNAIL_SIDE, THUMBNAIL_SIDE)):
+        in_test = pairs[distinct[likeness.first]][1] == "test"
+        rank = in_test, likeness.same_photograph, likeness.correlation
+        if likeness.second not in best or rank > best[likeness.second][0]:
+            best[likeness.second] = rank, likeness
+    for second, (_, likeness) in best.items():
+        kind, what = ("near-duplicate", "photograph") if likeness.same_photograph else ("same-scene", "scene")
+        mirrored = "mirrored, " if likeness.mirrored else ""
+        reason = f"the same {what} ({mirrored}correlation {likeness.correlation:.2f})"
+        yield distinct[second], distinct[likeness.first], kind, reason
+
+
+def _folder(root: Path, subset: Subset) -> Folder:
+    published_as, published = _published(root, subset)
+    return Folder(
+        name=subset.name,
+        split=subset.split,
+        pairs=len(subset.pairs),
+        images_without_mask=len(subset.images_without_mask),
+        masks_without_image=len(subset.masks_without_image),
+        noncam_left_out=subset.num_noncam_skipped,
+        published=published,
+        published_as=published_as,
+    )
+
+
+def _published(root: Path, subset: Subset) -> tuple[str, int | None]:
+    """Which published set a folder is, by the last part of its path that tells, and its number of pairs."""
+    parts = [root.resolve().name, *subset.name.split("/")]
+    names = [match[1] for part in reversed(parts) if (match := _SET_NAME.search(part.upper()))]
+    if names:
+        noncam = sum(pair.image.name.startswith(_NONCAM_PREFIX) for pair in subset.pairs)
+        count = _PUBLISHED.get((names[0], subset.split))
+        if count is not None and names[0] == "COD10K" and noncam:
+            count += _PUBLISHED_NONCAM[subset.split]
+        return f"{names[0]}-{subset.split}", count
+    if parts[-1].lower() == "traindataset":
+        return "COD10K-train and CAMO-train", _PUBLISHED["COD10K", "train"] + _PUBLISHED["CAMO", "train"]
+    return "", None
+
+
+def _notes(folders: Sequence[Folder], num_twice: int) -> list[str]:
+    notes = []
+    for folder in folders:
+        if folder.published is not None and folder.published != folder.pairs:
+            notes.append(
+                f"{folder.name}: {folder.pairs} pairs; {folder.published_as}, as published: {folder.published}"
+            )
+        if folder.noncam_left_out:
+            published = _PUBLISHED_NONCAM[folder.split]
+            more = "" if folder.noncam_left_out == published else f" (COD10K as published has {published})"
+            notes.append(f"{folder.name}: {folder.noncam_left_out} NonCAM images left out{more}; see --include-noncam")
+        if folder.published_as in ("NC4K-train", "CHAMELEON-train"):
+            name = folder.published_as.removesuffix("-train")
+            notes.append(
+                f"{folder.name}: {name} is a test set, but it would be trained on: no folder of its path says test; "
+                "move it into one called TestDataset"
+            )
+    if num_twice:
+        notes.append(
+            f"{num_twice} pairs are there twice (same name and size, by a link or in two collections), count once"
+        )
+    return notes
