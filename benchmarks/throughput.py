@@ -1,0 +1,229 @@
+"""Images per second of training: ours with everything on, against four ways of writing the loop; in turn, one process.
+
+    python benchmarks/throughput.py --dataset-path data/CAMO [--backbone NAME] [--img-size PX] [--batch-size N]
+
+- ours: ``train_epoch`` with gate, spike detector, weight average, recovery's bookkeeping and log, and a checkpoint
+  after each epoch, written while the next one trains.
+- bare: the shortest loop that makes the same updates: forward, backward, clip, fused AdamW. Same precision and layout.
+- origin: as camouflage repositories have it: fp32, NCHW, the boundary weights anew for every side output with a 31 x 31
+  window, ``.item()`` after each batch.
+- Lightning, Accelerate: the bare loop's work in these trainers, their extras off.
+
+All train every weight of the same network on the same loader's batches, all decode every epoch. A round is one epoch of
+each; rounds rotate the order; medians over rounds are compared.
+"""
+
+import argparse
+import contextlib
+import io
+import logging
+import random
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import accelerate
+import lightning
+from torch.utils.data import DataLoader
+
+from builders import Run, prepare
+from data.dataset import Batch
+from data.loading import to_device, training_loader
+from losses import deep_supervision_loss
+from train_ultimate import train_epoch
+from training.optim import fresh_moments
+from training.state import EpochStats
+
+LR, GRAD_CLIP = 1e-5, 0.5
+
+
+class Contest:
+    """One network, loader and optimizer for each way, so that none finds another's caches."""
+
+    def __init__(self, options: argparse.Namespace, directory: Path) -> None:
+        self.options, self.directory = options, directory
+
+    def fresh(self, name: str) -> tuple[Run, DataLoader[Batch]]:
+        options = self.options
+        flags = [
+            *("train", "--dataset-path", options.dataset_path, "--checkpoint-dir", str(self.directory / name)),
+            *("--no-pretrained", "--backbone", options.backbone, "--img-size", str(options.img_size)),
+            *("--batch-size", str(options.batch_size), "--accumulation-steps", "1", "--stage1-epochs", "0"),
+            *("--lr", str(2 * LR), "--device", options.device, "--num-workers", str(options.num_workers)),
+        ]
+        with contextlib.redirect_stdout(io.StringIO()):
+            run = prepare(flags)
+        run.train_pairs = run.train_pairs[: options.images]
+        run.state.model.set_backbone_frozen(False)  # type: ignore[operator]
+        run.state.model.train()
+        pin = run.device.type == "cuda"
+        loader = training_loader(
+            run.train_pairs, options.img_size, options.batch_size, 0, options.num_workers, pin_memory=pin
+        )
+        return run, loader
+
+    def ours(self) -> Callable[[], None]:
+        run, loader = self.fresh("ours")
+        stage = run.stages[0]
+        run.state.progress.stage = stage.number
+        fresh_moments(run.state.optimizer, everywhere=False)
+        run.recovery.begin_stage()
+
+        def epoch() -> None:
+            train_epoch(run, stage, loader)
+            run.state.progress.epoch += 1
+            run.state.progress.window = 0
+            run.state.epoch_stats = EpochStats()
+            run.store.save_epoch(run.state.progress.epoch, run.checkpoint(), is_best=False)
+
+        return epoch
+
+    def bare(self) -> Callable[[], None]:
+        run, loader = self.fresh("bare")
+        model = run.state.model
+        parameters = list(model.parameters())
+        optimizer = torch.optim.AdamW(parameters, lr=LR, fused=True)
+
+        def epoch() -> None:
+            for batch in loader:
+                images, masks = to_device(batch, run.device, run.memory_format)
+                with run.precision.autocast():
+                    outputs = model(images)
+                deep_supervision_loss(outputs, masks, 0.5).backward()
+                torch.nn.utils.clip_grad_norm_(parameters, GRAD_CLIP, foreach=True)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+        return epoch
+
+    def origin(self) -> Callable[[], None]:
+        run, loader = self.fresh("origin")
+        model = run.state.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR, foreach=False)
+
+        def epoch() -> None:
+            total = 0.0
+            for batch in loader:
+                images = batch.images.to(run.device).float() / 255
+                masks = batch.masks.to(run.device).float()
+                loss = torch.zeros((), device=run.device)
+                for logits in model(images):
+                    logits = F.interpolate(logits, masks.shape[-2:], mode="bilinear", align_corners=False)
+                    weights = 1 + 5 * (F.avg_pool2d(masks, 31, stride=1, padding=15) - masks).abs()
+                    entropy = F.binary_cross_entropy_with_logits(logits, masks, reduction="none")
+                    entropy = (weights * entropy).sum((2, 3)) / weights.sum((2, 3))
+                    probabilities = logits.sigmoid()
+                    overlap = (probabilities * masks * weights).sum((2, 3))
+                    union = ((probabilities + masks) * weights).sum((2, 3))
+                    loss = loss + (entropy + 1 - (overlap + 1) / (union - overlap + 1)).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP, foreach=False)
+                optimizer.step()
+                total += loss.item()
+
+        return epoch
+
+    def lightning(self) -> Callable[[], None]:
+        run, loader = self.fresh("lightning")
+        module = Module(run)
+        precision: Any = {"bf16": "bf16-mixed", "fp16": "16-mixed", "fp32": "32-true"}[run.precision.name]
+
+        def epoch() -> None:
+            trainer = lightning.Trainer(
+                max_epochs=1, accelerator="gpu" if run.device.type == "cuda" else "cpu", devices=1,
+                precision=precision, logger=False, enable_checkpointing=False,
+                enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+            )  # fmt: skip
+            trainer.fit(module, loader)
+
+        return epoch
+
+    def accelerate(self) -> Callable[[], None]:
+        run, loader = self.fresh("accelerate")
+        mixed = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}[run.precision.name]
+        accelerator = accelerate.Accelerator(mixed_precision=mixed, cpu=run.device.type == "cpu")
+        optimizer: Any = torch.optim.AdamW(run.state.model.parameters(), lr=LR, fused=True)
+        model, optimizer = accelerator.prepare(run.state.model, optimizer)
+
+        def epoch() -> None:
+            for batch in loader:
+                images, masks = to_device(batch, run.device, run.memory_format)
+                with accelerator.autocast():
+                    outputs = model(images)
+                accelerator.backward(deep_supervision_loss(outputs, masks, 0.5))
+                accelerator.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+                optimizer.step()
+                optimizer.zero_grad()
+
+        return epoch
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.model, self.memory_format = run.state.model, run.memory_format
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Any:
+        return to_device(batch, device, self.memory_format)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
+        images, masks = batch
+        return deep_supervision_loss(self.model(images), masks, 0.5)
+
+    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
+        """Its own refuses a fused optimizer."""
+        torch.nn.utils.clip_grad_norm_(self.parameters(), GRAD_CLIP, foreach=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=LR, fused=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset-path", required=True)
+    parser.add_argument("--backbone", default="tf_efficientnet_lite0")
+    parser.add_argument("--img-size", type=int, default=224)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--images", type=int, default=160, help="of the data set, an epoch")
+    parser.add_argument("--num-workers", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--ways", nargs="+", default=["ours", "bare", "origin", "lightning", "accelerate"])
+    options = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    with tempfile.TemporaryDirectory() as directory:
+        contest = Contest(options, Path(directory))
+        epochs: dict[str, Callable[[], None]] = {way: getattr(contest, way)() for way in options.ways}
+        seconds: dict[str, list[float]] = {way: [] for way in epochs}
+        for number in range(options.rounds + 1):
+            for way in random.Random(number).sample(list(epochs), len(epochs)):
+                start = time.perf_counter()
+                with contextlib.redirect_stderr(io.StringIO()):
+                    epochs[way]()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                if number:  # the first is for warming up
+                    seconds[way].append(time.perf_counter() - start)
+    rate = {way: options.images / statistics.median(times) for way, times in seconds.items()}
+    print(f"{options.backbone}, {options.img_size} px, batch {options.batch_size}, {options.images} images an epoch, "
+          f"median of {options.rounds} rounds")  # fmt: skip
+    for way, images_per_second in rate.items():
+        against = statistics.median(b / a for a, b in zip(seconds["ours"], seconds[way], strict=True))
+        print(f"{way:12} {images_per_second:8.1f} images/s, ours / {way}: {against:.3f}")
+
+
+if __name__ == "__main__":
+    main()
