@@ -3,7 +3,7 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 import cli
-from data.dataset import require_image_headers
+from data.dataset import header_problems, problem_of
 from data.layouts import Pair, describe, find_subsets, fingerprint, split_as_before, split_validation, training_pairs
 from data.synthetic import write_synthetic_dataset
+from data.unreadable import UnreadablePairs, require_few
 from models import CamouflageSegmenter, build_model
 from recovery import Recovery
 from training.checkpoint import CheckpointStore, find_checkpoint, lock_directory
@@ -45,6 +46,7 @@ class Run:
     store: CheckpointStore
     log: RunLog
     recovery: Recovery
+    unreadable: UnreadablePairs
     drills: list[Drill]
     stop: StopRequest
     lock: int | None  # on the checkpoint directory
@@ -111,7 +113,6 @@ def build_pairs(args: argparse.Namespace, validation: list[str] | None) -> tuple
         write_synthetic_dataset(root, SYNTHETIC_TRAIN_IMAGES, SYNTHETIC_TEST_IMAGES, args.img_size, args.seed)
     subsets = find_subsets(root, args.include_noncam)
     pairs = training_pairs(subsets, root)
-    require_image_headers(pairs)
     if validation is None:
         train_pairs, val_pairs = split_validation(pairs, args.val_fraction, args.seed)
     else:
@@ -120,6 +121,13 @@ def build_pairs(args: argparse.Namespace, validation: list[str] | None) -> tuple
     for line in describe(subsets, len(pairs)):
         print(f"   {line}")
     return train_pairs, val_pairs, root
+
+
+def find_unreadable(pairs: Sequence[Pair], names: Sequence[str], before: Collection[str]) -> dict[str, str]:
+    """Image -> why it or its mask cannot be read: by the headers of all files, and by all of those known ``before``."""
+    problems = {names[position]: problem for position, problem in header_problems(pairs).items()}
+    known = [(name, problem_of(pair)) for pair, name in zip(pairs, names, strict=True) if name in before]
+    return {**problems, **{name: problem for name, problem in known if problem}}
 
 
 def prepare(argv: Sequence[str] | None) -> Run:
@@ -155,6 +163,14 @@ def prepare(argv: Sequence[str] | None) -> Run:
     no_cuda = "" if torch.cuda.is_available() else " (no CUDA device found)"
     print(f"Device: {device}{no_cuda}, precision {precision.name}, backbone {args.backbone}")
     train_pairs, val_pairs, root = build_pairs(args, before["validation"] if before is not None else None)
+    pairs = [*train_pairs, *val_pairs]
+    names = [pair.image.relative_to(root).as_posix() for pair in pairs]
+    problems = find_unreadable(pairs, names, checkpoint.get("unreadable", {}) if checkpoint is not None else {})
+    advice = (
+        "Repair them, or list them with: python train_ultimate.py check-data --dataset-path "
+        f"{shlex.quote(str(root))} --write-exclude unreadable.txt, and leave them out with --exclude unreadable.txt"
+    )
+    require_few(problems, len(pairs), advice)
     stages = build_stages(args)
     model = build_network(args, load_weights=checkpoint is None and weights_alone is None)
     model = on_device(model, device, memory_format)
@@ -169,11 +185,12 @@ def prepare(argv: Sequence[str] | None) -> Run:
     config = {
         "settings": vars(args),
         "precision": precision.name,
-        "data": fingerprint([*train_pairs, *val_pairs], root),
-        "validation": [pair.image.relative_to(root).as_posix() for pair in val_pairs],
+        "data": fingerprint(pairs, root),
+        "validation": names[len(train_pairs) :],
     }
     if checkpoint is not None:
         resume(state, checkpoint, config, stages, precision)
+        state.unreadable = {name: problems[name] for name in state.unreadable if name in problems}  # since repaired
         print(f"Resumed {source}: {state.progress.epoch} epochs and {state.progress.window} windows done")
     directory.mkdir(parents=True, exist_ok=True)
     lock = lock_directory(directory)
@@ -186,12 +203,14 @@ def prepare(argv: Sequence[str] | None) -> Run:
     store.last_window = state.progress.global_window
     log = RunLog(directory)
     store.on_saved = lambda name: log.event("checkpoint", file=name)
-    images = [pair.image.relative_to(root).as_posix() for pair in train_pairs]
     incidents = directory / "incidents"
+    images = names[: len(train_pairs)]
     recovery = Recovery(state, images, config["settings"], incidents, log, precision, args.max_rollbacks)
     packages = environment(Path(__file__), ("torch", "torchvision", "timm", "numpy", "pillow"))
     facts = {"command": shlex.join(sys.argv), "device": str(device), **config, **packages}
     write_json(directory / "config.json", facts)
     log.event("run_start" if checkpoint is None else "resume", **facts, progress=asdict(state.progress))
+    unreadable = UnreadablePairs(state.unreadable, len(pairs), config["validation"], advice, log.event)
+    unreadable.note(problems)
     return Run(args, config, device, precision, memory_format, stages, train_pairs, val_pairs, state, store, log,
-               recovery, drills, StopRequest(), lock)  # fmt: skip
+               recovery, unreadable, drills, StopRequest(), lock)  # fmt: skip

@@ -31,8 +31,9 @@ import metrics
 from builders import Run, prepare
 from commands.replay import replay
 from data.dataset import Batch
-from data.loading import UnreadableDataError, decoded, to_device, training_loader, validation_loader, windows
+from data.loading import to_device, training_loader, validation_loader, windows
 from data.sampler import derive_seed
+from data.unreadable import UnreadableDataError
 from models import CamouflageSegmenter
 from recovery import RecoverySpentError
 from training.ladder import LossHistory
@@ -60,7 +61,7 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
 
     Raises:
         RecoverySpentError: training does not get on, whatever recovery has tried.
-        UnreadableDataError: an image or mask cannot be decoded.
+        UnreadableDataError: too many images or masks cannot be decoded.
     """
     state, progress, stats = run.state, run.state.progress, run.state.epoch_stats
     parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
@@ -126,11 +127,17 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
 def epoch_windows(
     run: Run, stage: Stage, loader: DataLoader[Batch], num_windows: int, guard: BufferGuard
 ) -> Iterator[Window]:
-    """The windows left in the epoch under way, without quarantined samples; one that has nothing else is left out."""
+    """The windows left in the epoch under way, without quarantined samples; one that has nothing else is left out.
+
+    Raises:
+        UnreadableDataError: too many images or masks cannot be decoded.
+    """
     progress, first_global = run.state.progress, run.state.progress.global_window - run.state.progress.window
     first_of_stage = (progress.epoch - stage.first_epoch) * num_windows
     batches_of_windows = windows(loader, stage.accumulation_steps, progress.epoch, progress.window)
     for number, batches in enumerate(batches_of_windows, start=progress.window):
+        for batch in batches:
+            run.unreadable.note({run.recovery.images[index]: reason for index, reason in batch.errors.items()})
         window = Window(
             number=number,
             global_number=first_global + number + 1,
@@ -200,17 +207,28 @@ def save_and_wait(run: Run) -> str:
 
 @torch.inference_mode()
 def validate(run: Run, loader: DataLoader[Batch]) -> dict[str, float]:
-    """Means over images, at the training size: IoU and Dice at 0.5, MAE and S-measure, of the averaged weights."""
+    """Means over images, at the training size: IoU and Dice at 0.5, MAE and S-measure, of the averaged weights.
+
+    Images that cannot be read are left out of them.
+
+    Raises:
+        UnreadableDataError: too many, or none at all can be read.
+    """
     model = run.state.model_for_use.train().eval()  # train() first: some timm models cache weights when eval() begins
     scores: dict[str, list[Tensor]] = {"iou": [], "dice": [], "mae": [], "s_measure": []}
-    for batch in decoded(loader):
+    for batch in loader:
         stop_if_asked(run)
+        run.unreadable.note({run.config["validation"][index]: reason for index, reason in batch.errors.items()})
+        if not len(batch.images):
+            continue
         images, masks = to_device(batch, run.device, run.memory_format)
         with run.precision_in_use.autocast():
             logits = model(images)[-1]
         probabilities = logits.float().sigmoid()
         for name, values in scores.items():
             values.append(getattr(metrics, name)(probabilities, masks).cpu())  # a host sync, once a batch
+    if not scores["iou"]:
+        raise UnreadableDataError("not one image to validate on can be read: restore them")
     return {name: torch.cat(values).mean(dtype=torch.float64).item() for name, values in scores.items()}
 
 
@@ -271,6 +289,7 @@ def report_epoch(run: Run, stage: Stage, scores: dict[str, float]) -> None:
         **{"lr": stats.lr, "backbone_lr": backbone_lr},  # of the last window
         **{"skipped": stats.num_skipped, "overflows": stats.num_overflows},
         **{"seconds": stats.seconds, "images_per_second": stats.images_per_second},
+        **{"unreadable": len(run.unreadable.reasons)},
     )
     if not sys.stderr.isatty():  # no progress bar above these lines to tell the epoch
         print(f"Epoch {epoch}/{run.args.epochs}")
@@ -294,7 +313,7 @@ def train(run: Run) -> None:
 
     Raises:
         StoppedError: by a signal, or because recovery has nothing left to try.
-        UnreadableDataError: an image or mask cannot be decoded.
+        UnreadableDataError: too many images or masks cannot be decoded.
     """
     progress = run.state.progress
     if progress.epoch >= run.args.epochs:
@@ -348,7 +367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StoppedError as stopped:
         exit_code, message = stopped.exit_code, str(stopped)
     except UnreadableDataError as error:
-        exit_code, message = 2, f"{error} with: {resume_command(run)}{rescue(run)}"
+        exit_code, message = 2, f"{error}; then go on with: {resume_command(run)}{rescue(run)}"
     except KeyboardInterrupt:
         exit_code, message = 130, f"stopped at once. Go on from the newest checkpoint with: {resume_command(run)}"
     except Exception:
@@ -356,11 +375,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         exit_code, message = 1, f"unexpected, see above. Go on with: {resume_command(run)}{rescue(run)}"
     progress, ladder = run.state.progress, run.state.ladder
     best = {"best_iou": progress.best_iou, "best_epoch": progress.best_epoch}
-    run.log.event("run_end", exit_code=exit_code, **best, recovery=ladder.summary())
+    unreadable = list(run.unreadable.reasons)
+    run.log.event("run_end", exit_code=exit_code, **best, recovery=ladder.summary(), unreadable=unreadable)
     run.log.close()
     if run.lock is not None:
         os.close(run.lock)
-    print(*ladder.describe(), sep="\n")
+    print(*ladder.describe(), *run.unreadable.describe(), sep="\n")
     if exit_code:
         print(f"error: {message}", file=sys.stderr)
     else:

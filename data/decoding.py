@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 BoolArray = NDArray[np.bool_]
+UInt8Array = NDArray[np.uint8]
 
 
 def decode_image(path: Path) -> Image.Image:
@@ -53,6 +54,26 @@ def decode_mask_values(path: Path) -> tuple[NDArray[Any], bool]:
             return np.array(mask) if grey else np.array(mask.convert("RGB")).max(axis=2), file.format == "JPEG"
     except Exception as error:
         raise ValueError(decode_message(path, error)) from error
+
+
+def fixed_size_image(path: Path, size: int) -> UInt8Array:
+    """An image as (3, size, size) RGB, resized bilinearly.
+
+    Raises:
+        ValueError: the file cannot be decoded.
+    """
+    image = decode_image(path).resize((size, size), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(np.array(image).transpose(2, 0, 1))
+
+
+def fixed_size_mask(path: Path, size: int) -> UInt8Array:
+    """A mask as (1, size, size) of 0 (background) and 1 (object), resized to the nearest neighbour.
+
+    Raises:
+        ValueError: the file cannot be decoded.
+    """
+    binary = Image.fromarray(decode_mask(path).astype(np.uint8))
+    return np.array(binary.resize((size, size), Image.Resampling.NEAREST))[np.newaxis]
 
 
 def decode_message(path: Path, error: Exception) -> str:
