@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 import cli
-from data.dataset import header_problems, problem_of
+from data.cache import DecodedCache, default_directory, open_cache
+from data.dataset import header_problems
+from data.decoding import problem_of
 from data.layouts import Pair, describe, find_subsets, fingerprint, split_as_before, split_validation, training_pairs
 from data.synthetic import write_synthetic_dataset
 from data.unreadable import UnreadablePairs, require_few
@@ -42,6 +44,7 @@ class Run:
     stages: list[Stage]
     train_pairs: list[Pair]
     val_pairs: list[Pair]
+    cache: DecodedCache | None
     state: TrainState
     store: CheckpointStore
     log: RunLog
@@ -126,7 +129,9 @@ def build_pairs(args: argparse.Namespace, validation: list[str] | None) -> tuple
 def find_unreadable(pairs: Sequence[Pair], names: Sequence[str], before: Collection[str]) -> dict[str, str]:
     """Image -> why it or its mask cannot be read: by the headers of all files, and by all of those known ``before``."""
     problems = {names[position]: problem for position, problem in header_problems(pairs).items()}
-    known = [(name, problem_of(pair)) for pair, name in zip(pairs, names, strict=True) if name in before]
+    known = [
+        (name, problem_of(pair.image, pair.mask)) for pair, name in zip(pairs, names, strict=True) if name in before
+    ]
     return {**problems, **{name: problem for name, problem in known if problem}}
 
 
@@ -182,6 +187,13 @@ def prepare(argv: Sequence[str] | None) -> Run:
     ema = Ema(model, args.ema_decay) if args.ema_decay > 0 else None
     detector = SpikeDetector(args.spike_policy, device)
     state = TrainState(model, optimizer, precision.new_scaler(stages[0].scaler), detector, ema)
+    cache = None
+    if args.cache:
+        cache_dir = default_directory() if args.cache_dir is None else Path(args.cache_dir)
+        cache = open_cache(pairs, root, args.img_size, cache_dir, cli.num_cores())
+        problems = {name: cache.problems[pair.image] for pair, name in zip(pairs, names, strict=True)
+                    if pair.image in cache.problems}  # fmt: skip
+        require_few(problems, len(pairs), advice)
     config = {
         "settings": vars(args),
         "precision": precision.name,
@@ -212,5 +224,5 @@ def prepare(argv: Sequence[str] | None) -> Run:
     log.event("run_start" if checkpoint is None else "resume", **facts, progress=asdict(state.progress))
     unreadable = UnreadablePairs(state.unreadable, len(pairs), config["validation"], advice, log.event)
     unreadable.note(problems)
-    return Run(args, config, device, precision, memory_format, stages, train_pairs, val_pairs, state, store, log,
-               recovery, unreadable, drills, StopRequest(), lock)  # fmt: skip
+    return Run(args, config, device, precision, memory_format, stages, train_pairs, val_pairs, cache, state, store,
+               log, recovery, unreadable, drills, StopRequest(), lock)  # fmt: skip

@@ -251,7 +251,7 @@ def run_stage(run: Run, stage: Stage) -> None:
     fresh_moments(state.optimizer, everywhere=False)
     run.recovery.begin_stage()
     num_workers = cli.default_num_workers() if run.args.num_workers is None else run.args.num_workers
-    workers = {"num_workers": num_workers, "pin_memory": run.device.type == "cuda"}
+    workers = {"num_workers": num_workers, "pin_memory": run.device.type == "cuda", "cache": run.cache}
     train_loader = training_loader(run.train_pairs, run.args.img_size, stage.batch_size, run.args.seed, **workers)
     val_loader = validation_loader(run.val_pairs, run.args.img_size, stage.batch_size, **workers)
     backbone = "frozen" if stage.freeze_backbone else f"lr {stage.lr * stage.backbone_lr_scale:g}"

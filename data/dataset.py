@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from data.decoding import decode_image, decode_mask, decode_message, fixed_size_image, fixed_size_mask
+from data.cache import DecodedCache
+from data.decoding import decode_message, fixed_size_image, fixed_size_mask
 from data.layouts import Pair
 from data.sampler import SampleKey, derive_seed
 from data.transforms import Augmentation, seeded
@@ -55,12 +56,14 @@ class CamouflageDataset(Dataset[Sample]):
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], img_size: int, augmentation: Augmentation | None = None, seed: int = 0
-    ) -> None:
+        self, pairs: Sequence[Pair], img_size: int, augmentation: Augmentation | None = None, seed: int = 0,
+        cache: DecodedCache | None = None,
+    ) -> None:  # fmt: skip
         self.pairs = list(pairs)
         self.img_size = img_size
         self.augmentation = augmentation
         self.seed = seed
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -89,7 +92,10 @@ class CamouflageDataset(Dataset[Sample]):
             yield from generator.sample(others, min(MOST_TRIES, len(others)))
 
     def _load(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        return load_image(pair.image, self.img_size), load_mask(pair.mask, self.img_size)
+        if self.cache is None:
+            return load_image(pair.image, self.img_size), load_mask(pair.mask, self.img_size)
+        image, mask = self.cache.read(pair)
+        return torch.from_numpy(image), torch.from_numpy(mask)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -130,16 +136,6 @@ def header_problems(pairs: Sequence[Pair]) -> dict[int, str]:
     with ThreadPoolExecutor(max_workers=8) as pool:
         problems = list(pool.map(_header_problem, pairs))
     return {position: problem for position, problem in enumerate(problems) if problem}
-
-
-def problem_of(pair: Pair) -> str:
-    """Why the image or its mask cannot be decoded, all of it read; "" where both can."""
-    try:
-        decode_image(pair.image)
-        decode_mask(pair.mask)
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def _header_problem(pair: Pair) -> str:

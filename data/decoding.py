@@ -76,6 +76,16 @@ def fixed_size_mask(path: Path, size: int) -> UInt8Array:
     return np.array(binary.resize((size, size), Image.Resampling.NEAREST))[np.newaxis]
 
 
+def problem_of(image: Path, mask: Path) -> str:
+    """Why an image or its mask cannot be decoded, all of it read; "" where both can."""
+    try:
+        decode_image(image)
+        decode_mask(mask)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def decode_message(path: Path, error: Exception) -> str:
     reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error) or type(error).__name__
     return f"{path}: cannot be decoded ({reason})"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from data.cache import DecodedCache
 from data.dataset import Batch, CamouflageDataset, collate
 from data.layouts import Pair
 from data.sampler import EpochBatchSampler, SampleKey
@@ -16,18 +17,20 @@ from data.unreadable import UnreadableDataError
 
 
 def training_loader(
-    pairs: Sequence[Pair], img_size: int, batch_size: int, seed: int, num_workers: int, pin_memory: bool
-) -> DataLoader[Batch]:
+    pairs: Sequence[Pair], img_size: int, batch_size: int, seed: int, num_workers: int, pin_memory: bool,
+    cache: DecodedCache | None = None,
+) -> DataLoader[Batch]:  # fmt: skip
     """Shuffled, augmented batches; entered at any position through ``windows``."""
-    dataset = CamouflageDataset(pairs, img_size, training_augmentation(img_size), seed)
+    dataset = CamouflageDataset(pairs, img_size, training_augmentation(img_size), seed, cache)
     return _loader(dataset, EpochBatchSampler(len(dataset), batch_size, seed), num_workers, pin_memory)
 
 
 def validation_loader(
-    pairs: Sequence[Pair], img_size: int, batch_size: int, num_workers: int, pin_memory: bool
-) -> DataLoader[Batch]:
+    pairs: Sequence[Pair], img_size: int, batch_size: int, num_workers: int, pin_memory: bool,
+    cache: DecodedCache | None = None,
+) -> DataLoader[Batch]:  # fmt: skip
     """Every pair once, in order, as it is; without those that cannot be read."""
-    dataset = CamouflageDataset(pairs, img_size)
+    dataset = CamouflageDataset(pairs, img_size, cache=cache)
     keys = [SampleKey(0, index) for index in range(len(dataset))]
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
     return _loader(dataset, batches, num_workers, pin_memory)

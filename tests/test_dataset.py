@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from data.dataset import CamouflageDataset, collate, header_problems, load_image, load_mask, problem_of
+from data.dataset import CamouflageDataset, collate, header_problems, load_image, load_mask
+from data.decoding import problem_of
 from data.layouts import Pair, find_subsets, training_pairs
 from data.sampler import SampleKey
 from data.transforms import training_augmentation
@@ -171,4 +172,4 @@ def test_header_check_finds_files_that_are_no_images(tmp_path: Path) -> None:
 
 def test_problem_of_a_pair_is_found_in_its_pixels_too(damaged: list[Pair]) -> None:
     assert header_problems(damaged) == {}
-    assert [bool(problem_of(pair)) for pair in damaged] == [True, False, False, True] + 4 * [False]
+    assert [bool(problem_of(pair.image, pair.mask)) for pair in damaged] == [True, False, False, True] + 4 * [False]
