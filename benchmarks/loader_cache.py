@@ -2,8 +2,8 @@
 
     python benchmarks/loader_cache.py --dataset-path DIR [--img-size PX] [--num-workers N] [--batch-size N] [--rounds N]
 
-Training (shuffled, augmented) and validation (in order, as it is) are timed apart. The loaders keep their processes; the
-first epoch of each is not counted, and after it, epochs with the cache and without alternate. Medians are compared.
+Training (shuffled, augmented) and validation (in order, as it is) are timed apart. The loaders keep their processes;
+the first epoch of each is not counted, and after it, epochs with the cache and without alternate. Medians are compared.
 """
 
 import argparse
