@@ -3,7 +3,7 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 import cli
-from data.dataset import require_image_headers
+from data.cache import DecodedCache, default_directory, open_cache
+from data.dataset import header_problems
+from data.decoding import problem_of
 from data.layouts import (
     Pair,
     describe,
@@ -24,6 +26,7 @@ from data.layouts import (
     training_pairs,
 )
 from data.synthetic import write_synthetic_dataset
+from data.unreadable import UnreadablePairs, require_few
 from models import CamouflageSegmenter, build_model
 from recovery import Recovery
 from training.checkpoint import CheckpointStore, find_checkpoint, lock_directory
@@ -51,10 +54,12 @@ class Run:
     stages: list[Stage]
     train_pairs: list[Pair]
     val_pairs: list[Pair]
+    cache: DecodedCache | None
     state: TrainState
     store: CheckpointStore
     log: RunLog
     recovery: Recovery
+    unreadable: UnreadablePairs
     drills: list[Drill]
     stop: StopRequest
     lock: int | None  # on the checkpoint directory
@@ -140,7 +145,6 @@ def build_pairs(
     subsets = find_subsets(root, args.include_noncam)
     found = training_pairs(subsets, root)
     pairs, unmatched = leave_out(found, root, excluded)
-    require_image_headers(pairs)
     if validation is None:
         train_pairs, val_pairs = split_validation(pairs, args.val_fraction, args.seed)
     else:
@@ -153,6 +157,15 @@ def build_pairs(
     if unmatched:
         print(f"   Warning: {len(unmatched)} paths in it match no training pair, the first: {unmatched[0]}")
     return train_pairs, val_pairs, root
+
+
+def find_unreadable(pairs: Sequence[Pair], names: Sequence[str], before: Collection[str]) -> dict[str, str]:
+    """Image -> why it or its mask cannot be read: by the headers of all files, and by all of those known ``before``."""
+    problems = {names[position]: problem for position, problem in header_problems(pairs).items()}
+    known = [
+        (name, problem_of(pair.image, pair.mask)) for pair, name in zip(pairs, names, strict=True) if name in before
+    ]
+    return {**problems, **{name: problem for name, problem in known if problem}}
 
 
 def prepare(argv: Sequence[str] | None) -> Run:
@@ -189,6 +202,14 @@ def prepare(argv: Sequence[str] | None) -> Run:
     print(f"Device: {device}{no_cuda}, precision {precision.name}, backbone {args.backbone}")
     excluded = excluded_names(args, before)
     train_pairs, val_pairs, root = build_pairs(args, before["validation"] if before is not None else None, excluded)
+    pairs = [*train_pairs, *val_pairs]
+    names = [pair.image.relative_to(root).as_posix() for pair in pairs]
+    problems = find_unreadable(pairs, names, checkpoint.get("unreadable", {}) if checkpoint is not None else {})
+    advice = (
+        "Repair them, or list them with: python train_ultimate.py check-data --dataset-path "
+        f"{shlex.quote(str(root))} --write-exclude unreadable.txt, and leave them out with --exclude unreadable.txt"
+    )
+    require_few(problems, len(pairs), advice)
     stages = build_stages(args)
     model = build_network(args, load_weights=checkpoint is None and weights_alone is None)
     model = on_device(model, device, memory_format)
@@ -200,15 +221,23 @@ def prepare(argv: Sequence[str] | None) -> Run:
     ema = Ema(model, args.ema_decay) if args.ema_decay > 0 else None
     detector = SpikeDetector(args.spike_policy, device)
     state = TrainState(model, optimizer, precision.new_scaler(stages[0].scaler), detector, ema)
+    cache = None
+    if args.cache:
+        cache_dir = default_directory() if args.cache_dir is None else Path(args.cache_dir)
+        cache = open_cache(pairs, root, args.img_size, cache_dir, cli.num_cores())
+        problems = {name: cache.problems[pair.image] for pair, name in zip(pairs, names, strict=True)
+                    if pair.image in cache.problems}  # fmt: skip
+        require_few(problems, len(pairs), advice)
     config = {
         "settings": vars(args),
         "precision": precision.name,
-        "data": fingerprint([*train_pairs, *val_pairs], root),
+        "data": fingerprint(pairs, root),
         "excluded": excluded,
-        "validation": [pair.image.relative_to(root).as_posix() for pair in val_pairs],
+        "validation": names[len(train_pairs) :],
     }
     if checkpoint is not None:
         resume(state, checkpoint, config, stages, precision)
+        state.unreadable = {name: problems[name] for name in state.unreadable if name in problems}  # since repaired
         print(f"Resumed {source}: {state.progress.epoch} epochs and {state.progress.window} windows done")
     directory.mkdir(parents=True, exist_ok=True)
     lock = lock_directory(directory)
@@ -221,12 +250,14 @@ def prepare(argv: Sequence[str] | None) -> Run:
     store.last_window = state.progress.global_window
     log = RunLog(directory)
     store.on_saved = lambda name: log.event("checkpoint", file=name)
-    images = [pair.image.relative_to(root).as_posix() for pair in train_pairs]
     incidents = directory / "incidents"
+    images = names[: len(train_pairs)]
     recovery = Recovery(state, images, config["settings"], incidents, log, precision, args.max_rollbacks)
     packages = environment(Path(__file__), ("torch", "torchvision", "timm", "numpy", "pillow"))
     facts = {"command": shlex.join(sys.argv), "device": str(device), **config, **packages}
     write_json(directory / "config.json", facts)
     log.event("run_start" if checkpoint is None else "resume", **facts, progress=asdict(state.progress))
-    return Run(args, config, device, precision, memory_format, stages, train_pairs, val_pairs, state, store, log,
-               recovery, drills, StopRequest(), lock)  # fmt: skip
+    unreadable = UnreadablePairs(state.unreadable, len(pairs), config["validation"], advice, log.event)
+    unreadable.note(problems)
+    return Run(args, config, device, precision, memory_format, stages, train_pairs, val_pairs, cache, state, store,
+               log, recovery, unreadable, drills, StopRequest(), lock)  # fmt: skip

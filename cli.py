@@ -115,6 +115,11 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--val-fraction", type=_number(0, 0.9), default=0.1, help="share of the training images to validate on")
     flag("--num-workers", type=_whole(0), help="processes that load images (default: CPU cores less one, at most 8)")
 
+    flag("--cache", action=argparse.BooleanOptionalAction, default=False,
+         help="decode every image once, into a file of 4 x img-size x img-size bytes each that all processes share")
+    flag("--cache-dir", metavar="DIR",
+         help="where such files are kept (default: train_ultimate in $XDG_CACHE_HOME or ~/.cache)")
+
     flag = parser.add_argument_group("model").add_argument
     flag("--backbone", default="pvt_v2_b2", help="any timm model that offers features_only")
     flag("--pretrained", action=argparse.BooleanOptionalAction, default=True, help="start from timm's ImageNet weights")

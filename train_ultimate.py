@@ -10,7 +10,6 @@ optimizer step's worth of batches.
 """
 
 import math
-import os
 import shlex
 import signal
 import sys
@@ -36,11 +35,13 @@ from tqdm import tqdm
 
 from builders import Run, prepare
 from data.dataset import Batch
-from data.loading import UnreadableDataError, decoded, to_device, training_loader, validation_loader, windows
+from data.loading import to_device, training_loader, validation_loader, windows
 from data.sampler import derive_seed
+from data.unreadable import UnreadableDataError
 from metrics import quick_scores
 from models import CamouflageSegmenter
 from recovery import RecoverySpentError
+from training.checkpoint import unlock_directory
 from training.ladder import LossHistory
 from training.optim import fresh_moments, gradient_norm, set_learning_rates
 from training.stability import BufferGuard, PendingOutcome, StepVerdict, gated_step, should_skip
@@ -66,7 +67,7 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
 
     Raises:
         RecoverySpentError: training does not get on, whatever recovery has tried.
-        UnreadableDataError: an image or mask cannot be decoded.
+        UnreadableDataError: too many images or masks cannot be decoded.
     """
     state, progress, stats = run.state, run.state.progress, run.state.epoch_stats
     parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
@@ -132,11 +133,17 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
 def epoch_windows(
     run: Run, stage: Stage, loader: DataLoader[Batch], num_windows: int, guard: BufferGuard
 ) -> Iterator[Window]:
-    """The windows left in the epoch under way, without quarantined samples; one that has nothing else is left out."""
+    """The windows left in the epoch under way, without quarantined samples; one that has nothing else is left out.
+
+    Raises:
+        UnreadableDataError: too many images or masks cannot be decoded.
+    """
     progress, first_global = run.state.progress, run.state.progress.global_window - run.state.progress.window
     first_of_stage = (progress.epoch - stage.first_epoch) * num_windows
     batches_of_windows = windows(loader, stage.accumulation_steps, progress.epoch, progress.window)
     for number, batches in enumerate(batches_of_windows, start=progress.window):
+        for batch in batches:
+            run.unreadable.note({run.recovery.images[index]: reason for index, reason in batch.errors.items()})
         window = Window(
             number=number,
             global_number=first_global + number + 1,
@@ -208,12 +215,19 @@ def save_and_wait(run: Run) -> str:
 def validate(run: Run, loader: DataLoader[Batch]) -> dict[str, float]:
     """Means over images, at the training size: IoU and Dice at 0.5, MAE and S-measure, of the averaged weights.
 
-    Predictions are scored in 8 bits. A network whose output is not finite has no score: NaN, which is never the best.
+    Predictions are scored in 8 bits. Images that cannot be read are left out of the means. A network whose output is
+    not finite has no score: NaN, which is never the best.
+
+    Raises:
+        UnreadableDataError: too many, or none at all can be read.
     """
     model = run.state.model_for_use.train().eval()  # train() first: some timm models cache weights when eval() begins
     scores: list[dict[str, float]] = []
-    for batch in decoded(loader):
+    for batch in loader:
         stop_if_asked(run)
+        run.unreadable.note({run.config["validation"][index]: reason for index, reason in batch.errors.items()})
+        if not len(batch.images):
+            continue
         images, _ = to_device(batch, run.device, run.memory_format)
         with run.precision_in_use.autocast():
             logits = model(images)[-1]
@@ -223,6 +237,8 @@ def validate(run: Run, loader: DataLoader[Batch]) -> dict[str, float]:
         predictions = (probabilities * 255).round().to(torch.uint8).cpu()
         pairs = zip(predictions[:, 0].numpy(), batch.masks[:, 0].numpy() > 0, strict=True)
         scores += [quick_scores(prediction, mask) for prediction, mask in pairs]
+    if not scores:
+        raise UnreadableDataError("not one image to validate on can be read: restore them")
     return {name: sum(image[name] for image in scores) / len(scores) for name in scores[0]}
 
 
@@ -245,7 +261,7 @@ def run_stage(run: Run, stage: Stage) -> None:
     fresh_moments(state.optimizer, everywhere=False)
     run.recovery.begin_stage()
     num_workers = cli.default_num_workers() if run.args.num_workers is None else run.args.num_workers
-    workers = {"num_workers": num_workers, "pin_memory": run.device.type == "cuda"}
+    workers = {"num_workers": num_workers, "pin_memory": run.device.type == "cuda", "cache": run.cache}
     train_loader = training_loader(run.train_pairs, run.args.img_size, stage.batch_size, run.args.seed, **workers)
     val_loader = validation_loader(run.val_pairs, run.args.img_size, stage.batch_size, **workers)
     backbone = "frozen" if stage.freeze_backbone else f"lr {stage.lr * stage.backbone_lr_scale:g}"
@@ -283,6 +299,7 @@ def report_epoch(run: Run, stage: Stage, scores: dict[str, float]) -> None:
         **{"lr": stats.lr, "backbone_lr": backbone_lr},  # of the last window
         **{"skipped": stats.num_skipped, "overflows": stats.num_overflows},
         **{"seconds": stats.seconds, "images_per_second": stats.images_per_second},
+        **{"unreadable": len(run.unreadable.reasons)},
     )
     if not sys.stderr.isatty():  # no progress bar above these lines to tell the epoch
         print(f"Epoch {epoch}/{run.args.epochs}")
@@ -306,7 +323,7 @@ def train(run: Run) -> None:
 
     Raises:
         StoppedError: by a signal, or because recovery has nothing left to try.
-        UnreadableDataError: an image or mask cannot be decoded.
+        UnreadableDataError: too many images or masks cannot be decoded.
     """
     progress = run.state.progress
     if progress.epoch >= run.args.epochs:
@@ -362,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StoppedError as stopped:
         exit_code, message = stopped.exit_code, str(stopped)
     except UnreadableDataError as error:
-        exit_code, message = 2, f"{error} with: {resume_command(run)}{rescue(run)}"
+        exit_code, message = 2, f"{error}; then go on with: {resume_command(run)}{rescue(run)}"
     except KeyboardInterrupt:
         exit_code, message = 130, f"stopped at once. Go on from the newest checkpoint with: {resume_command(run)}"
     except Exception:
@@ -370,11 +387,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         exit_code, message = 1, f"unexpected, see above. Go on with: {resume_command(run)}{rescue(run)}"
     progress, ladder = run.state.progress, run.state.ladder
     best = {"best_iou": progress.best_iou, "best_epoch": progress.best_epoch}
-    run.log.event("run_end", exit_code=exit_code, **best, recovery=ladder.summary())
+    unreadable = list(run.unreadable.reasons)
+    run.log.event("run_end", exit_code=exit_code, **best, recovery=ladder.summary(), unreadable=unreadable)
     run.log.close()
     if run.lock is not None:
-        os.close(run.lock)
-    print(*ladder.describe(), sep="\n")
+        unlock_directory(run.lock)
+    print(*ladder.describe(), *run.unreadable.describe(), sep="\n")
     if exit_code:
         print(f"error: {message}", file=sys.stderr)
     else:

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from builders import Run, prepare
 from data.dataset import Batch, CamouflageDataset, collate
-from data.loading import decoded, training_loader
+from data.loading import training_loader
 from data.sampler import EpochBatchSampler, SampleKey
 from data.transforms import training_augmentation
 from losses import deep_supervision_loss
@@ -78,7 +78,7 @@ def skipping(dataset: str, directory: str, checkpoint: Path, window: int) -> Tim
     run.state.progress.window = 0
     loader = loader_of(run)
     first = windows_of(run, loader)
-    batches = decoded(loader)  # from the start of the epoch, as the sampler was left there
+    batches = iter(loader)  # from the start of the epoch, as the sampler was left there
     for _ in range(window):
         next(batches)
     first = Window(**{**vars(first), "batches": [next(batches)]})

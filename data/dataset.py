@@ -1,30 +1,34 @@
 """Decode image/mask pairs to fixed-size uint8 tensors and batch them."""
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from data.decoding import decode_image, decode_mask, decode_message
+from data.cache import DecodedCache
+from data.decoding import decode_message, fixed_size_image, fixed_size_mask
 from data.layouts import Pair
 from data.sampler import SampleKey, derive_seed
 from data.transforms import Augmentation, seeded
+
+MOST_TRIES = 10  # images drawn to take the place of one: with 1 % unreadable, all of them fail once in 10^20
 
 
 @dataclass(frozen=True)
 class Sample:
     image: Tensor  # (3, S, S) uint8 RGB
     mask: Tensor  # (1, S, S) uint8, 0 or 1
-    index: int
-    error: str  # empty, or why the file could not be decoded (image and mask are zeros then)
+    index: int  # of the pair it holds: not the one asked for where that was replaced
+    errors: dict[int, str]  # index -> why it could not be decoded; the pair asked for, then those tried in its place
+    is_missing: bool = False  # nothing could be decoded: image and mask are zeros
 
 
 class Batch(NamedTuple):
@@ -32,54 +36,77 @@ class Batch(NamedTuple):
 
     images: Tensor  # (B, 3, S, S) uint8 RGB
     masks: Tensor  # (B, 1, S, S) uint8, 0 or 1
-    indices: Tensor  # (B,) int64, positions in the data set's list of pairs
-    errors: list[str]  # one line for each sample that could not be decoded
+    indices: Tensor  # (B,) int64, positions in the data set's list of pairs, of what the batch holds
+    errors: dict[int, str]  # index -> why it could not be decoded, of pairs that were replaced or left out
+    num_missing: int = 0  # left out: the batch is shorter by so many
 
     def take(self, positions: Sequence[int]) -> "Batch":
         """The samples at these positions of the batch, in this order."""
         where = torch.tensor(positions, dtype=torch.int64)
-        return Batch(self.images[where], self.masks[where], self.indices[where], self.errors)
+        return Batch(self.images[where], self.masks[where], self.indices[where], self.errors, self.num_missing)
 
 
 class CamouflageDataset(Dataset[Sample]):
     """Pairs resized to ``img_size`` x ``img_size``; augmented as a function of (seed, epoch, index) where asked.
 
     Indexed by ``SampleKey(epoch, index)``. A file that cannot be decoded does not raise here, in a worker process where
-    the traceback would be all a user sees: it comes back as an ``error`` for the training loop to act on.
+    the traceback would be all a user sees: it comes back among ``errors``. With augmentation, that is in training,
+    another pair takes its place, drawn and augmented as a function of (seed, epoch, index) of the one it stands in for.
+    Without, where that would change a score's meaning, the sample is missing.
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], img_size: int, augmentation: Augmentation | None = None, seed: int = 0
-    ) -> None:
+        self, pairs: Sequence[Pair], img_size: int, augmentation: Augmentation | None = None, seed: int = 0,
+        cache: DecodedCache | None = None,
+    ) -> None:  # fmt: skip
         self.pairs = list(pairs)
         self.img_size = img_size
         self.augmentation = augmentation
         self.seed = seed
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        pair = self.pairs[key.index]
-        try:
-            image = load_image(pair.image, self.img_size)
-            mask = load_mask(pair.mask, self.img_size)
-        except ValueError as error:
-            blank = torch.zeros(4, self.img_size, self.img_size, dtype=torch.uint8)
-            return Sample(blank[:3], blank[3:], key.index, str(error))
+        errors: dict[int, str] = {}
+        for index in self._candidates(key):
+            try:
+                image, mask = self._load(self.pairs[index])
+            except ValueError as error:
+                errors[index] = str(error)
+                continue
+            if self.augmentation is not None:
+                with seeded(derive_seed(self.seed, key.epoch, key.index)):
+                    image, mask = self.augmentation(tv_tensors.Image(image), tv_tensors.Mask(mask))
+            return Sample(image.as_subclass(Tensor), mask.as_subclass(Tensor), index, errors)
+        blank = torch.zeros(4, self.img_size, self.img_size, dtype=torch.uint8)
+        return Sample(blank[:3], blank[3:], key.index, errors, is_missing=True)
+
+    def _candidates(self, key: SampleKey) -> Iterator[int]:
+        """The pair asked for; in training, then others at random."""
+        yield key.index
         if self.augmentation is not None:
-            with seeded(derive_seed(self.seed, key.epoch, key.index)):
-                image, mask = self.augmentation(tv_tensors.Image(image), tv_tensors.Mask(mask))
-        return Sample(image.as_subclass(Tensor), mask.as_subclass(Tensor), key.index, "")
+            others = [index for index in range(len(self.pairs)) if index != key.index]
+            generator = random.Random(derive_seed(self.seed, key.epoch, key.index))
+            yield from generator.sample(others, min(MOST_TRIES, len(others)))
+
+    def _load(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        if self.cache is None:
+            return load_image(pair.image, self.img_size), load_mask(pair.mask, self.img_size)
+        image, mask = self.cache.read(pair)
+        return torch.from_numpy(image), torch.from_numpy(mask)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    return Batch(
+    batch = Batch(
         images=torch.stack([sample.image for sample in samples]),
         masks=torch.stack([sample.mask for sample in samples]),
         indices=torch.tensor([sample.index for sample in samples]),
-        errors=[sample.error for sample in samples if sample.error],
+        errors={index: reason for sample in samples for index, reason in sample.errors.items()},
+        num_missing=sum(sample.is_missing for sample in samples),
     )
+    return batch.take([n for n, sample in enumerate(samples) if not sample.is_missing]) if batch.num_missing else batch
 
 
 def load_image(path: Path, size: int) -> Tensor:
@@ -88,8 +115,7 @@ def load_image(path: Path, size: int) -> Tensor:
     Raises:
         ValueError: the file cannot be decoded.
     """
-    image = decode_image(path).resize((size, size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(fixed_size_image(path, size))
 
 
 def load_mask(path: Path, size: int) -> Tensor:
@@ -98,27 +124,25 @@ def load_mask(path: Path, size: int) -> Tensor:
     Raises:
         ValueError: the file cannot be decoded.
     """
-    binary = Image.fromarray(decode_mask(path).astype(np.uint8))
-    return torch.from_numpy(np.array(binary.resize((size, size), Image.Resampling.NEAREST))).unsqueeze(0)
+    return torch.from_numpy(fixed_size_mask(path, size))
 
 
-def require_image_headers(pairs: Sequence[Pair]) -> None:
-    """Read every file's header, so that a wrong file is found now and not at epoch 3; about a second for 4,000 pairs.
+def header_problems(pairs: Sequence[Pair]) -> dict[int, str]:
+    """Read every file's header, so that a wrong one is found now and not at epoch 3; about a second for 4,000 pairs.
 
-    Raises:
-        ValueError: files that are no images, the first three by name.
+    Returns:
+        position of a pair -> why its image or its mask is no image.
     """
-    paths = [path for pair in pairs for path in (pair.image, pair.mask)]
     with ThreadPoolExecutor(max_workers=8) as pool:
-        problems = [problem for problem in pool.map(_header_problem, paths) if problem]
-    if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError("; ".join(problems[:3]) + more + ". Remove or replace them")
+        problems = list(pool.map(_header_problem, pairs))
+    return {position: problem for position, problem in enumerate(problems) if problem}
 
 
-def _header_problem(path: Path) -> str:
-    try:
-        with Image.open(path):
-            return ""
-    except Exception as error:
-        return decode_message(path, error)
+def _header_problem(pair: Pair) -> str:
+    for path in (pair.image, pair.mask):
+        try:
+            with Image.open(path):
+                pass
+        except Exception as error:
+            return decode_message(path, error)
+    return ""

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 BoolArray = NDArray[np.bool_]
+UInt8Array = NDArray[np.uint8]
 
 _ORIENTATION = 0x0112  # EXIF tag; from 5 on, width and height are swapped
 
@@ -65,7 +66,37 @@ def mask_values(mask: Image.Image) -> NDArray[Any]:
     return np.array(mask) if grey else np.array(mask.convert("RGB")).max(axis=2)
 
 
-def decode_prediction(path: Path) -> NDArray[np.uint8]:
+def fixed_size_image(path: Path, size: int) -> UInt8Array:
+    """An image as (3, size, size) RGB, resized bilinearly.
+
+    Raises:
+        ValueError: the file cannot be decoded.
+    """
+    image = decode_image(path).resize((size, size), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(np.array(image).transpose(2, 0, 1))
+
+
+def fixed_size_mask(path: Path, size: int) -> UInt8Array:
+    """A mask as (1, size, size) of 0 (background) and 1 (object), resized to the nearest neighbour.
+
+    Raises:
+        ValueError: the file cannot be decoded.
+    """
+    binary = Image.fromarray(decode_mask(path).astype(np.uint8))
+    return np.array(binary.resize((size, size), Image.Resampling.NEAREST))[np.newaxis]
+
+
+def problem_of(image: Path, mask: Path) -> str:
+    """Why an image or its mask cannot be decoded, all of it read; "" where both can."""
+    try:
+        decode_image(image)
+        decode_mask(mask)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def decode_prediction(path: Path) -> UInt8Array:
     """A prediction that any program has saved, as grey levels, (H, W).
 
     Raises:

@@ -8,29 +8,29 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from data.cache import DecodedCache
 from data.dataset import Batch, CamouflageDataset, collate
 from data.layouts import Pair
 from data.sampler import EpochBatchSampler, SampleKey
 from data.transforms import training_augmentation
-
-
-class UnreadableDataError(ValueError):
-    """A sample that training or validation needs cannot be decoded."""
+from data.unreadable import UnreadableDataError
 
 
 def training_loader(
-    pairs: Sequence[Pair], img_size: int, batch_size: int, seed: int, num_workers: int, pin_memory: bool
-) -> DataLoader[Batch]:
+    pairs: Sequence[Pair], img_size: int, batch_size: int, seed: int, num_workers: int, pin_memory: bool,
+    cache: DecodedCache | None = None,
+) -> DataLoader[Batch]:  # fmt: skip
     """Shuffled, augmented batches; entered at any position through ``windows``."""
-    dataset = CamouflageDataset(pairs, img_size, training_augmentation(img_size), seed)
+    dataset = CamouflageDataset(pairs, img_size, training_augmentation(img_size), seed, cache)
     return _loader(dataset, EpochBatchSampler(len(dataset), batch_size, seed), num_workers, pin_memory)
 
 
 def validation_loader(
-    pairs: Sequence[Pair], img_size: int, batch_size: int, num_workers: int, pin_memory: bool
-) -> DataLoader[Batch]:
-    """Every pair once, in order, as it is."""
-    dataset = CamouflageDataset(pairs, img_size)
+    pairs: Sequence[Pair], img_size: int, batch_size: int, num_workers: int, pin_memory: bool,
+    cache: DecodedCache | None = None,
+) -> DataLoader[Batch]:  # fmt: skip
+    """Every pair once, in order, as it is; without those that cannot be read."""
+    dataset = CamouflageDataset(pairs, img_size, cache=cache)
     keys = [SampleKey(0, index) for index in range(len(dataset))]
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
     return _loader(dataset, batches, num_workers, pin_memory)
@@ -40,24 +40,22 @@ def windows(loader: DataLoader[Batch], accumulation_steps: int, epoch: int, firs
     """The batches of each window of an epoch, from ``first_window`` on; the last window has what is left.
 
     What lies before is not read: the position is set in the sampler.
+
+    Raises:
+        UnreadableDataError: a sample could neither be read nor replaced.
     """
     assert isinstance(loader.batch_sampler, EpochBatchSampler)
     loader.batch_sampler.set_position(epoch, first_window * accumulation_steps)
-    batches = decoded(loader)
+    batches = iter(loader)
     while window := list(itertools.islice(batches, accumulation_steps)):
+        for batch in window:
+            if batch.num_missing:
+                first, *others = batch.errors.values()
+                raise UnreadableDataError(
+                    f"{first}, and none of {len(others)} other images that could replace it can be read either; see "
+                    "that the disk is there"
+                )
         yield window
-
-
-def decoded(loader: DataLoader[Batch]) -> Iterator[Batch]:
-    """The loader's batches.
-
-    Raises:
-        UnreadableDataError: a file could not be decoded.
-    """
-    for batch in loader:
-        if batch.errors:
-            raise UnreadableDataError(f"{batch.errors[0]}; repair or replace it, then go on")
-        yield batch
 
 
 def to_device(batch: Batch, device: torch.device, memory_format: torch.memory_format) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +224,25 @@ def test_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Pat
     os.waitpid(child, 0)
     descriptor = checkpoint_module.lock_directory(tmp_path)
     assert descriptor is not None
-    os.close(descriptor)
+    checkpoint_module.unlock_directory(descriptor)
+
+
+def test_worker_that_outlives_its_killed_main_process_does_not_hold_the_lock(tmp_path: Path) -> None:
+    ready, tell = os.pipe()
+    if (main := os.fork()) == 0:
+        checkpoint_module.lock_directory(tmp_path)
+        if (worker := os.fork()) == 0:
+            time.sleep(60)
+            os._exit(0)
+        os.write(tell, str(worker).encode())
+        signal.pause()
+    worker = int(os.read(ready, 20))
+    os.kill(main, signal.SIGKILL)
+    os.waitpid(main, 0)
+    descriptor = checkpoint_module.lock_directory(tmp_path)
+    assert descriptor is not None
+    checkpoint_module.unlock_directory(descriptor)
+    os.kill(worker, signal.SIGKILL)
 
 
 def test_bytes_changed_on_the_way_to_the_disk_are_found_before_the_old_file_goes(

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from data.dataset import CamouflageDataset, collate, load_image, load_mask, require_image_headers
+from data.dataset import CamouflageDataset, collate, header_problems, load_image, load_mask
+from data.decoding import problem_of
 from data.layouts import Pair, find_subsets, training_pairs
 from data.sampler import SampleKey
 from data.transforms import training_augmentation
@@ -101,15 +102,50 @@ def test_whatever_pillow_raises_becomes_an_error_with_the_path(tmp_path: Path, m
             load(tmp_path / "a.png", 32)
 
 
-def test_truncated_file_becomes_an_error_not_an_exception(tmp_path: Path) -> None:
-    image, mask = tmp_path / "a.jpg", tmp_path / "a.png"
-    half_red("RGB", (400, 400)).save(image)
-    half_red("L", (400, 400)).save(mask)
-    image.write_bytes(image.read_bytes()[:-200])
-    batch = collate([CamouflageDataset([Pair(image, mask)], 32)[SampleKey(0, 0)]])
-    assert len(batch.errors) == 1
-    assert str(image) in batch.errors[0]
+@pytest.fixture
+def damaged(tiny_dataset: Path, tmp_path: Path) -> list[Pair]:
+    """Eight pairs, of which the first has an image, the fourth a mask that is cut short."""
+    pairs = training_pairs(find_subsets(tiny_dataset), tiny_dataset)[:8]
+    image, mask = tmp_path / pairs[0].image.name, tmp_path / pairs[3].mask.name
+    image.write_bytes(pairs[0].image.read_bytes()[:-300])
+    mask.write_bytes(pairs[3].mask.read_bytes()[:-30])
+    return [Pair(image, pairs[0].mask), *pairs[1:3], Pair(pairs[3].image, mask), *pairs[4:]]
+
+
+def test_pair_that_cannot_be_decoded_is_missing_where_a_score_is_computed(damaged: list[Pair]) -> None:
+    dataset = CamouflageDataset(damaged, 32)
+    batch = collate([dataset[SampleKey(0, index)] for index in (1, 0, 2, 3)])
+    assert batch.indices.tolist() == [1, 2]
+    assert torch.equal(batch.images[1], load_image(damaged[2].image, 32))
+    assert batch.num_missing == 2
+    assert batch.errors.keys() == {0, 3}
+    assert str(damaged[0].image) in batch.errors[0]
     assert "truncated" in batch.errors[0]
+    assert str(damaged[3].mask) in batch.errors[3]
+    empty = collate([dataset[SampleKey(0, 0)]])
+    assert empty.images.shape == (0, 3, 32, 32)
+
+
+def test_pair_that_cannot_be_decoded_is_replaced_in_training(damaged: list[Pair]) -> None:
+    """By another one for each epoch and index, always the same for the same; with an augmentation of its own."""
+    dataset, again = (CamouflageDataset(damaged, 64, training_augmentation(64), seed=3) for _ in range(2))
+    replacements = set()
+    for epoch in range(20):
+        sample, repeated = dataset[SampleKey(epoch, 0)], again[SampleKey(epoch, 0)]
+        assert torch.equal(sample.image, repeated.image)
+        assert sample.index == repeated.index
+        assert not sample.is_missing
+        assert sample.errors.keys() <= {0, 3}
+        assert not torch.equal(sample.image, dataset[SampleKey(epoch, sample.index)].image)
+        replacements.add(sample.index)
+    assert replacements == {1, 2, 4, 5, 6, 7}
+    assert any(3 in dataset[SampleKey(epoch, 0)].errors for epoch in range(20))  # drawn, and no better
+
+
+def test_nothing_that_could_replace_it(damaged: list[Pair]) -> None:
+    sample = CamouflageDataset([damaged[0], damaged[3]], 32, training_augmentation(32))[SampleKey(0, 1)]
+    assert sample.is_missing
+    assert sample.errors.keys() == {0, 1}
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone(tiny_dataset: Path) -> None:
@@ -125,10 +161,15 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(tiny_dataset: Path) 
     assert not torch.equal(first[key].image, other_seed[key].image)
 
 
-def test_header_check_names_files_that_are_no_images(tmp_path: Path) -> None:
+def test_header_check_finds_files_that_are_no_images(tmp_path: Path) -> None:
     good, bad = tmp_path / "good.png", tmp_path / "bad.jpg"
     half_red("L").save(good)
     bad.write_text("<html>404</html>")
-    require_image_headers([Pair(good, good)])
-    with pytest.raises(ValueError, match=r"bad\.jpg: cannot be decoded \(not an image\)"):
-        require_image_headers([Pair(good, good), Pair(bad, good)])
+    problems = header_problems([Pair(good, good), Pair(bad, good), Pair(good, bad)])
+    assert problems.keys() == {1, 2}
+    assert "bad.jpg: cannot be decoded (not an image)" in problems[1]
+
+
+def test_problem_of_a_pair_is_found_in_its_pixels_too(damaged: list[Pair]) -> None:
+    assert header_problems(damaged) == {}
+    assert [bool(problem_of(pair.image, pair.mask)) for pair in damaged] == [True, False, False, True] + 4 * [False]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from data.layouts import Pair, find_subsets, training_pairs
-from data.loading import UnreadableDataError, decoded, to_device, training_loader, validation_loader, windows
+from data.loading import to_device, training_loader, validation_loader, windows
+from data.unreadable import UnreadableDataError
 
 
 @pytest.fixture
@@ -44,16 +45,19 @@ def test_iterating_leaves_the_global_generator_alone(pairs: list[Pair]) -> None:
 def test_validation_reads_every_pair_once_in_order(pairs: list[Pair]) -> None:
     loader = validation_loader(pairs, 64, batch_size=5, num_workers=0, pin_memory=False)
     for _ in range(2):
-        assert torch.cat([batch.indices for batch in decoded(loader)]).tolist() == list(range(len(pairs)))
+        assert torch.cat([batch.indices for batch in loader]).tolist() == list(range(len(pairs)))
 
 
-def test_undecodable_file_raises_with_its_path_from_a_worker_too(pairs: list[Pair], tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_sample_that_cannot_be_replaced_raises_with_its_path(
+    pairs: list[Pair], tmp_path: Path, num_workers: int
+) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(pairs[0].image.read_bytes()[:300])
-    for num_workers in (0, 1):
-        loader = validation_loader([Pair(broken, pairs[0].mask)], 64, 1, num_workers, pin_memory=False)
-        with pytest.raises(UnreadableDataError, match=r"broken\.jpg.*repair or replace"):
-            list(decoded(loader))
+    broken_pairs = [Pair(broken, pair.mask) for pair in pairs[:4]]
+    loader = training_loader(broken_pairs, 64, 2, 0, num_workers, pin_memory=False)
+    with pytest.raises(UnreadableDataError, match=r"broken\.jpg.*none of 3 other images.*see that the disk is there"):
+        next(windows(loader, 1, epoch=0, first_window=0))
 
 
 def test_to_device_scales_to_unit_range(pairs: list[Pair]) -> None:

@@ -25,7 +25,7 @@ import builders
 import train_ultimate
 from models import CamouflageSegmenter
 from train_ultimate import main
-from training.checkpoint import CheckpointStore, read_checkpoint
+from training.checkpoint import CheckpointStore, read_checkpoint, unlock_directory
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_second_run_in_the_same_directory_is_refused(
     assert main(tiny_argv()) == 2
     assert "another run is writing there" in capsys.readouterr().err
     assert run.lock is not None
-    os.close(run.lock)
+    unlock_directory(run.lock)
     assert main(tiny_argv("--epochs", "1", "--stage1-epochs", "1")) == 0
 
 

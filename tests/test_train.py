@@ -632,25 +632,6 @@ def test_missing_masks(tiny_dataset: Path, tmp_path: Path, capsys: pytest.Captur
     )
 
 
-def test_image_that_is_no_image(tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.copytree(tiny_dataset / "TrainDataset", tmp_path / "TrainDataset")
-    (tmp_path / "TrainDataset" / "Imgs" / "scene_00004.jpg").write_text("<html>not found</html>")
-    line = failing(["train", "--dataset-path", str(tmp_path), "--no-pretrained"], capsys)
-    assert "scene_00004.jpg: cannot be decoded (not an image)" in line
-
-
-@pytest.mark.parametrize("num_workers", ["0", "1"])
-def test_image_cut_short_is_named_when_training_meets_it(
-    tiny_dataset: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str], num_workers: str
-) -> None:
-    root = tmp_path / "damaged"
-    shutil.copytree(tiny_dataset / "TrainDataset", root / "TrainDataset")
-    image = root / "TrainDataset" / "Imgs" / "scene_00004.jpg"
-    image.write_bytes(image.read_bytes()[:-300])
-    line = failing(tiny_argv("--dataset-path", str(root), "--num-workers", num_workers), capsys)
-    assert "scene_00004.jpg: cannot be decoded" in line
-
-
 def test_bad_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--batch-size: must be at least 1" in failing(["train", "--dataset-path", "x", "--batch-size", "0"], capsys)
     assert "--stage1-epochs 200 is more" in failing(["train", "--dataset-path", "x", "--stage1-epochs", "200"], capsys)

@@ -31,7 +31,7 @@ def batch(first: int, size: int) -> Batch:
     generator = torch.Generator().manual_seed(first)
     images = torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8, generator=generator)
     masks = torch.randint(0, 2, (size, 1, 32, 32), dtype=torch.uint8, generator=generator)
-    return Batch(images, masks, torch.arange(first, first + size), [])
+    return Batch(images, masks, torch.arange(first, first + size), {})
 
 
 def window(sizes: tuple[int, ...] = (3, 3, 2), precision: PrecisionName = "fp32", **changes: Any) -> Window:

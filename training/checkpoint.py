@@ -233,7 +233,25 @@ def lock_directory(directory: Path) -> int | None:
     except OSError:  # some network file systems
         os.close(descriptor)
         return None
+    _locks.add(descriptor)
     return descriptor
+
+
+def unlock_directory(descriptor: int) -> None:
+    _locks.discard(descriptor)
+    os.close(descriptor)
+
+
+_locks: set[int] = set()
+
+
+def _give_up_locks() -> None:
+    """In a forked process, which would hold them for as long as it lives, even when the one that took them is gone."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_give_up_locks)
 
 
 def find_checkpoint(requested: str | None, directory: Path) -> tuple[Path | None, dict[str, Any] | None]:

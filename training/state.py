@@ -78,7 +78,7 @@ class EpochStats:
 
 @dataclass
 class TrainState:
-    """Model, optimizer, scaler, spike detector, weight average, recovery ladder and progress of a run.
+    """Model, optimizer, scaler, spike detector, weight average, recovery ladder and progress of a run; unreadable data.
 
     Not saved, because settings and progress determine them: the learning rate, the order of samples, augmentation,
     dropout, the stage's scaler settings.
@@ -92,6 +92,7 @@ class TrainState:
     progress: Progress = field(default_factory=Progress)
     epoch_stats: EpochStats = field(default_factory=EpochStats)
     ladder: Ladder = field(default_factory=Ladder)
+    unreadable: dict[str, str] = field(default_factory=dict)  # image met so far -> why it or its mask cannot be read
 
     @property
     def model_for_use(self) -> nn.Module:
@@ -109,6 +110,7 @@ class TrainState:
             "progress": asdict(self.progress),
             "epoch_stats": asdict(self.epoch_stats),
             "ladder": asdict(self.ladder),
+            "unreadable": dict(self.unreadable),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -131,6 +133,7 @@ class TrainState:
         self.progress = Progress(**state["progress"])
         self.epoch_stats = EpochStats(**state["epoch_stats"])
         self.ladder = Ladder(**{**state["ladder"], "losses": LossHistory(**state["ladder"]["losses"])})
+        self.unreadable = dict(state.get("unreadable", {}))  # checkpoints from before they were kept have none
 
 
 def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:

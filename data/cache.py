@@ -1,0 +1,261 @@
+"""Decoded pairs in one memory-mapped file: an epoch reads bytes instead of decoding every photograph again.
+
+N x 4 x S x S bytes, row by row the three channels of an image and its mask, then JSON: which rows could not be decoded,
+and why. All loader processes, and all runs on the machine, share the operating system's one copy of it in memory.
+
+The file's name is a hash of what it was made from, so that one that is there is never out of date. It gets that name
+when it is complete and on the disk. Whoever builds it has a lock on the unfinished file, which ends with the process:
+an unfinished file without a lock is one whose build was killed.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+from tqdm import tqdm
+
+from data.decoding import UInt8Array, fixed_size_image, fixed_size_mask, problem_of
+from data.layouts import Pair
+from data.processes import process_pool
+
+FORMAT = 1  # to be raised whenever the same files are decoded or resized to other bytes, or laid out otherwise
+PAIRS_PER_WORKER = 32  # fewer are not worth another process
+
+
+class DecodedCache:
+    """Reads pairs from a finished file, mapped into memory when a process first asks for one.
+
+    Args:
+        path: the file.
+        images: of each row.
+        img_size: S.
+        problems: image -> why it or its mask could not be decoded.
+    """
+
+    def __init__(self, path: Path, images: Sequence[Path], img_size: int, problems: dict[Path, str]) -> None:
+        self.path = path
+        self.img_size = img_size
+        self.problems = problems
+        self._row_of = {image: row for row, image in enumerate(images)}
+        self._rows: UInt8Array | None = None
+
+    def read(self, pair: Pair) -> tuple[UInt8Array, UInt8Array]:
+        """Image and mask as ``fixed_size_image`` and ``fixed_size_mask`` give them: (3, S, S) and (1, S, S), copied.
+
+        Raises:
+            ValueError: the file could not be decoded.
+        """
+        if pair.image in self.problems:
+            raise ValueError(self.problems[pair.image])
+        if self._rows is None:
+            shape = len(self._row_of), 4, self.img_size, self.img_size
+            self._rows = np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r", shape=shape))
+        pixels = self._rows[self._row_of[pair.image]].copy()
+        return pixels[:3], pixels[3:]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the mapping: pickled on the way to a loader process, it would be the whole file."""
+        return {**self.__dict__, "_rows": None}
+
+
+def default_directory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "train_ultimate"
+
+
+def open_cache(pairs: Sequence[Pair], root: Path, img_size: int, directory: Path, num_workers: int) -> DecodedCache:
+    """The cache of these pairs, built now if it is not there; a build that is under way elsewhere is waited for.
+
+    Args:
+        pairs: in any order.
+        root: the data set's folder, which all files are below.
+        img_size: S.
+        directory: where caches are kept.
+        num_workers: processes that decode, at most.
+
+    Raises:
+        ValueError: the disk is too small, the folder cannot be written to, or a process of the build was killed.
+    """
+    ordered = sorted(pairs, key=lambda pair: pair.image)
+    path = directory / f"{_key(ordered, root, img_size)}.cache"
+    gigabytes = f"{_num_bytes(ordered, img_size) / 1e9:.2f} GB"
+    cache, how = _read(path, ordered, root, img_size), "found"
+    if cache is None:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(directory)
+            with _locked(_unfinished(path)) as descriptor:
+                if _read(path, ordered, root, img_size) is None:
+                    start = time.perf_counter()
+                    _build(descriptor, path, ordered, root, img_size, num_workers)
+                    how = f"built in {time.perf_counter() - start:.1f} s"
+        except OSError as error:
+            way_out = "choose another folder with --cache-dir, or go without it: --no-cache"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                free = f"{shutil.disk_usage(directory).free / 1e9:.2f} GB"
+                raise ValueError(f"{directory}: the cache needs {gigabytes}, {free} are free; {way_out}") from error
+            raise ValueError(f"{directory}: the cache cannot be kept there ({error}); {way_out}") from error
+        cache = _read(path, ordered, root, img_size)
+        if cache is None:
+            raise ValueError(
+                f"{path}: not what was just written; are disk and images there? --no-cache goes without it"
+            )
+    print(f"Cache: {path}, {gigabytes}, {how}")
+    return cache
+
+
+def _key(pairs: Sequence[Pair], root: Path, img_size: int) -> str:
+    """16 hex digits that change with a file's name, size or time of change, and with what decodes it."""
+    digest = hashlib.sha256(f"{FORMAT} {img_size} {PIL.__version__}\n".encode())
+    for pair in pairs:
+        for path in (pair.image, pair.mask):
+            status = path.stat()
+            line = f"{path.relative_to(root).as_posix()}\0{status.st_size}\0{status.st_mtime_ns}\n"
+            digest.update(line.encode(errors="surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
+def _num_bytes(pairs: Sequence[Pair], img_size: int) -> int:
+    return len(pairs) * 4 * img_size**2
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.unfinished")
+
+
+def _read(path: Path, pairs: Sequence[Pair], root: Path, img_size: int) -> DecodedCache | None:
+    """None where there is none, or one that was cut short, or one that lacks an image that can be decoded by now.
+
+    The last is what a passing fault of a network file system leaves: it is not to stay for ever.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(_num_bytes(pairs, img_size))
+            problems = {pairs[int(row)]: f"{root}/{reason}" for row, reason in json.loads(file.read()).items()}
+    except (OSError, ValueError):
+        return None
+    if not all(problem_of(pair.image, pair.mask) for pair in problems):
+        return None
+    images = [pair.image for pair in pairs]
+    return DecodedCache(path, images, img_size, {pair.image: reason for pair, reason in problems.items()})
+
+
+def _build(descriptor: int, path: Path, pairs: Sequence[Pair], root: Path, img_size: int, num_workers: int) -> None:
+    """Decode everything into the unfinished file, which is locked and empty or a leftover, and give it its name."""
+    num_bytes, unfinished = _num_bytes(pairs, img_size), _unfinished(path)
+    os.ftruncate(descriptor, 0)
+    if num_bytes > shutil.disk_usage(path.parent).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if hasattr(os, "posix_fallocate"):  # not on macOS: what others write meanwhile can fill the disk there
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    problems = _decode(unfinished, pairs, root, img_size, min(num_workers, -(-len(pairs) // PAIRS_PER_WORKER)))
+    _write(descriptor, json.dumps(problems).encode(), num_bytes)
+    os.fsync(descriptor)
+    os.replace(unfinished, path)
+    with suppress(OSError):  # some network file systems cannot
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _decode(file: Path, pairs: Sequence[Pair], root: Path, img_size: int, num_workers: int) -> dict[int, str]:
+    """Have processes write every row; returns row -> what is wrong with it, its path told below ``root``.
+
+    Raises:
+        ValueError: a process was killed.
+        OSError: a row could not be written.
+    """
+    problems: dict[int, str] = {}
+    with process_pool(num_workers) as pool:
+        written = pool.map(partial(_write_row, file, img_size), range(len(pairs)), pairs, chunksize=4)
+        try:
+            bar = tqdm(written, desc="Decoding for the cache", total=len(pairs), unit="image", disable=None)
+            for row, problem in enumerate(bar):
+                if problem:
+                    problems[row] = problem.removeprefix(f"{root}/")
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "a process that decodes for the cache was killed, by the system if memory ran out; "
+                "try once more, or go without it: --no-cache"
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return problems
+
+
+def _write_row(file: Path, img_size: int, row: int, pair: Pair) -> str:
+    """In a process of a build; returns why the pair cannot be decoded, or an empty string."""
+    try:
+        pixels = np.concatenate([fixed_size_image(pair.image, img_size), fixed_size_mask(pair.mask, img_size)])
+    except ValueError as error:
+        return str(error)
+    descriptor = os.open(file, os.O_WRONLY)
+    try:
+        _write(descriptor, pixels.tobytes(), row * pixels.nbytes)
+    finally:
+        os.close(descriptor)
+    return ""
+
+
+def _write(descriptor: int, data: bytes, offset: int) -> None:
+    """All of it, by system calls: written through a mapping, a full disk would be a SIGBUS."""
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """Make the file if need be and hold a lock on it; nothing of that name is left afterwards."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"Waiting for another process, which is building {path.parent / path.stem[1:]}")
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        if _is_at(descriptor, path):  # else it was finished, or given up, and the lock is on what it was
+            break
+        os.close(descriptor)
+    try:
+        yield descriptor
+    finally:
+        if _is_at(descriptor, path):
+            path.unlink()
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Unfinished files that nobody has locked: of builds that were killed."""
+    for leftover in directory.glob(".*.cache.unfinished"):
+        with suppress(OSError), ExitStack() as stack:
+            descriptor = os.open(leftover, os.O_RDWR)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(descriptor, leftover):
+                leftover.unlink()

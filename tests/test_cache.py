@@ -1,0 +1,284 @@
+"""The decoded cache: the same samples as without, and nothing half-made whatever happens while it is built."""
+
+import errno
+import fcntl
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Argv, differing_tensors, tiny_arguments
+
+import cli
+import train_ultimate
+from data import cache as cache_module
+from data.cache import DecodedCache, default_directory, open_cache
+from data.dataset import CamouflageDataset
+from data.layouts import Pair, find_subsets, training_pairs
+from data.loading import training_loader, windows
+from data.sampler import SampleKey
+from data.transforms import training_augmentation
+from train_ultimate import main
+from training.checkpoint import read_checkpoint
+
+PROGRAM = Path(train_ultimate.__file__).parent
+
+
+@pytest.fixture
+def root(tiny_dataset: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny data set in which the third image is cut short."""
+    copy = tmp_path / "data"
+    shutil.copytree(tiny_dataset / "TrainDataset", copy / "TrainDataset")
+    image = copy / "TrainDataset" / "Imgs" / "scene_00002.jpg"
+    image.write_bytes(image.read_bytes()[:-300])
+    return copy
+
+
+def pairs_of(root: Path) -> list[Pair]:
+    return training_pairs(find_subsets(root), root)
+
+
+def built(root: Path, directory: Path, img_size: int = 64, num_workers: int = 1) -> DecodedCache:
+    return open_cache(pairs_of(root), root, img_size, directory, num_workers)
+
+
+def building(root: Path, directory: Path) -> subprocess.Popen[str]:
+    """Another process that builds the cache of the data set."""
+    code = (
+        "import sys; from pathlib import Path; from data.cache import *; from data.layouts import *\n"
+        "root = Path(sys.argv[1]); pairs = training_pairs(find_subsets(root), root)\n"
+        "open_cache(pairs, root, 64, Path(sys.argv[2]), 2)"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(root), str(directory)], cwd=PROGRAM, stdout=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(directory: Path, pattern: str) -> Path:
+    """The first file of that name, as soon as it is there."""
+    for _ in range(20_000):
+        if found := list(directory.glob(pattern)):
+            return found[0]
+        time.sleep(0.001)
+    raise TimeoutError(pattern)
+
+
+def test_every_sample_is_bitwise_the_one_decoded_from_the_files(root: Path, tmp_path: Path) -> None:
+    pairs, cache = pairs_of(root), built(root, tmp_path / "cache")
+    for augmentation in (None, training_augmentation(64)):
+        decoding = CamouflageDataset(pairs, 64, augmentation, seed=4)
+        reading = CamouflageDataset(pairs[::-1], 64, augmentation, seed=4, cache=cache)  # by name, not by position
+        reading.pairs.reverse()
+        for epoch, index in ((epoch, index) for epoch in range(2) for index in range(len(pairs))):
+            one, other = decoding[SampleKey(epoch, index)], reading[SampleKey(epoch, index)]
+            assert torch.equal(one.image, other.image)
+            assert torch.equal(one.mask, other.mask)
+            assert (one.index, one.errors, one.is_missing) == (other.index, other.errors, other.is_missing)
+    assert [path.name for path in cache.problems] == ["scene_00002.jpg"]
+
+
+def test_it_is_built_once_and_then_found(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = built(root, tmp_path / "cache")
+    assert f"Cache: {first.path}, 0.00 GB, built in " in capsys.readouterr().out
+    assert first.path.stat().st_size >= 22 * 4 * 64 * 64
+    written = first.path.stat().st_mtime_ns
+    second = open_cache(pairs_of(root)[::-1], root, 64, tmp_path / "cache", 1)  # the split does not matter
+    assert capsys.readouterr().out.endswith(", found\n")
+    assert second.path == first.path
+    assert second.path.stat().st_mtime_ns == written
+    assert list((tmp_path / "cache").iterdir()) == [first.path]
+
+
+def test_other_sizes_files_and_times_are_other_caches(root: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "cache"
+    paths = [built(root, directory).path, built(root, directory, img_size=32).path]
+    os.utime(root / "TrainDataset" / "GT" / "scene_00005.png")
+    paths.append(built(root, directory).path)
+    (root / "TrainDataset" / "Imgs" / "scene_00006.jpg").unlink()
+    paths.append(built(root, directory).path)
+    assert len(set(paths)) == 4
+
+
+def test_it_travels_with_the_data_set_wherever_that_is_mounted(root: Path, tmp_path: Path) -> None:
+    first = built(root, tmp_path / "cache")
+    moved = root.rename(tmp_path / "elsewhere")
+    second = built(moved, tmp_path / "cache")
+    assert second.path == first.path
+    assert next(iter(second.problems.values())).startswith(f"{moved}/TrainDataset/Imgs/scene_00002.jpg: cannot be")
+
+
+def test_one_that_was_cut_short_is_built_anew(root: Path, tmp_path: Path) -> None:
+    path = built(root, tmp_path / "cache").path
+    whole = path.read_bytes()
+    for size in (1000, 22 * 4 * 64 * 64):
+        os.truncate(path, size)
+        assert built(root, tmp_path / "cache").path.read_bytes() == whole
+
+
+def test_image_that_could_not_be_read_in_passing_is_not_missing_for_ever(root: Path, tmp_path: Path) -> None:
+    path = built(root, tmp_path / "cache").path
+    pixels = 22 * 4 * 64 * 64
+    with open(path, "r+b") as file:  # as if the fifth image had met an I/O error
+        file.seek(pixels)
+        file.write(json.dumps({2: "scene_00002.jpg: cut short", 4: "scene_00004.jpg: Input/output error"}).encode())
+    assert len(built(root, tmp_path / "cache").problems) == 1
+
+
+def test_loader_processes_open_it_themselves(root: Path, tmp_path: Path) -> None:
+    pairs, cache = pairs_of(root), built(root, tmp_path / "cache")
+    assert cache.read(pairs[0])[0].flags.writeable
+    assert len(pickle.dumps(cache)) < 10_000
+    again = pickle.loads(pickle.dumps(cache))
+    assert all((one == other).all() for one, other in zip(cache.read(pairs[1]), again.read(pairs[1]), strict=True))
+    loader = training_loader(pairs, 64, 4, seed=1, num_workers=2, pin_memory=False, cache=cache)
+    loader.multiprocessing_context = "spawn"
+    decoding = training_loader(pairs, 64, 4, seed=1, num_workers=0, pin_memory=False)
+    for one, other in zip(windows(loader, 1, 0, 0), windows(decoding, 1, 0, 0), strict=True):
+        assert differing_tensors(list(one[0]), list(other[0])) == []
+
+
+def test_processes_of_a_build_do_without_torch() -> None:
+    code = "import data.cache, sys; assert not {'torch', 'torchvision', 'timm'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=PROGRAM, check=True)
+
+
+# What can go wrong
+
+
+def test_disk_that_is_too_small_is_refused_before_anything_is_written(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")(10**12, 10**12, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match=r"the cache needs 0\.00 GB, 0\.00 GB are free; .*--cache-dir.*--no-cache"):
+        built(root, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_disk_that_fills_up_meanwhile_leaves_nothing_behind(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache_module.os, "posix_fallocate", full, raising=False)
+    with pytest.raises(ValueError, match="the cache needs"):
+        built(root, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_disk_that_takes_no_row_is_told(root: Path) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        cache_module._decode(Path("/dev/full"), pairs_of(root), root, 64, num_workers=2)
+
+
+def test_folder_that_cannot_be_written_to(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file/cache: the cache cannot be kept there .*--cache-dir"):
+        built(root, tmp_path / "file" / "cache")
+
+
+def test_process_of_a_build_that_is_killed(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "fixed_size_image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(ValueError, match=r"a process that decodes for the cache was killed.*--no-cache"):
+        built(root, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_killed_builds_leave_nothing_for_long(root: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "cache"
+    process = building(root, directory)
+    wait_for(directory, ".*.unfinished")
+    process.kill()
+    process.communicate()
+    (directory / ".0123.cache.unfinished").write_bytes(b"of another data set")
+    with open(directory / ".4567.cache.unfinished", "wb") as under_way:
+        fcntl.flock(under_way, fcntl.LOCK_EX)
+        path = built(root, directory).path
+        assert {file.name for file in directory.iterdir()} == {path.name, ".4567.cache.unfinished"}
+    fresh = built(root, tmp_path / "fresh").path
+    assert path.read_bytes() == fresh.read_bytes()
+
+
+def test_of_several_processes_one_builds_and_the_others_wait(root: Path, tmp_path: Path) -> None:
+    processes = [building(root, tmp_path / "cache") for _ in range(3)]
+    printed = [process.communicate()[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes)
+    assert sum("built in" in text for text in printed) == 1
+    assert sum("found" in text for text in printed) == 2
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_ctrl_c_while_it_is_built(root: Path, tiny_argv: Argv, tmp_path: Path) -> None:
+    directory = tmp_path / "cache"
+    argv = tiny_argv("--dataset-path", str(root), "--cache", "--cache-dir", str(directory))
+    process = subprocess.Popen(
+        [sys.executable, str(PROGRAM / "train_ultimate.py"), *argv], stderr=subprocess.PIPE, text=True,
+        process_group=0,
+    )  # fmt: skip
+    wait_for(directory, ".*.unfinished")
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 130
+    assert error.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in error
+    assert list(directory.iterdir()) == []
+
+
+# Whole runs
+
+
+def test_run_with_a_cache_ends_in_bitwise_the_weights_of_one_without(
+    root: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A resumed one, too, which finds the cache where the run had it."""
+    assert main(tiny_argv("--dataset-path", str(root), checkpoint_dir=tmp_path / "without")) == 0
+    cached = ("--dataset-path", str(root), "--cache", "--cache-dir", str(tmp_path / "cache"), "--num-workers", "1")
+    assert main(tiny_argv(*cached, "--epochs", "3", checkpoint_dir=tmp_path / "with")) == 0
+    capsys.readouterr()
+    assert main(["train", "--resume", "auto", "--checkpoint-dir", str(tmp_path / "with"), "--epochs", "4"]) == 0
+    assert ", found" in capsys.readouterr().out
+    without, with_cache = (read_checkpoint(tmp_path / name / "epoch_0004.pth") for name in ("without", "with"))
+    assert without["unreadable"] == with_cache["unreadable"]
+    assert len(without["unreadable"]) == 1
+    resumed = tiny_arguments(root, tmp_path / "again", "--epochs", "3")
+    assert main(resumed) == 0
+    assert main(["train", "--resume", "auto", "--checkpoint-dir", str(tmp_path / "again"), "--epochs", "4"]) == 0
+    again = read_checkpoint(tmp_path / "again" / "epoch_0004.pth")
+    assert differing_tensors(again["model"], with_cache["model"]) == []
+    assert differing_tensors(again["optimizer"], with_cache["optimizer"]) == []
+
+
+def test_too_many_unreadable_images_end_the_run_before_it_trains(
+    root: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for image in sorted((root / "TrainDataset" / "Imgs").iterdir())[:5]:
+        image.write_bytes(image.read_bytes()[:-300])
+    cached = ("--dataset-path", str(root), "--cache", "--cache-dir", str(tmp_path / "cache"))
+    assert main(tiny_argv(*cached)) == 2
+    assert "5 of 22 images or masks cannot be read, more than 3" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_it_is_kept_where_caches_belong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_directory() == tmp_path / "train_ultimate"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert default_directory() == tmp_path / "home" / ".cache" / "train_ultimate"
+
+
+def test_cache_and_its_folder_are_settings_of_the_run() -> None:
+    saved = vars(cli.parse(["train", "--dataset-path", "x", "--cache", "--cache-dir", "/scratch"]))
+    args = cli.parse(["train", "--resume", "auto"], saved)
+    assert (args.cache, args.cache_dir) == (True, "/scratch")
+    assert not cli.parse(["train", "--resume", "auto", "--no-cache"], saved).cache

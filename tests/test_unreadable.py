@@ -1,0 +1,158 @@
+"""Training on imperfect data: what cannot be read is named, counted and replaced; much of it ends the run."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Argv, SignalAt, differing_tensors, read_events, tiny_arguments
+
+from data.unreadable import UnreadableDataError, UnreadablePairs, require_few
+from train_ultimate import main
+from training.checkpoint import read_checkpoint
+
+TRAINED = ("model", "ema", "optimizer", "scaler", "detector", "progress", "unreadable")
+
+
+@pytest.mark.parametrize(("num_pairs", "most"), [(4, 3), (399, 3), (400, 4), (996, 9), (4040, 40)])
+def test_one_per_cent_is_let_pass_and_three_of_a_small_data_set(num_pairs: int, most: int) -> None:
+    names = {f"{number}.jpg": "cut short" for number in range(most + 1)}
+    require_few(dict(list(names.items())[:most]), num_pairs, "Do this.")
+    with pytest.raises(UnreadableDataError, match=rf"^{most + 1} of {num_pairs} images.*and \d+ more\. Do this\.$"):
+        require_few(names, num_pairs, "Do this.")
+
+
+def test_each_is_named_once_with_what_became_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    events: list[dict[str, str]] = []
+    known = {"old.jpg": "old.jpg: gone"}
+    pairs = UnreadablePairs(known, 1000, ["v.jpg"], "", lambda name, **fields: events.append({"event": name, **fields}))
+    for _ in range(2):
+        pairs.note({"t.jpg": "t.jpg: cut short", "v.jpg": "v.png: no image", "old.jpg": "old.jpg: gone"})
+    assert capsys.readouterr().out.splitlines() == [
+        "Unreadable: t.jpg: cut short; replaced by another",
+        "Unreadable: v.png: no image; left out of the scores",
+    ]
+    assert [event["image"] for event in events] == ["t.jpg", "v.jpg"]
+    assert known.keys() == {"old.jpg", "t.jpg", "v.jpg"}
+    assert "3 of 1000" in pairs.describe()[0]
+
+
+@pytest.fixture(scope="module")
+def validation(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Names of the images that a run on the tiny data set validates on."""
+    directory = tmp_path_factory.mktemp("undamaged")
+    assert main(tiny_arguments(tiny_dataset, directory, "--epochs", "1", "--stage1-epochs", "1")) == 0
+    return read_checkpoint(directory / "epoch_0001.pth")["config"]["validation"]
+
+
+Damage = Callable[..., Path]
+
+
+@pytest.fixture
+def damage(tiny_dataset: Path, tmp_path: Path, validation: list[str]) -> Damage:
+    """A copy of the tiny data set with so many images cut short: the first ones of the training, or validation set."""
+
+    def copy(in_training: int, in_validation: int = 0) -> Path:
+        root = tmp_path / "damaged"
+        shutil.copytree(tiny_dataset / "TrainDataset", root / "TrainDataset")
+        images = sorted(path.relative_to(root).as_posix() for path in (root / "TrainDataset" / "Imgs").iterdir())
+        training = [name for name in images if name not in validation]
+        for name in [*training[:in_training], *validation[:in_validation]]:
+            image = root / name
+            image.write_bytes(image.read_bytes()[:-300])
+        return root
+
+    return copy
+
+
+def state(directory: Path) -> dict[str, Any]:
+    checkpoint = read_checkpoint(directory / "epoch_0004.pth")
+    return {key: checkpoint[key] for key in TRAINED}
+
+
+def test_a_run_goes_on_names_each_file_once_and_counts(
+    damage: Damage, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(tiny_argv("--dataset-path", str(damage(2, 1)))) == 0
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if re.match(r"Unreadable: .*cannot be decoded", line)]
+    assert len(lines) == 3
+    assert sum(line.endswith("; replaced by another") for line in lines) == 2
+    assert sum(line.endswith("; left out of the scores") for line in lines) == 1
+    assert "Unreadable: 3 of 22 images or masks, replaced in training or left out of validation: " in out
+    events = read_events(tmp_path / "run", "unreadable")
+    assert len({event["image"] for event in events}) == len(events) == 3
+    assert [epoch["unreadable"] for epoch in read_events(tmp_path / "run", "epoch")] == [3] * 4
+    assert len(read_events(tmp_path / "run", "run_end")[0]["unreadable"]) == 3
+    assert state(tmp_path / "run")["progress"]["samples_seen"] == 4 * 20
+
+
+def test_weights_do_not_depend_on_workers_or_interruptions(
+    damage: Damage, tiny_argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor does what is counted: in mid-epoch, one is known and the other is still to come."""
+    root = str(damage(2, 1))
+    assert main(tiny_argv("--dataset-path", root, checkpoint_dir=tmp_path / "a")) == 0
+    assert main(tiny_argv("--dataset-path", root, "--num-workers", "2", checkpoint_dir=tmp_path / "b")) == 0
+    assert differing_tensors(state(tmp_path / "a"), state(tmp_path / "b")) == []
+    for stop in (1, 3):
+        with monkeypatch.context() as patch:
+            SignalAt(patch, "gated_step", stop)
+            resume = ("--resume", "auto")
+            assert main(tiny_argv("--dataset-path", root, *resume, checkpoint_dir=tmp_path / "c")) == 143
+    capsys.readouterr()
+    assert main(["train", "--resume", "auto", "--checkpoint-dir", str(tmp_path / "c")]) == 0
+    assert differing_tensors(state(tmp_path / "a"), state(tmp_path / "c")) == []
+    events = read_events(tmp_path / "c", "unreadable")
+    assert len({event["image"] for event in events}) == len(events) == 3
+
+
+@pytest.mark.parametrize("num_workers", ["0", "1"])
+def test_too_many_stop_the_first_epoch_and_the_run_goes_on_when_they_are_repaired(
+    tiny_dataset: Path, damage: Damage, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    num_workers: str,
+) -> None:  # fmt: skip
+    root = damage(8)
+    assert main(tiny_argv("--dataset-path", str(root), "--num-workers", num_workers)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"error: \d of 22 images or masks cannot be read, more than 3: .*cannot be decoded", line)
+    assert "check-data --dataset-path" in line
+    assert "--write-exclude" in line
+    assert "--resume auto" in line
+    assert read_events(tmp_path / "run", "epoch") == []
+    assert main(["train", "--resume", "auto", "--checkpoint-dir", str(tmp_path / "run")]) == 2
+    assert "cannot be read, more than 3" in capsys.readouterr().err
+
+    shutil.copytree(tiny_dataset / "TrainDataset", root / "TrainDataset", dirs_exist_ok=True)
+    assert main(["train", "--resume", "auto", "--checkpoint-dir", str(tmp_path / "run")]) == 0
+    assert state(tmp_path / "run")["unreadable"] == {}
+
+
+def test_file_that_is_no_image_is_named_before_training_and_replaced(
+    damage: Damage, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = damage(0)
+    (root / "TrainDataset" / "Imgs" / "scene_00004.jpg").write_text("<html>not found</html>")
+    assert main(tiny_argv("--dataset-path", str(root))) == 0
+    out = capsys.readouterr().out
+    assert out.index("scene_00004.jpg: cannot be decoded (not an image)") < out.index("Stage 1")
+    assert len(read_events(tmp_path / "run", "unreadable")) == 1
+
+
+def test_validation_without_one_readable_image_ends_the_run(
+    damage: Damage, tiny_argv: Argv, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(tiny_argv("--dataset-path", str(damage(0, 2)))) == 2
+    assert "not one image to validate on can be read" in capsys.readouterr().err
+
+
+def test_incidents_name_the_images_that_stood_in(damage: Damage, tiny_argv: Argv, tmp_path: Path) -> None:
+    """Not those that could not be read, which were not in the batch."""
+    root = damage(2)
+    assert main(tiny_argv("--dataset-path", str(root), "--drill", "bad-sample@1x7", "--max-rollbacks", "0")) in (0, 3)
+    unreadable = {event["image"] for event in read_events(tmp_path / "run", "unreadable")}
+    incidents = read_events(tmp_path / "run", "incident")
+    assert sum(len(incident["samples"]) for incident in incidents) >= 6
+    assert not any(set(incident["samples"]) & unreadable for incident in incidents)
