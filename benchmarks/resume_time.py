@@ -32,7 +32,6 @@ from builders import Run, prepare
 from data.dataset import Batch, CamouflageDataset, collate
 from data.loading import training_loader
 from data.sampler import EpochBatchSampler, SampleKey
-from data.transforms import training_augmentation
 from losses import deep_supervision_loss
 from train_ultimate import epoch_windows
 from training.stability import BufferGuard
@@ -118,7 +117,7 @@ class Module(lightning.LightningModule):
 def lightning_loader(run: Run) -> DataLoader[Batch]:
     """A shuffling loader as users write it; the order is drawn from a generator seeded alike in each process."""
     pairs = run.train_pairs
-    keys = CamouflageDataset(pairs, IMG_SIZE, training_augmentation(IMG_SIZE), run.args.seed)
+    keys = CamouflageDataset(pairs, IMG_SIZE, augmented=True, seed=run.args.seed)
     generator = torch.Generator().manual_seed(0)
     return DataLoader(Indexed(keys), BATCH_SIZE, shuffle=True, num_workers=1, collate_fn=collate, generator=generator)
 

@@ -11,13 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
 
 from data.cache import DecodedCache
 from data.decoding import decode_message, fixed_size_image, fixed_size_mask
 from data.layouts import Pair
 from data.sampler import SampleKey, derive_seed
-from data.transforms import Augmentation, seeded
+from data.transforms import augment, draw_augmentation
 
 MOST_TRIES = 10  # images drawn to take the place of one: with 1 % unreadable, all of them fail once in 10^20
 
@@ -56,12 +55,12 @@ class CamouflageDataset(Dataset[Sample]):
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], img_size: int, augmentation: Augmentation | None = None, seed: int = 0,
+        self, pairs: Sequence[Pair], img_size: int, augmented: bool = False, seed: int = 0,
         cache: DecodedCache | None = None,
     ) -> None:  # fmt: skip
         self.pairs = list(pairs)
         self.img_size = img_size
-        self.augmentation = augmentation
+        self.augmented = augmented
         self.seed = seed
         self.cache = cache
 
@@ -76,17 +75,17 @@ class CamouflageDataset(Dataset[Sample]):
             except ValueError as error:
                 errors[index] = str(error)
                 continue
-            if self.augmentation is not None:
-                with seeded(derive_seed(self.seed, key.epoch, key.index)):
-                    image, mask = self.augmentation(tv_tensors.Image(image), tv_tensors.Mask(mask))
-            return Sample(image.as_subclass(Tensor), mask.as_subclass(Tensor), index, errors)
+            if self.augmented:
+                drawn = draw_augmentation(self.img_size, derive_seed(self.seed, key.epoch, key.index))
+                image, mask = augment(image, mask, drawn)
+            return Sample(image, mask, index, errors)
         blank = torch.zeros(4, self.img_size, self.img_size, dtype=torch.uint8)
         return Sample(blank[:3], blank[3:], key.index, errors, is_missing=True)
 
     def _candidates(self, key: SampleKey) -> Iterator[int]:
         """The pair asked for; in training, then others at random."""
         yield key.index
-        if self.augmentation is not None:
+        if self.augmented:
             others = [index for index in range(len(self.pairs)) if index != key.index]
             generator = random.Random(derive_seed(self.seed, key.epoch, key.index))
             yield from generator.sample(others, min(MOST_TRIES, len(others)))

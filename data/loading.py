@@ -12,7 +12,6 @@ from data.cache import DecodedCache
 from data.dataset import Batch, CamouflageDataset, collate
 from data.layouts import Pair
 from data.sampler import EpochBatchSampler, SampleKey
-from data.transforms import training_augmentation
 from data.unreadable import UnreadableDataError
 
 
@@ -21,7 +20,7 @@ def training_loader(
     cache: DecodedCache | None = None,
 ) -> DataLoader[Batch]:  # fmt: skip
     """Shuffled, augmented batches; entered at any position through ``windows``."""
-    dataset = CamouflageDataset(pairs, img_size, training_augmentation(img_size), seed, cache)
+    dataset = CamouflageDataset(pairs, img_size, augmented=True, seed=seed, cache=cache)
     return _loader(dataset, EpochBatchSampler(len(dataset), batch_size, seed), num_workers, pin_memory)
 
 

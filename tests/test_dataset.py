@@ -9,7 +9,6 @@ from data.dataset import CamouflageDataset, collate, header_problems, load_image
 from data.decoding import problem_of
 from data.layouts import Pair, find_subsets, training_pairs
 from data.sampler import SampleKey
-from data.transforms import training_augmentation
 
 
 def half_red(mode: str, size: tuple[int, int] = (40, 20)) -> Image.Image:
@@ -128,7 +127,7 @@ def test_pair_that_cannot_be_decoded_is_missing_where_a_score_is_computed(damage
 
 def test_pair_that_cannot_be_decoded_is_replaced_in_training(damaged: list[Pair]) -> None:
     """By another one for each epoch and index, always the same for the same; with an augmentation of its own."""
-    dataset, again = (CamouflageDataset(damaged, 64, training_augmentation(64), seed=3) for _ in range(2))
+    dataset, again = (CamouflageDataset(damaged, 64, augmented=True, seed=3) for _ in range(2))
     replacements = set()
     for epoch in range(20):
         sample, repeated = dataset[SampleKey(epoch, 0)], again[SampleKey(epoch, 0)]
@@ -143,20 +142,20 @@ def test_pair_that_cannot_be_decoded_is_replaced_in_training(damaged: list[Pair]
 
 
 def test_nothing_that_could_replace_it(damaged: list[Pair]) -> None:
-    sample = CamouflageDataset([damaged[0], damaged[3]], 32, training_augmentation(32))[SampleKey(0, 1)]
+    sample = CamouflageDataset([damaged[0], damaged[3]], 32, augmented=True)[SampleKey(0, 1)]
     assert sample.is_missing
     assert sample.errors.keys() == {0, 1}
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone(tiny_dataset: Path) -> None:
     pairs = training_pairs(find_subsets(tiny_dataset), tiny_dataset)
-    first = CamouflageDataset(pairs, 64, training_augmentation(64), seed=1)
+    first = CamouflageDataset(pairs, 64, augmented=True, seed=1)
     torch.manual_seed(123)  # whatever the global generator does
-    second = CamouflageDataset(pairs, 64, training_augmentation(64), seed=1)
+    second = CamouflageDataset(pairs, 64, augmented=True, seed=1)
     key = SampleKey(3, 5)
     assert torch.equal(first[key].image, second[key].image)
     assert torch.equal(first[key].mask, second[key].mask)
-    other_seed = CamouflageDataset(pairs, 64, training_augmentation(64), seed=2)
+    other_seed = CamouflageDataset(pairs, 64, augmented=True, seed=2)
     assert not torch.equal(first[key].image, first[SampleKey(4, 5)].image)
     assert not torch.equal(first[key].image, other_seed[key].image)
 
