@@ -25,6 +25,7 @@ from data.layouts import (
     split_validation,
     training_pairs,
 )
+from data.processes import keep_freed_memory
 from data.synthetic import write_synthetic_dataset
 from data.unreadable import UnreadablePairs, require_few
 from models import CamouflageSegmenter, build_model
@@ -195,6 +196,7 @@ def prepare(argv: Sequence[str] | None) -> Run:
         )
     if args.deterministic:
         use_deterministic_algorithms()
+    keep_freed_memory()
     device = resolve_device(args.device)
     precision = resolve_precision(args.precision, device)
     memory_format = memory_format_of(args)

@@ -118,7 +118,7 @@ def peak_memory(folder: Path, number: int, many: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--masks", type=Path, required=True, help="a folder with masks")
-    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--images", type=int, default=200)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folders = {size: Path(temporary) / "x".join(map(str, size)) for size in SIZES}

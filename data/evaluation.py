@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.dataset import load_image
 from data.decoding import image_size
 from data.layouts import Pair
-from data.loading import leave_signals_to_main
+from data.loading import begin_loader_process
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def images_to_score(
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
-        worker_init_fn=leave_signals_to_main,
+        worker_init_fn=begin_loader_process,
     )
     return loader
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from data.cache import DecodedCache
 from data.dataset import Batch, CamouflageDataset, collate
 from data.layouts import Pair
+from data.processes import keep_freed_memory
 from data.sampler import EpochBatchSampler, SampleKey
 from data.unreadable import UnreadableDataError
 
@@ -80,13 +81,13 @@ def _loader(
         collate_fn=collate,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        worker_init_fn=leave_signals_to_main,
+        worker_init_fn=begin_loader_process,
         generator=torch.Generator(),  # its own: otherwise every epoch draws a seed from the stream that dropout uses
     )
     return loader
 
 
-def leave_signals_to_main(_worker: int) -> None:
+def begin_loader_process(_worker: int) -> None:
     """Ctrl-C, ``timeout`` and Slurm signal whole groups of processes; the main one decides what becomes of the run.
 
     It may need batches to finish its window, so a worker outlives SIGTERM by a minute. (A worker whose main process is
@@ -94,3 +95,4 @@ def leave_signals_to_main(_worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+    keep_freed_memory()

@@ -1,5 +1,6 @@
 """Processes that work on files beside the main one."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -7,6 +8,9 @@ import sys
 import threading
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def process_pool(num_processes: int) -> ProcessPoolExecutor:
@@ -18,8 +22,21 @@ def process_pool(num_processes: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(num_processes, context, initializer=_begin)
 
 
+def keep_freed_memory() -> None:
+    """Have this process keep the memory it frees, for its next image, where the C library can be told so (glibc).
+
+    Given back to the system, it returns a page at a time, each with a fault: a quarter of the time that scoring takes,
+    a tenth of training's on a CPU.
+    """
+    with suppress(AttributeError, OSError):
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that it accepts
+        library.mallopt(_M_TRIM_THRESHOLD, 512 * 2**20)
+
+
 def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_freed_memory()
     warnings.simplefilter("ignore")  # Pillow's, about metadata and very large images: they are read all the same
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

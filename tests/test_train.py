@@ -15,9 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import SHARED, Argv, SignalAt, differing_tensors, needs_shared, read_events, tiny_arguments
+from PIL import Image
+from test_metrics import assert_equals_reference
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -701,25 +704,24 @@ def test_demo_learns_in_minutes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @needs_shared
-def test_photographs_are_learnt_with_a_pretrained_backbone(tmp_path: Path) -> None:
-    """Two epochs of CAMO, one in each stage: nothing non-finite, and an IoU that no untrained decoder reaches."""
+def test_photographs_are_learnt_with_a_pretrained_backbone_and_scored_as_the_field_does(tmp_path: Path) -> None:
+    """Two epochs of CAMO, one in each stage: nothing non-finite, and an IoU that no untrained decoder reaches.
+
+    Then the predictions for the 124 test images, each score and curve against pysodmetrics.
+    """
+    camo, weights = SHARED / "data" / "CAMO", SHARED / "weights" / "tf_efficientnet_lite0.safetensors"
     argv = [
-        *("train", "--dataset-path", str(SHARED / "data" / "CAMO"), "--checkpoint-dir", str(tmp_path / "run")),
-        *("--backbone", "tf_efficientnet_lite0"),
-        *("--backbone-weights", str(SHARED / "weights" / "tf_efficientnet_lite0.safetensors")),
-        *(
-            "--img-size",
-            "224",
-            "--batch-size",
-            "8",
-            "--accumulation-steps",
-            "1",
-            "--epochs",
-            "2",
-            "--stage1-epochs",
-            "1",
-        ),
+        *("train", "--dataset-path", str(camo), "--checkpoint-dir", str(tmp_path / "run")),
+        *("--backbone", "tf_efficientnet_lite0", "--backbone-weights", str(weights), "--img-size", "224"),
+        *("--batch-size", "8", "--accumulation-steps", "1", "--epochs", "2", "--stage1-epochs", "1"),
     ]
     assert main(argv) == 0
     assert {window["verdict"] for window in read_events(tmp_path / "run", "window")} == {"applied"}
     assert read_events(tmp_path / "run", "epoch")[-1]["iou"] > 0.45
+    best, saved = str(tmp_path / "run" / "best_model.pth"), tmp_path / "predictions"
+    assert main(["evaluate", "--checkpoint", best, "--dataset-path", str(camo), "--save-predictions", str(saved)]) == 0
+    masks = sorted((camo / "TestDataset" / "GT").iterdir())
+    assert len(masks) == 124
+    for path in masks:
+        with Image.open(path) as mask, Image.open(saved / "CAMO" / path.name) as prediction:
+            assert_equals_reference(np.array(prediction), np.array(mask) > 128)
