@@ -4,7 +4,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from training.runlog import RunLog, environment, write_json
 from training.stability import SpikeDetector
 from training.stages import CONSERVATIVE_SCALER, Stage
 from training.state import TrainState, load_weights, resume
+from window import BatchParts
 
 SYNTHETIC_TRAIN_IMAGES, SYNTHETIC_TEST_IMAGES = 640, 64
 
@@ -65,6 +66,7 @@ class Run:
     stop: StopRequest
     lock: int | None  # on the checkpoint directory
     consistent: bool = True  # no step is half done: the state could be saved
+    parts: BatchParts = field(default_factory=BatchParts)
 
     def checkpoint(self) -> dict[str, Any]:
         return {"config": self.config, **self.state.state_dict()}

@@ -47,7 +47,7 @@ from training.optim import fresh_moments, gradient_norm, set_learning_rates
 from training.stability import BufferGuard, PendingOutcome, StepVerdict, gated_step, should_skip
 from training.stages import Stage, cosine_ramp, learning_rate
 from training.state import EpochStats
-from window import Window, WindowFeed, accumulate_gradients
+from window import Window, WindowFeed
 
 
 class StoppedError(Exception):
@@ -84,7 +84,7 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
         guard.begin_window()
         try:
             window = feed.take(hold=run.save_is_due or run.stop.signal_number is not None)
-            loss = accumulate_gradients(state.model, window) if window is not None else None
+            loss = run.parts.gradients(state.model, window, guard) if window is not None else None
         except Exception:  # a bug, a lost worker: what has been trained so far can still be saved
             guard.restore()
             if pending is not None:
@@ -156,6 +156,7 @@ def epoch_windows(
             seed=derive_seed(run.args.seed, first_global + number + 1),
         )
         window = run.recovery.without_quarantined(window, guard.least_batch)
+        window = window.in_parts(run.parts.number, guard.least_batch)
         if window.batches:
             full = run.state.ladder.full_precision
             yield window.in_full_precision(halve=not guard.batch_matters) if full else window
@@ -378,6 +379,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 exit_code = 0 if run.store.failure is None else 1
     except StoppedError as stopped:
         exit_code, message = stopped.exit_code, str(stopped)
+    except torch.OutOfMemoryError:
+        way_out = "a smaller --img-size or --backbone needs less"
+        exit_code, message = 1, f"out of memory with the smallest batches; {way_out}. Go on with: {resume_command(run)}"
+        message += rescue(run)
     except UnreadableDataError as error:
         exit_code, message = 2, f"{error}; then go on with: {resume_command(run)}{rescue(run)}"
     except KeyboardInterrupt:

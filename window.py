@@ -3,16 +3,19 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from data.dataset import Batch
 from data.loading import to_device
 from losses import deep_supervision_loss
 from training.drill import Drill
 from training.precision import LossScaler, Precision
+from training.stability import BufferGuard
 from training.stages import ScalerSettings
 
 
@@ -72,13 +75,26 @@ class Window:
         """
         if self.precision.name == "fp32":
             return self
+        full = self.precision.full()
+        window = self.in_parts(2) if halve else self
+        return replace(window, precision=full, scaler=full.new_scaler(self.scaler.settings))
+
+    def in_parts(self, parts: int, least: int = 1) -> "Window":
+        """The same samples in smaller batches: the same gradient, but for what layers make of a batch's statistics.
+
+        Args:
+            parts: that each batch is cut into, nearly equal.
+            least: samples that a part must have.
+        """
+        if parts == 1:
+            return self
         batches: list[Batch] = []
         for batch in self.batches:
             size = len(batch.images)
-            middle = (size + 1) // 2 if halve else size
-            batches += [batch.take(range(start, end)) for start, end in ((0, middle), (middle, size)) if start < end]
-        full = self.precision.full()
-        return replace(self, batches=batches, precision=full, scaler=full.new_scaler(self.scaler.settings))
+            number = max(1, min(parts, size // least))
+            ends = [size * part // number for part in range(number + 1)]
+            batches += [batch.take(range(start, end)) for start, end in pairwise(ends)]
+        return replace(self, batches=batches)
 
 
 def accumulate_gradients(model: nn.Module, window: Window) -> Tensor:
@@ -104,6 +120,45 @@ def accumulate_gradients(model: nn.Module, window: Window) -> Tensor:
         window.scaler.scale(loss).backward()
         total += loss.detach()
     return total
+
+
+class BatchParts:
+    """Cuts batches down where the device's memory is too short for them; as many samples make a step as before."""
+
+    def __init__(self) -> None:
+        self.number = 1  # of parts that each batch is to go through in
+
+    def gradients(self, model: nn.Module, window: Window, guard: BufferGuard) -> Tensor:
+        """``accumulate_gradients``; where that runs out of memory, in batches of half the size, and so from then on.
+
+        Returns:
+            the window's loss. Of a window that is run again in fp32 and does not fit, NaN: it is given up like one that
+            is not finite in fp32 either.
+
+        Raises:
+            torch.OutOfMemoryError: the smallest batches do not fit.
+        """
+        largest = max(len(batch.images) for batch in window.batches)
+        while True:
+            can_be_cut = largest // 2 >= guard.least_batch
+            try:
+                return accumulate_gradients(model, window)
+            except torch.OutOfMemoryError:
+                if not can_be_cut and window.attempt == 0:
+                    raise
+            # Only here are the tensors gone that the traceback held on to.
+            model.zero_grad(set_to_none=True)
+            guard.restore()
+            torch.cuda.empty_cache()
+            if not can_be_cut:
+                return torch.full((), torch.nan, device=window.precision.device_type)
+            window, largest = window.in_parts(2, guard.least_batch), (largest + 1) // 2
+            if window.attempt == 0:
+                self.number *= 2
+                tqdm.write(
+                    f"Out of memory: each batch goes through in {self.number} parts from here on, of at most {largest} "
+                    "images; as many images make a step as before"
+                )
 
 
 class WindowFeed:

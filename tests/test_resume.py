@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import builders
 import train_ultimate
+import window as window_module
 from models import CamouflageSegmenter
 from train_ultimate import main
 from training.checkpoint import CheckpointStore, read_checkpoint, unlock_directory
@@ -146,7 +147,8 @@ def test_uncaught_error_costs_no_window(
     undisturbed: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, call: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        original, calls = getattr(train_ultimate, name), 0
+        module = train_ultimate if name == "validate" else window_module
+        original, calls = getattr(module, name), 0
 
         def broken(*args: Any) -> Any:
             nonlocal calls
@@ -156,7 +158,7 @@ def test_uncaught_error_costs_no_window(
                 raise ZeroDivisionError("a bug")
             return original(*args)
 
-        patch.setattr(train_ultimate, name, broken)
+        patch.setattr(module, name, broken)
         assert main(tiny_argv()) == 1
     error = capsys.readouterr().err
     assert "ZeroDivisionError" in error

@@ -24,11 +24,13 @@ from test_metrics import assert_equals_reference
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+import builders
 import train_ultimate
 import window as window_module
 from data.dataset import Batch
 from data.loading import to_device, training_loader, validation_loader
 from losses import deep_supervision_loss
+from models import CamouflageSegmenter
 from train_ultimate import Run, main, prepare, run_stage, train_epoch
 from training.checkpoint import read_checkpoint
 from training.stages import ScalerSettings, Stage
@@ -606,6 +608,48 @@ def bare_loop_that_raises(run: Run) -> tuple[int, int]:
         scaler.step(optimizer)
         scaler.update()
     raise AssertionError("no window overflowed")
+
+
+# Memory
+
+
+def limit_memory(monkeypatch: pytest.MonkeyPatch, images: int) -> None:
+    """Networks that run out of memory when they train on more images at once. No CPU raises torch's error."""
+    original = builders.build_network
+
+    def refuse(model: torch.nn.Module, inputs: tuple[Tensor]) -> None:
+        if model.training and len(inputs[0]) > images:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def build(*args: Any, **options: Any) -> CamouflageSegmenter:
+        model = original(*args, **options)
+        model.register_forward_pre_hook(refuse)
+        return model
+
+    monkeypatch.setattr(builders, "build_network", build)
+
+
+def test_run_that_does_not_fit_goes_on_in_smaller_batches_with_the_same_effective_batch(
+    finished: Path, tiny_argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit_memory(monkeypatch, 2)
+    assert main(tiny_argv("--batch-size", "6", "--accumulation-steps", "1")) == 0
+    assert capsys.readouterr().out.count("Out of memory: each batch goes through in") == 2  # 6, 3, 2
+    ours, fits = (read_events(directory, "window") for directory in (tmp_path / "run", finished))
+    assert {entry["verdict"] for entry in ours} == {"applied"}
+    for first, second in zip(ours[:8], fits[:8], strict=True):  # stage 1: no statistics of batches
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
+
+
+def test_run_that_fits_in_no_way_is_told_what_needs_less(
+    tiny_argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit_memory(monkeypatch, 0)
+    assert main(tiny_argv()) == 1
+    error = capsys.readouterr().err
+    assert "out of memory with the smallest batches; a smaller --img-size" in error
+    assert "Traceback" not in error
+    assert len(list((tmp_path / "run").glob("step_*.pth"))) == 1
 
 
 # What a user gets wrong

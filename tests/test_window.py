@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from data.dataset import Batch
 from training.drill import Drill
 from training.precision import Precision, PrecisionName
+from training.stability import BufferGuard
 from training.stages import ScalerSettings
-from window import Window, WindowFeed, accumulate_gradients, window_from_payload, window_to_payload
+from window import BatchParts, Window, WindowFeed, accumulate_gradients, window_from_payload, window_to_payload
 
 
 class TinyNetwork(nn.Module):
@@ -154,3 +155,79 @@ def test_window_from_its_payload_gives_the_same_gradient_bitwise(precision: Prec
     again = window_from_payload(window_to_payload(original, loss_scale=8.0), "cpu", torch.channels_last)
     assert all(torch.equal(a, b) for a, b in zip(gradients(model, original), gradients(model, again), strict=True))
     assert again.scaler.is_enabled() == (precision == "fp16")
+
+
+# Memory that is too short. (No CPU raises torch's error, so a hook does.)
+
+
+def with_memory_for(images: int, model: nn.Module) -> nn.Module:
+    def refuse(_: nn.Module, inputs: tuple[Tensor]) -> None:
+        if len(inputs[0]) > images:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.register_forward_pre_hook(refuse)
+    return model
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 9), st.integers(1, 3))
+def test_parts_have_the_same_samples_in_order_and_none_is_too_small(sizes: list[int], parts: int, least: int) -> None:
+    whole = window(tuple(sizes))
+    cut = whole.in_parts(parts, least)
+    assert cut.sample_indices == whole.sample_indices
+    sizes_cut = [len(part.images) for part in cut.batches]
+    assert min(sizes_cut) >= min(least, *sizes)
+    if least == 1:
+        assert max(sizes_cut) == max(-(-size // min(parts, size)) for size in sizes)
+
+
+def test_batches_that_do_not_fit_are_halved_until_they_do_with_the_same_gradient(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    of, parts = window((8, 8, 3)), BatchParts()
+    expected = gradients(TinyNetwork(), of)
+    model = with_memory_for(3, TinyNetwork())
+    loss = parts.gradients(model, of, BufferGuard(model))
+    assert loss.item() == pytest.approx(accumulate_gradients(TinyNetwork(), of).item())
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, gradient)
+    assert parts.number == 4
+    out = capsys.readouterr().out
+    assert [line.split(" from")[0] for line in out.splitlines()] == [
+        "Out of memory: each batch goes through in 2 parts",
+        "Out of memory: each batch goes through in 4 parts",
+    ]
+    parts.gradients(model, of.in_parts(parts.number), BufferGuard(model))
+    assert capsys.readouterr().out == ""
+
+
+def test_statistics_are_as_they_were_before_the_attempts_that_did_not_fit() -> None:
+    """And BatchNorm, which learns here, is never given a single sample."""
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 1, 1)).train()
+    network = with_memory_for(2, ListOf(model))
+    guard = BufferGuard(network)
+    guard.begin_window()
+    BatchParts().gradients(network, window((8,)), guard)
+    assert model[0].num_batches_tracked == 4
+    tight = with_memory_for(1, ListOf(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 1, 1)).train()))
+    guard = BufferGuard(tight)
+    guard.begin_window()
+    with pytest.raises(torch.OutOfMemoryError):
+        BatchParts().gradients(tight, window((8,)), guard)
+
+
+class ListOf(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [self.model(images)]
+
+
+def test_window_run_again_that_does_not_fit_counts_as_not_finite() -> None:
+    model = with_memory_for(0, TinyNetwork())
+    assert BatchParts().gradients(model, window((2,), attempt=2), BufferGuard(model)).isnan()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(torch.OutOfMemoryError):
+        BatchParts().gradients(model, window((2,)), BufferGuard(model))
