@@ -16,6 +16,7 @@ from metrics import ByteArray
 from models import CamouflageSegmenter
 from training.checkpoint import read_checkpoint
 from training.precision import Precision, resolve_device, resolve_precision
+from training.state import load_weights
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def load_network(path: Path, device_name: str, precision_name: str, img_size: in
         img_size: side of the network's input; None for that of training.
 
     Raises:
-        ValueError: no checkpoint of this program, or one that holds weights alone.
+        ValueError: no checkpoint of this program, one that holds weights alone, or weights that fit no other size.
     """
     checkpoint = read_checkpoint(path)
     if "config" not in checkpoint:
@@ -53,7 +54,7 @@ def load_network(path: Path, device_name: str, precision_name: str, img_size: in
     memory_format = memory_format_of(settings)
     model = on_device(build_network(settings, load_weights=False), device, memory_format)
     average = checkpoint.get("ema")
-    model.load_state_dict(checkpoint["model"] if average is None else average["model"])
+    load_weights(model, checkpoint["model"] if average is None else average["model"])
     return TrainedNetwork(
         model.eval(), settings.img_size, device, resolve_precision(precision_name, device), memory_format
     )
@@ -71,6 +72,8 @@ def predict_pairs(
         with network.precision.autocast():
             logits = network.model(images)[-1].float()
         for index, size, error, image_logits in zip(batch.indices, batch.sizes, batch.errors, logits, strict=True):
+            if not error and not torch.isfinite(image_logits).all():  # a host sync, as is grey_levels
+                error = f"{pairs[index].image}: the network's output is not finite; try --precision fp32"
             yield index, error or grey_levels(image_logits, size)
 
 

@@ -26,7 +26,8 @@ import commands
 if __name__ == "__main__":  # help, mistakes and the commands that do without torch answer before it is imported
     if (answered := commands.run()) is not None:
         sys.exit(answered)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): a traceback from amid imports would help nobody
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not so in a background job
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): a traceback from amid imports would help nobody
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_
@@ -357,7 +358,7 @@ def rescue(run: Run) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done; 1 a bug; 2 bad usage or input; 3 diverged; 130 / 143 stopped by a signal.
 
-    Of ``check-data``: 1 for findings.
+    Of ``check-data``: 1 for findings; of ``evaluate``: 1 for an image that could not be scored.
     """
     if (exit_code := commands.run(argv)) is not None:
         return exit_code
@@ -408,6 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a redirected log is to be read as it grows
     sys.exit(main())

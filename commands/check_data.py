@@ -1,6 +1,5 @@
 """``check-data``: every finding about a data set with file and reason, before a run meets it."""
 
-import os
 import shlex
 import sys
 import time
@@ -12,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from commands.output import print_lines, require_writable
 from data.inspection import KINDS, SIZE_BINS, PairFacts, Report, assess, pairs_to_inspect, start_inspection
 from data.layouts import Pair, Split, find_subsets
 from training.runlog import write_json, write_text
@@ -35,7 +35,9 @@ def check_data(
         raise ValueError(f"{root}: no such folder; --dataset-path must name the data set's folder")
     for file in (json_file, exclude_file):
         if file is not None:
-            _require_writable(file)
+            require_writable(file)
+    if json_file is not None and exclude_file is not None and json_file.resolve() == exclude_file.resolve():
+        raise ValueError(f"{json_file}: is to be written twice; give --json and --write-exclude a file each")
     start = time.perf_counter()
     try:
         subsets = find_subsets(root, include_noncam)
@@ -46,7 +48,7 @@ def check_data(
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
     seconds = time.perf_counter() - start
-    _print(_table(root, report, seconds))
+    print_lines(_table(root, report, seconds))
     try:
         if json_file is not None:
             write_json(json_file, _as_json(root, report, seconds))
@@ -55,29 +57,10 @@ def check_data(
     except OSError as error:
         names = " or ".join(str(file) for file in (json_file, exclude_file) if file is not None)
         raise ValueError(f"{names}: cannot be written ({error.strerror}); choose another place") from error
-    _print(["", _next_step(root, report, exclude_file)])
+    print_lines(["", _next_step(root, report, exclude_file)])
     if not report.num_usable:
         raise ValueError(f"{root}: not one image and mask that can be used; see the findings above")
     return 1 if report.findings else 0
-
-
-def _print(lines: Sequence[str]) -> None:
-    try:
-        for line in lines:
-            print(line.encode(errors="backslashreplace").decode())  # names that are not UTF-8
-        sys.stdout.flush()
-    except BrokenPipeError:  # `check-data | head` has seen enough; what comes now must go somewhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _require_writable(file: Path) -> None:
-    """Before minutes of work, not after."""
-    if file.is_dir():
-        raise ValueError(f"{file}: is a folder; name a file to write")
-    if not file.absolute().parent.is_dir():
-        raise ValueError(f"{file}: cannot be written, there is no folder {file.parent}; create it first")
-    if not os.access(file.absolute().parent, os.W_OK):
-        raise ValueError(f"{file}: cannot be written, {file.absolute().parent} is read-only; choose another place")
 
 
 def _inspect(pairs: Sequence[Pair], num_workers: int) -> list[PairFacts]:

@@ -6,10 +6,10 @@ Images stream through: a network (or files) on one side, processes that score on
 import argparse
 import heapq
 import itertools
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,19 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from commands.output import print_lines, require_writable
 from data.decoding import decode_mask, decode_prediction
 from data.figures import contact_sheet, thumbnail
-from data.layouts import MASK_SUFFIXES, Pair, Subset, files_by_stem, find_subsets, split_of, superclass_of
+from data.layouts import (
+    MASK_SUFFIXES,
+    PAIR_FOLDER_NAMES,
+    Pair,
+    Subset,
+    files_by_stem,
+    find_subsets,
+    split_of,
+    superclass_of,
+)
 from data.processes import process_pool
 from metrics import ByteArray, ImageScores, MeanScores, score_image
 from training.runlog import environment, write_json
@@ -119,8 +129,10 @@ def evaluate(args: argparse.Namespace, num_processes: int) -> int:
         ValueError, OSError: a folder or checkpoint is not usable, or a mask has no prediction.
     """
     for output in (args.json, args.contact_sheet):
-        if output is not None and not Path(output).resolve().parent.is_dir():
-            raise ValueError(f"{output}: its folder does not exist")
+        if output is not None:
+            require_writable(Path(output))
+    if args.contact_sheet is not None and Path(args.contact_sheet).suffix.lower() not in (".png", ".jpg", ".webp"):
+        raise ValueError(f"{args.contact_sheet}: name a picture, .png, .jpg or .webp")
     if args.checkpoint is not None:
         cases, total, source = _cases_of_checkpoint(args, num_processes)
     else:
@@ -140,18 +152,17 @@ def evaluate(args: argparse.Namespace, num_processes: int) -> int:
                 _keep_if_bad(worst, case, scored.scores, next(number))
     if not reports:
         raise ValueError(f"not one image could be scored; the first reason: {failures[0] if failures else 'no image'}")
-    print(*_table(reports), sep="\n")
-    for failure in failures:
-        print(f"Not scored: {failure}", file=sys.stderr)
-    if args.contact_sheet is not None:
-        rows = [(bad.caption, bad.panels) for bad in sorted(worst, reverse=True)]
-        contact_sheet(rows, ("image", "mask", "prediction")).save(args.contact_sheet)
-        print(f"The {len(rows)} worst: {args.contact_sheet}")
+    print_lines(_table(reports))
+    print_lines((f"Not scored: {failure}" for failure in failures), to_stderr=True)
     if args.json is not None:
         sets = {name: report.to_json() for name, report in reports.items()}
         packages = environment(Path(__file__), ("torch", "numpy", "pillow"))
         write_json(Path(args.json), {**source, **packages, "not_scored": failures, "sets": sets})
-        print(f"All of it, image by image: {args.json}")
+        print_lines([f"All of it, image by image: {args.json}"])
+    if args.contact_sheet is not None:
+        rows = [(bad.caption, bad.panels) for bad in sorted(worst, reverse=True)]
+        contact_sheet(rows, ("image", "mask", "prediction")).save(args.contact_sheet)
+        print_lines([f"The {len(rows)} worst: {args.contact_sheet}"])
     return 1 if failures else 0
 
 
@@ -175,6 +186,10 @@ def scored_cases(cases: Iterable[Case | str], num_processes: int) -> Iterator[tu
                     yield _result(*under_way.popleft())
             while under_way:
                 yield _result(*under_way.popleft())
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "a process that scores was killed, by the system if memory ran out; try fewer with --num-workers"
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -189,11 +204,16 @@ def score_case(case: Case) -> Scored | str:
         if not fits:
             size = mask.shape[1], mask.shape[0]
             prediction = np.array(Image.fromarray(prediction).resize(size, Image.Resampling.BILINEAR))
-        if case.save_as is not None:
-            Image.fromarray(prediction).save(case.save_as)
-        return Scored(score_image(prediction, mask), float(mask.mean()), not fits)
-    except (ValueError, OSError) as error:
+        scored = Scored(score_image(prediction, mask), float(mask.mean()), not fits)
+    except ValueError as error:
         return str(error)
+    if case.save_as is not None:
+        try:
+            Image.fromarray(prediction).save(case.save_as)
+        except OSError as error:
+            case.save_as.unlink(missing_ok=True)
+            return f"{case.save_as}: cannot be saved ({error.strerror or error})"
+    return scored
 
 
 _NO_CASE = Case("", Path(), None, Path())
@@ -213,15 +233,18 @@ def _cases_of_checkpoint(
     names = [(name, pair) for name, subset in subsets.items() for pair in subset.pairs]
     folders: dict[str, Path | None] = dict.fromkeys(subsets)
     if args.save_predictions is not None:
-        folders = {name: Path(args.save_predictions) / name for name in subsets}
-        for folder in folders.values():
-            assert folder is not None
+        data = {path.parent.resolve() for _, pair in names for path in (pair.image, pair.mask)}
+        for name in subsets:
+            folder = folders[name] = Path(args.save_predictions) / name
+            if data & {folder.resolve(), *folder.resolve().parents}:
+                raise ValueError(f"--save-predictions {args.save_predictions}: {folder} belongs to the data set")
             folder.mkdir(parents=True, exist_ok=True)
     print(f"Network: {args.checkpoint}, {network.img_size} px, {network.precision.name} on {network.device}")
 
     def cases() -> Iterator[Case | str]:
         pairs = [pair for _, pair in names]
-        for index, prediction in predict_pairs(network, pairs, args.batch_size, max(1, num_processes // 2)):
+        num_loaders = max(1, num_processes // 2) if num_processes else 0
+        for index, prediction in predict_pairs(network, pairs, args.batch_size, num_loaders):
             (name, pair), folder = names[index], folders[names[index][0]]
             if isinstance(prediction, str):
                 yield prediction
@@ -257,7 +280,8 @@ def _cases_of_folder(args: argparse.Namespace) -> tuple[Iterator[Case | str], in
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise ValueError(
                 f"{folder}: no prediction for {len(missing)} of the {len(pairs)} masks of {name}: "
-                f"{', '.join(missing[:3])}{more}; a prediction carries its mask's file name"
+                f"{', '.join(missing[:3])}{more}; a prediction carries its mask's file name, "
+                f"in the folder itself or in one called {name}"
             )
         for pair in pairs:
             image = pair.image if args.masks is None else None
@@ -266,27 +290,38 @@ def _cases_of_folder(args: argparse.Namespace) -> tuple[Iterator[Case | str], in
 
 
 def _test_subsets(roots: Sequence[str], include_noncam: bool) -> dict[str, Subset]:
-    """By the name to print: the last folder that says more than "test"; the whole path where that is not unique.
+    """The test folders below each root, by the name to print.
 
-    The test folders below each root; where there is none, all of them: who names a folder here wants it scored.
+    Where a root has none, all of its folders, with a warning: who names a folder here wants it scored.
     """
-    found: list[tuple[Path, Subset]] = []
+    found: dict[tuple[str, ...], Subset] = {}
     for root in roots:
         subsets = find_subsets(Path(root), include_noncam)
-        tests = [subset for subset in subsets if subset.split == "test"] or subsets
-        found += [(Path(root), subset) for subset in tests if subset.pairs]
-        for subset in tests:
+        tests = [subset for subset in subsets if subset.split == "test"]
+        if not tests:
+            print(f"Warning: {root}: nothing in its path marks a test set; all of it is scored, trained on or not")
+        for subset in tests or subsets:
             if subset.images_without_mask:
                 print(f"Warning: {subset.name}: {len(subset.images_without_mask)} images without a mask are left out")
-    paths = [[root.resolve().name, *subset.name.split("/")] for root, subset in found]
-    short = [next((part for part in reversed(parts) if split_of([part]) is None), parts[0]) for parts in paths]
-    named = {
-        name if short.count(name) == 1 else "-".join(parts): subset
-        for name, parts, (_, subset) in zip(short, paths, found, strict=True)
-    }
-    if not named:
+            if subset.pairs:
+                found[*Path(root).resolve().parts[1:], *subset.name.split("/")] = subset
+    if not found:
         raise ValueError(f"{', '.join(roots)}: not one image there has a mask")
-    return named
+    return dict(zip(_short_names(list(found)), found.values(), strict=True))
+
+
+def _short_names(paths: Sequence[tuple[str, ...]]) -> list[str]:
+    """The last folder of each that says more than "test" or "images"; more of the path where that is not unique."""
+    telling = [
+        [part for part in path if split_of([part]) is None and part.lower() not in PAIR_FOLDER_NAMES] or list(path)
+        for path in paths
+    ]
+    names = []
+    for own in telling:
+        endings = ("-".join(own[-length:]) for length in range(1, len(own) + 1))
+        unique = (end for end in endings if sum(f"-{'-'.join(other)}".endswith(f"-{end}") for other in telling) == 1)
+        names.append(next(unique, None))
+    return [name or "-".join(path) for name, path in zip(names, paths, strict=True)]
 
 
 def _keep_if_bad(worst: list[Bad], case: Case, scores: ImageScores, number: int) -> None:
@@ -296,7 +331,10 @@ def _keep_if_bad(worst: list[Bad], case: Case, scores: ImageScores, number: int)
     prediction = case.prediction if isinstance(case.prediction, np.ndarray) else decode_prediction(case.prediction)
     panels = [thumbnail(decode_mask(case.mask).astype(np.uint8) * 255), thumbnail(prediction)]
     if case.image is not None:
-        panels.insert(0, thumbnail(case.image))
+        try:
+            panels.insert(0, thumbnail(case.image))
+        except ValueError:  # it is not needed for the scores
+            panels.insert(0, Image.new("RGB", (1, 1)))
     caption = f"{case.set_name}/{case.mask.stem}   S {scores.s_measure:.3f}   IoU {scores.iou:.3f}"
     keep: Callable[[list[Bad], Bad], Any] = heapq.heappush if len(worst) < _NUM_WORST else heapq.heapreplace
     keep(worst, Bad(badness, number, panels, caption))
@@ -308,23 +346,23 @@ def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _table(reports: dict[str, SetReport]) -> list[str]:
-    lines = [_row("", "images", list(_COLUMNS.values()))]
+    """Aligned; the names' column is as wide as the longest."""
+    rows = [("", "images", list(_COLUMNS.values()))]
     for name, report in reports.items():
         means = report.totals.means()
-        lines.append(_row(name, str(report.totals.num_images), [f"{means[key]:.3f}" for key in _COLUMNS]))
+        rows.append((name, str(report.totals.num_images), [f"{means[key]:.3f}" for key in _COLUMNS]))
     titles = [_COLUMNS[key] for key in _GROUP_COLUMNS]
     for name, report in reports.items():
         for title, groups in (("by object size", report.by_size()), ("by superclass", report.by_superclass())):
             if len(groups) > 1:
-                lines += ["", _row(f"{name} {title}", "images", titles)]
+                rows += [("", "", []), (f"{name} {title}", "images", titles)]
                 for group, means in groups.items():
                     values = [f"{means[key]:.3f}" for key in _GROUP_COLUMNS]
-                    lines.append(_row(f"  {group}", str(means["num_images"]), values))
-    for name, report in reports.items():
-        if report.num_resized:
-            lines.append(f"Warning: {report.num_resized} predictions of {name} were resized to their masks' size")
-    return lines
-
-
-def _row(name: str, number: str, values: Sequence[str]) -> str:
-    return f"{name:28.28} {number:>6}" + "".join(f" {value:>6}" for value in values)
+                    rows.append((f"  {group}", str(int(means["num_images"])), values))
+    width = max(28, *(len(name) for name, _, _ in rows))
+    lines = [
+        f"{name:{width}} {number:>6}" + "".join(f" {value:>6}" for value in values) for name, number, values in rows
+    ]
+    resized = {name: report.num_resized for name, report in reports.items() if report.num_resized}
+    warning = "Warning: {} predictions of {} were resized to their masks' size"
+    return [line.rstrip() for line in lines] + [warning.format(number, name) for name, number in resized.items()]

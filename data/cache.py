@@ -27,7 +27,7 @@ import PIL
 from tqdm import tqdm
 
 from data.decoding import UInt8Array, fixed_size_image, fixed_size_mask, problem_of
-from data.layouts import Pair
+from data.layouts import Pair, size_and_time
 from data.processes import process_pool
 
 FORMAT = 1  # to be raised whenever the same files are decoded or resized to other bytes, or laid out otherwise
@@ -54,6 +54,8 @@ class DecodedCache:
     def read(self, pair: Pair) -> tuple[UInt8Array, UInt8Array]:
         """Image and mask as ``fixed_size_image`` and ``fixed_size_mask`` give them: (3, S, S) and (1, S, S), copied.
 
+        Decoded after all where somebody has removed the file meanwhile.
+
         Raises:
             ValueError: the file could not be decoded.
         """
@@ -61,7 +63,10 @@ class DecodedCache:
             raise ValueError(self.problems[pair.image])
         if self._rows is None:
             shape = len(self._row_of), 4, self.img_size, self.img_size
-            self._rows = np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r", shape=shape))
+            try:
+                self._rows = np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r", shape=shape))
+            except FileNotFoundError:
+                return fixed_size_image(pair.image, self.img_size), fixed_size_mask(pair.mask, self.img_size)
         pixels = self._rows[self._row_of[pair.image]].copy()
         return pixels[:3], pixels[3:]
 
@@ -120,8 +125,8 @@ def _key(pairs: Sequence[Pair], root: Path, img_size: int) -> str:
     digest = hashlib.sha256(f"{FORMAT} {img_size} {PIL.__version__}\n".encode())
     for pair in pairs:
         for path in (pair.image, pair.mask):
-            status = path.stat()
-            line = f"{path.relative_to(root).as_posix()}\0{status.st_size}\0{status.st_mtime_ns}\n"
+            size, time_of_change = size_and_time(path)
+            line = f"{path.relative_to(root).as_posix()}\0{size}\0{time_of_change}\n"
             digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
 

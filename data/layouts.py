@@ -37,6 +37,7 @@ _PAIR_FOLDERS = (
     ("images", "gt"),
     ("image", "gt"),
 )
+PAIR_FOLDER_NAMES = frozenset(name for names in _PAIR_FOLDERS for name in names)
 _MAX_DEPTH = 4
 _TRAIN_WORD = re.compile(r"train.*|tr")
 _TEST_WORD = re.compile(r"test.*|te|val|valid|validation|vd|eval.*")
@@ -132,12 +133,17 @@ def each_once(pairs: Sequence[Pair]) -> list[Pair]:
     """The first of the pairs whose photographs have the same file name and size."""
     first_of_its_kind: dict[tuple[str, int], Pair] = {}
     for pair in pairs:
-        try:
-            size = pair.image.stat().st_size
-        except OSError:  # a link to nowhere, say: whoever opens it tells
-            size = -1
-        first_of_its_kind.setdefault((pair.image.name, size), pair)
+        first_of_its_kind.setdefault((pair.image.name, size_and_time(pair.image)[0]), pair)
     return list(first_of_its_kind.values())
+
+
+def size_and_time(path: Path) -> tuple[int, int]:
+    """A file's size in bytes and its time of change in ns; (-1, -1) for a link to nowhere: whoever opens it tells."""
+    try:
+        status = path.stat()
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
 
 
 def read_exclude_file(path: Path) -> list[str]:
@@ -200,16 +206,18 @@ def split_as_before(pairs: Sequence[Pair], root: Path, validation: Sequence[str]
     Drawn anew after files were added or removed, the validation set would hold images the network was trained on.
 
     Raises:
-        ValueError: none of the validation images is there.
+        ValueError: none of the validation images is there, or nothing else.
     """
     names = set(validation)
     chosen = [pair for pair in pairs if pair.image.relative_to(root).as_posix() in names]
     rest = [pair for pair in pairs if pair.image.relative_to(root).as_posix() not in names]
-    if not chosen or not rest:
+    if not chosen:
         raise ValueError(
             f"{root}: none of the {len(names)} images that the checkpoint's run was validated on is there (such as "
-            f"{min(names)}); resume with the data set it was trained on"
+            f"{min(names)}); resume with the data set it was trained on, and without excluding all of them"
         )
+    if not rest:
+        raise ValueError(f"{root}: nothing to train on but the {len(chosen)} images that the run is validated on")
     return rest, chosen
 
 
@@ -246,7 +254,7 @@ def fingerprint(pairs: Sequence[Pair], root: Path) -> str:
     digest = hashlib.sha256()
     for pair in pairs:
         for path in (pair.image, pair.mask):
-            digest.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\n".encode())
+            digest.update(f"{path.relative_to(root).as_posix()}\0{size_and_time(path)[0]}\n".encode())
     return digest.hexdigest()[:16]
 
 

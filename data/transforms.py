@@ -2,7 +2,8 @@
 
 torchvision's transforms, one after the other, resample a rotated image twice and round it to bytes after every step,
 which takes three times as long as all of this. Ranges, order and formulas are those of RandomHorizontalFlip,
-RandomResizedCrop, RandomRotation and ColorJitter.
+RandomResizedCrop, RandomRotation and ColorJitter; but they move the mask of an image that is not rotated by half a
+pixel against it.
 """
 
 import math
@@ -70,7 +71,7 @@ def augment(image: Tensor, mask: Tensor, augmentation: Augmentation) -> tuple[Te
         if augmentation.flip:
             image, mask = image.flip(-1), mask.flip(-1)
         pixels = F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)[0].float()
-        mask = F.interpolate(mask[None], (size, size), mode="nearest")[0]
+        mask = F.interpolate(mask[None], (size, size), mode="nearest-exact")[0]  # "nearest" is half a pixel off
     for name, factor in augmentation.colour_steps:
         _change_colour(pixels, name, factor)
     return pixels.round_().to(torch.uint8), mask

@@ -53,7 +53,7 @@ class UnreadablePairs:
         """For the run's last lines."""
         if not self.reasons:
             return []
-        count = f"{len(self.reasons)} of {self.num_pairs} images or masks"
+        count = f"{len(self.reasons)} of {self.num_pairs} pairs of image and mask"
         return [f"Unreadable: {count}, replaced in training or left out of validation: {_first(self.reasons)}"]
 
 
@@ -68,7 +68,7 @@ def require_few(reasons: Mapping[str, str], num_pairs: int, advice: str) -> None
     if len(reasons) > max(ALWAYS_TOLERATED, num_pairs // 100):
         allowed = "1 %" if num_pairs >= 100 * ALWAYS_TOLERATED else f"{ALWAYS_TOLERATED}"
         raise UnreadableDataError(
-            f"{len(reasons)} of {num_pairs} images or masks cannot be read, more than {allowed}: "
+            f"{len(reasons)} of {num_pairs} pairs of image and mask cannot be read, more than {allowed}: "
             f"{_first(list(reasons.values()))}. {advice}"
         )
 

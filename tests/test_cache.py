@@ -233,6 +233,17 @@ def test_ctrl_c_while_it_is_built(root: Path, tiny_argv: Argv, tmp_path: Path) -
     assert list(directory.iterdir()) == []
 
 
+def test_file_that_is_removed_meanwhile_is_no_loss(root: Path, tmp_path: Path) -> None:
+    pairs, cache = pairs_of(root), built(root, tmp_path / "cache")
+    before = [CamouflageDataset(pairs, 64, cache=cache)[SampleKey(0, index)] for index in (0, 1)]
+    cache.path.unlink()
+    again = pickle.loads(pickle.dumps(cache))  # as in a new loader process, where the file is not mapped yet
+    for index, sample in enumerate(before):
+        anew = CamouflageDataset(pairs, 64, cache=again)[SampleKey(0, index)]
+        assert torch.equal(anew.image, sample.image)
+        assert torch.equal(anew.mask, sample.mask)
+
+
 # Whole runs
 
 
@@ -264,7 +275,7 @@ def test_too_many_unreadable_images_end_the_run_before_it_trains(
         image.write_bytes(image.read_bytes()[:-300])
     cached = ("--dataset-path", str(root), "--cache", "--cache-dir", str(tmp_path / "cache"))
     assert main(tiny_argv(*cached)) == 2
-    assert "5 of 22 images or masks cannot be read, more than 3" in capsys.readouterr().err
+    assert "5 of 22 pairs of image and mask cannot be read, more than 3" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

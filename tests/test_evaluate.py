@@ -18,8 +18,10 @@ import torch
 from conftest import tiny_arguments
 from PIL import Image
 
+import inference
 import train_ultimate
-from commands.evaluate import Case, Scored, scored_cases
+from commands import evaluate as evaluate_module
+from commands.evaluate import Case, Scored, score_case, scored_cases
 from data.decoding import decode_mask
 from inference import load_network
 from metrics import score_image
@@ -270,7 +272,10 @@ def test_ctrl_c_ends_it_without_a_traceback(tmp_path: Path) -> None:
         (["--checkpoint", "a", "--dataset-path", "b", "--img-size", "100"], "--img-size 100 is not a multiple of 32"),
         (["--predictions", "nowhere", "--masks", "c"], "nowhere: no such folder"),
         (["--checkpoint", "nowhere.pth", "--dataset-path", "."], "nowhere.pth: no such file"),
-        (["--predictions", ".", "--masks", ".", "--json", "no/where.json"], "no/where.json: its folder does not exist"),
+        (
+            ["--predictions", ".", "--masks", ".", "--json", "no/where.json"],
+            "no/where.json: cannot be written, there is no folder no",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(
@@ -288,3 +293,81 @@ def test_empty_folders_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[st
     shutil.rmtree(root / "GT")
     (root / "GT").mkdir()
     assert "not one image there has a mask" in failing(["--predictions", empty, "--dataset-path", str(root)], capsys)
+
+
+# What a review found
+
+
+def test_sets_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for root, number in (("a", 2), ("b", 3)):
+        write_set(tmp_path / root / "TestDataset" / "CAMO", [f"{root}{index}" for index in range(number)])
+        write_predictions(tmp_path / root / "TestDataset" / "CAMO" / "GT", tmp_path / "p" / f"{root}-CAMO")
+    roots = [str(tmp_path / root / "TestDataset") for root in ("a", "b", "a")]  # one of them twice
+    argv = ["--predictions", str(tmp_path / "p"), "--dataset-path", *roots, "--json", str(tmp_path / "out.json")]
+    assert main(["evaluate", *argv]) == 0
+    sets = json.loads((tmp_path / "out.json").read_text())["sets"]
+    assert {name: report["num_images"] for name, report in sets.items()} == {"a-CAMO": 2, "b-CAMO": 3}
+
+
+def test_set_is_never_called_after_its_image_folder_and_data_is_never_written_into(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_set(tmp_path / "flat", ["x", "y"])
+    root = tmp_path / "CAMO-V.1.0"
+    (root / "Images").mkdir(parents=True)
+    shutil.move(tmp_path / "flat" / "Imgs", root / "Images" / "Test")
+    shutil.move(tmp_path / "flat" / "GT", root / "GT")
+    argv = ["evaluate", "--checkpoint", str(checkpoint), "--dataset-path", str(root)]
+    assert main([*argv, "--save-predictions", str(root)]) == 0
+    assert re.search(r"^CAMO-V\.1\.0 +2 ", capsys.readouterr().out, re.MULTILINE)
+    assert len(list((root / "CAMO-V.1.0").iterdir())) == 2
+    inside = str(root / "Images" / "Test")
+    assert "belongs to the data set" in failing([*argv[1:], "--save-predictions", inside], capsys)
+
+
+def test_network_whose_output_is_not_finite_is_not_scored(
+    checkpoint: Path,
+    tiny_dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    original = inference.load_network
+
+    def broken(*args: Any) -> inference.TrainedNetwork:
+        network = original(*args)
+        network.model.register_forward_hook(lambda _module, _inputs, outputs: [outputs[-1] * torch.nan])
+        return network
+
+    monkeypatch.setattr(inference, "load_network", broken)
+    line = failing(["--checkpoint", str(checkpoint), "--dataset-path", str(tiny_dataset)], capsys)
+    assert "the network's output is not finite; try --precision fp32" in line
+
+
+def test_damaged_photograph_costs_its_panel_and_no_score(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "set", ["a", "b"])
+    predictions = write_predictions(root / "GT", tmp_path / "predictions")
+    (root / "Imgs" / "b.jpg").write_text("<html>")
+    argv = ["--predictions", str(predictions), "--dataset-path", str(root), "--contact-sheet", str(tmp_path / "a.png")]
+    assert main(["evaluate", *argv]) == 0
+    assert (tmp_path / "a.png").exists()
+
+
+def test_scoring_process_that_is_killed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_set(tmp_path / "set", ["a", "b"])
+    monkeypatch.setattr(evaluate_module, "decode_mask", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(ValueError, match="a process that scores was killed"):
+        list(scored_cases([Case("set", root / "GT" / "a.png", None, root / "GT" / "a.png")], num_processes=1))
+
+
+def test_prediction_that_cannot_be_saved_is_named(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "set", ["a"])
+    case = Case("set", root / "GT" / "a.png", None, root / "GT" / "a.png", save_as=tmp_path / "nowhere" / "a.png")
+    assert "nowhere/a.png: cannot be saved (No such file" in str(score_case(case))
+
+
+def test_folder_without_a_test_set_is_scored_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_set(tmp_path / "TrainDataset", ["a"])
+    predictions = write_predictions(root / "GT", tmp_path / "predictions")
+    assert main(["evaluate", "--predictions", str(predictions), "--dataset-path", str(root)]) == 0
+    assert "nothing in its path marks a test set" in capsys.readouterr().out

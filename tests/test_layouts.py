@@ -296,3 +296,15 @@ def test_fingerprint_changes_with_names_and_sizes_only(tmp_path: Path) -> None:
     assert now() == before
     (root / "Imgs" / "a.jpg").write_bytes(b"another size")
     assert now() != before
+
+
+def test_link_to_nowhere_is_left_to_whoever_opens_it(tmp_path: Path) -> None:
+    for name in ("Imgs", "GT"):
+        (tmp_path / "TrainDataset" / name).mkdir(parents=True)
+        for index in range(3):
+            (tmp_path / "TrainDataset" / name / f"{index}.png").write_bytes(b"x" * index)
+    (tmp_path / "TrainDataset" / "Imgs" / "3.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "TrainDataset" / "GT" / "3.png").write_bytes(b"")
+    pairs = training_pairs(find_subsets(tmp_path), tmp_path)
+    assert len(pairs) == 4
+    assert len(fingerprint(pairs, tmp_path)) == 16

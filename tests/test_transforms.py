@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -26,7 +27,10 @@ def by_torchvision(image: Tensor, mask: Tensor, drawn: Augmentation) -> tuple[Te
         picture, labels = reference.horizontal_flip(picture), reference.horizontal_flip(labels)
     crop = [drawn.top, drawn.left, drawn.height, drawn.width]
     picture = reference.resized_crop(picture, *crop, size=[SIZE, SIZE], antialias=True)
-    labels = reference.resized_crop(labels, *crop, size=[SIZE, SIZE], interpolation=InterpolationMode.NEAREST)
+    exact = InterpolationMode.NEAREST_EXACT  # which torchvision does not take for masks
+    labels = tv_tensors.Mask(
+        reference.resized_crop(labels.as_subclass(Tensor), *crop, size=[SIZE, SIZE], interpolation=exact)
+    )
     if drawn.angle:
         picture = reference.rotate(picture, drawn.angle, interpolation=InterpolationMode.BILINEAR)
         labels = reference.rotate(labels, drawn.angle, interpolation=InterpolationMode.NEAREST)
@@ -112,3 +116,21 @@ def test_mask_follows_the_image() -> None:
         assert (bright & new_mask[0].bool()).sum() / union > 0.9
         moved += not torch.equal(new_mask, mask)
     assert moved > 30
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_mask_is_not_shifted_against_its_image(rotated: bool) -> None:
+    y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
+    mask = ((y - 48) ** 2 + (x - 44) ** 2 < 900).to(torch.uint8)[None]
+    image = (mask * 255).expand(3, -1, -1).contiguous()
+    shifts = []
+    for seed in range(80):
+        drawn = dataclasses.replace(draw_augmentation(SIZE, seed), colour_steps=())
+        if bool(drawn.angle) == rotated:
+            new_image, new_mask = augment(image, mask, drawn)
+            centres = [
+                torch.stack([(y * weight).sum() / weight.sum(), (x * weight).sum() / weight.sum()])
+                for weight in (new_image[0].float(), new_mask[0].float())
+            ]
+            shifts.append(centres[1] - centres[0])
+    assert torch.stack(shifts).mean(dim=0).abs().max() < 0.1

@@ -20,7 +20,7 @@ TRAINED = ("model", "ema", "optimizer", "scaler", "detector", "progress", "unrea
 def test_one_per_cent_is_let_pass_and_three_of_a_small_data_set(num_pairs: int, most: int) -> None:
     names = {f"{number}.jpg": "cut short" for number in range(most + 1)}
     require_few(dict(list(names.items())[:most]), num_pairs, "Do this.")
-    with pytest.raises(UnreadableDataError, match=rf"^{most + 1} of {num_pairs} images.*and \d+ more\. Do this\.$"):
+    with pytest.raises(UnreadableDataError, match=rf"^{most + 1} of {num_pairs} pairs.*and \d+ more\. Do this\.$"):
         require_few(names, num_pairs, "Do this.")
 
 
@@ -81,7 +81,7 @@ def test_a_run_goes_on_names_each_file_once_and_counts(
     assert len(lines) == 3
     assert sum(line.endswith("; replaced by another") for line in lines) == 2
     assert sum(line.endswith("; left out of the scores") for line in lines) == 1
-    assert "Unreadable: 3 of 22 images or masks, replaced in training or left out of validation: " in out
+    assert "Unreadable: 3 of 22 pairs of image and mask, replaced in training or left out of validation: " in out
     events = read_events(tmp_path / "run", "unreadable")
     assert len({event["image"] for event in events}) == len(events) == 3
     assert [epoch["unreadable"] for epoch in read_events(tmp_path / "run", "epoch")] == [3] * 4
@@ -117,7 +117,7 @@ def test_too_many_stop_the_first_epoch_and_the_run_goes_on_when_they_are_repaire
     root = damage(8)
     assert main(tiny_argv("--dataset-path", str(root), "--num-workers", num_workers)) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.match(r"error: \d of 22 images or masks cannot be read, more than 3: .*cannot be decoded", line)
+    assert re.match(r"error: \d of 22 pairs of image and mask cannot be read, more than 3: .*cannot be decoded", line)
     assert "check-data --dataset-path" in line
     assert "--write-exclude" in line
     assert "--resume auto" in line

@@ -189,4 +189,4 @@ def resume(
     if state.ladder.lr_factor != 1:
         print(f"Learning rates are multiplied by {state.ladder.lr_factor:g}: {state.ladder.num_rollbacks} rollbacks")
     if before["data"] != now["data"]:
-        print("Warning: files were added, removed or changed since the checkpoint was written")
+        print("Warning: files were added, removed, changed or excluded since the checkpoint was written")
