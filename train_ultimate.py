@@ -362,14 +362,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if (exit_code := commands.run(argv)) is not None:
         return exit_code
-    try:
-        run = prepare(argv)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    run = commands.attempt(lambda: prepare(argv))
+    if isinstance(run, int):
+        return run
     exit_code, message = 0, ""
     try:
         with run.stop:

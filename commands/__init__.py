@@ -4,20 +4,27 @@ that need it.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import cli
+
+T = TypeVar("T")
 
 
 def run(argv: Sequence[str] | None = None) -> int | None:
     """Run the command; its exit code, or None for ``train`` and ``demo``, which are the caller's.
 
-    Answers mistakes in the command line of those two as well: exit code 2, one line on stderr.
+    Mistakes in the command line of those two are answered here, too.
     """
+    return attempt(lambda: _run(cli.parse(argv)))
+
+
+def attempt(call: Callable[[], T]) -> T | int:
+    """What the call returns; where a user's mistake or Ctrl-C ends it, one line on stderr and the exit code."""
     try:
-        args = cli.parse(argv)
-        return None if args.command in ("train", "demo") else _run(args)
+        return call()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -26,7 +33,9 @@ def run(argv: Sequence[str] | None = None) -> int | None:
         return 130
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int | None:
+    if args.command in ("train", "demo"):
+        return None
     if args.command == "replay":
         from commands.replay import replay
 

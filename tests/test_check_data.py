@@ -185,7 +185,7 @@ def test_resumed_run_leaves_out_the_same_when_the_list_has_gone(
     out = capsys.readouterr().out
     assert f"--exclude {exclude} has gone: what it named when the checkpoint was written is left out" in out
     assert "19 pairs to train on, 2 to validate on" in out
-    assert "files were added, removed or changed" not in out
+    assert "files were added, removed, changed or excluded" not in out
     exclude.write_text("")  # a list that is there counts as it is now
     assert main(tiny_argv("--resume", "auto", "--epochs", "3", "--stage1-epochs", "1")) == 0
     assert "20 pairs to train on, 2 to validate on" in capsys.readouterr().out

@@ -417,7 +417,7 @@ def test_validation_images_stay_the_same_when_a_file_is_gone(
     (root / min(training)).unlink()
     assert main(["train", "--resume", "auto", "--checkpoint-dir", str(directory), "--epochs", "2"]) == 0
     assert json.loads((directory / "config.json").read_text())["validation"] == validation
-    assert "files were added, removed or changed" in capsys.readouterr().out
+    assert "files were added, removed, changed or excluded" in capsys.readouterr().out
 
 
 def test_only_damaged_checkpoints_are_not_mistaken_for_none(
