@@ -92,7 +92,7 @@ class Window:
         for batch in self.batches:
             size = len(batch.images)
             number = max(1, min(parts, size // least))
-            ends = [size * part // number for part in range(number + 1)]
+            ends = [-(-size * part // number) for part in range(number + 1)]  # the larger ones first
             batches += [batch.take(range(start, end)) for start, end in pairwise(ends)]
         return replace(self, batches=batches)
 
