@@ -84,8 +84,9 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
         now = time.perf_counter()
         guard.begin_window()
         try:
-            window = feed.take(hold=run.save_is_due or run.stop.signal_number is not None)
-            loss = run.parts.gradients(state.model, window, guard) if window is not None else None
+            window, loss = feed.take(hold=run.save_is_due or run.stop.signal_number is not None), None
+            if window is not None:
+                window, loss = run.parts.gradients(state.model, window, guard)
         except Exception:  # a bug, a lost worker: what has been trained so far can still be saved
             guard.restore()
             if pending is not None:

@@ -128,12 +128,12 @@ class BatchParts:
     def __init__(self) -> None:
         self.number = 1  # of parts that each batch is to go through in
 
-    def gradients(self, model: nn.Module, window: Window, guard: BufferGuard) -> Tensor:
+    def gradients(self, model: nn.Module, window: Window, guard: BufferGuard) -> tuple[Window, Tensor]:
         """``accumulate_gradients``; where that runs out of memory, in batches of half the size, and so from then on.
 
         Returns:
-            the window's loss. Of a window that is run again in fp32 and does not fit, NaN: it is given up like one that
-            is not finite in fp32 either.
+            the window in the batches that fitted, to be run again or looked into, and its loss. Of a window that is run
+            again in fp32 and does not fit, NaN: it is given up like one that is not finite in fp32 either.
 
         Raises:
             torch.OutOfMemoryError: the smallest batches do not fit.
@@ -142,7 +142,7 @@ class BatchParts:
         while True:
             can_be_cut = largest // 2 >= guard.least_batch
             try:
-                return accumulate_gradients(model, window)
+                return window, accumulate_gradients(model, window)
             except torch.OutOfMemoryError:
                 if not can_be_cut and window.attempt == 0:
                     raise
@@ -151,7 +151,7 @@ class BatchParts:
             guard.restore()
             torch.cuda.empty_cache()
             if not can_be_cut:
-                return torch.full((), torch.nan, device=window.precision.device_type)
+                return window, torch.full((), torch.nan, device=window.precision.device_type)
             window, largest = window.in_parts(2, guard.least_batch), (largest + 1) // 2
             if window.attempt == 0:
                 self.number *= 2

@@ -186,7 +186,9 @@ def test_batches_that_do_not_fit_are_halved_until_they_do_with_the_same_gradient
     of, parts = window((8, 8, 3)), BatchParts()
     expected = gradients(TinyNetwork(), of)
     model = with_memory_for(3, TinyNetwork())
-    loss = parts.gradients(model, of, BufferGuard(model))
+    cut, loss = parts.gradients(model, of, BufferGuard(model))
+    assert [len(part.images) for part in cut.batches] == [2] * 8 + [1] * 3
+    assert cut.sample_indices == of.sample_indices
     assert loss.item() == pytest.approx(accumulate_gradients(TinyNetwork(), of).item())
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         assert parameter.grad is not None
@@ -227,7 +229,7 @@ class ListOf(nn.Module):
 
 def test_window_run_again_that_does_not_fit_counts_as_not_finite() -> None:
     model = with_memory_for(0, TinyNetwork())
-    assert BatchParts().gradients(model, window((2,), attempt=2), BufferGuard(model)).isnan()
+    assert BatchParts().gradients(model, window((2,), attempt=2), BufferGuard(model))[1].isnan()
     assert all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(torch.OutOfMemoryError):
         BatchParts().gradients(model, window((2,)), BufferGuard(model))
