@@ -4,7 +4,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from training.runlog import RunLog, environment, write_json
 from training.stability import SpikeDetector
 from training.stages import CONSERVATIVE_SCALER, Stage
 from training.state import TrainState, load_weights, resume
-from window import BatchParts
+from window import WindowRunner
 
 SYNTHETIC_TRAIN_IMAGES, SYNTHETIC_TEST_IMAGES = 640, 64
 
@@ -63,10 +63,10 @@ class Run:
     recovery: Recovery
     unreadable: UnreadablePairs
     drills: list[Drill]
+    runner: WindowRunner
     stop: StopRequest
     lock: int | None  # on the checkpoint directory
     consistent: bool = True  # no step is half done: the state could be saved
-    parts: BatchParts = field(default_factory=BatchParts)
 
     def checkpoint(self) -> dict[str, Any]:
         return {"config": self.config, **self.state.state_dict()}
@@ -199,6 +199,7 @@ def prepare(argv: Sequence[str] | None) -> Run:
     if args.deterministic:
         use_deterministic_algorithms()
     keep_freed_memory()
+    torch.set_num_threads(min(torch.get_num_threads(), cli.num_cores()))  # torch counts cores, not a container's share
     device = resolve_device(args.device)
     precision = resolve_precision(args.precision, device)
     memory_format = memory_format_of(args)
@@ -217,6 +218,9 @@ def prepare(argv: Sequence[str] | None) -> Run:
     stages = build_stages(args)
     model = build_network(args, load_weights=checkpoint is None and weights_alone is None)
     model = on_device(model, device, memory_format)
+    if args.gradient_checkpointing and not model.checkpoint_gradients():
+        print(f"Warning: timm has no gradient checkpointing for {args.backbone}: only the decoder's will save memory")
+    runner = WindowRunner(min(args.batch_size, len(train_pairs)), recomputes=args.gradient_checkpointing)
     if weights_alone is not None:
         load_weights(model, weights_alone)
     if not all_finite(model.state_dict().values()):
@@ -264,4 +268,4 @@ def prepare(argv: Sequence[str] | None) -> Run:
     unreadable = UnreadablePairs(state.unreadable, len(pairs), config["validation"], advice, log.event)
     unreadable.note(problems)
     return Run(args, config, device, precision, memory_format, stages, train_pairs, val_pairs, cache, state, store,
-               log, recovery, unreadable, drills, StopRequest(), lock)  # fmt: skip
+               log, recovery, unreadable, drills, runner, StopRequest(), lock)  # fmt: skip

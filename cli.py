@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -166,8 +167,14 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
 
     flag = parser.add_argument_group("machine").add_argument
     flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one")
+    flag("--augment-on", choices=("loader", "device"), default="loader",
+         help="where training images are augmented; device: where the processes that load them cannot keep up")
     flag("--channels-last", action=argparse.BooleanOptionalAction, default=True,
          help="the memory layout convolutions prefer")
+    flag("--compile", action=argparse.BooleanOptionalAction, default=False,
+         help="have torch.compile make kernels of network and loss; takes a minute or more when a stage begins")
+    flag("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False,
+         help="compute activations again in the backward pass instead of keeping them: less memory, a third more time")
     # fmt: on
 
 
@@ -213,9 +220,18 @@ def _check_evaluate(args: argparse.Namespace) -> None:
         _check_img_size(args.img_size)
 
 
-def num_cores() -> int:
-    """That this program may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def num_cores(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """That this program may use: those it is bound to, or fewer where a container limits its share of their time.
+
+    On a host with 64 cores, threads for all of them in a container with the time of two would wait for each other.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroups of version 2, and 1
+        with suppress(OSError, ValueError):
+            quota, period = (int(number) for name in files for number in (cgroups / name).read_text().split())
+            if quota > 0 and period > 0:
+                cores = min(cores, max(1, -(-quota // period)))
+    return cores
 
 
 def default_num_workers() -> int:

@@ -60,7 +60,7 @@ def uncertainty_loss(logits: Tensor) -> Tensor:
     return (1 - (2 * logits.sigmoid() - 1).square()).mean()
 
 
-def deep_supervision_loss(side_logits: Sequence[Tensor], masks: Tensor, uncertainty_weight: float) -> Tensor:
+def deep_supervision_loss(side_logits: Sequence[Tensor], masks: Tensor, uncertainty_weight: float | Tensor) -> Tensor:
     """Structure loss on every side output plus the uncertainty loss on the finest: the loss this program trains with.
 
     Side outputs are brought to the masks' size and weighted ..., 1/4, 1/2, 1 from coarse to fine.
@@ -81,6 +81,6 @@ def deep_supervision_loss(side_logits: Sequence[Tensor], masks: Tensor, uncertai
         for level, logits in enumerate(reversed(side_logits)):
             full_size = F.interpolate(logits.float(), size=masks.shape[-2:], mode="bilinear", align_corners=False)
             loss = loss + structure_loss(full_size, masks, weights) / 2**level
-            if level == 0 and uncertainty_weight > 0:
+            if level == 0:
                 loss = loss + uncertainty_weight * uncertainty_loss(full_size)
     return loss

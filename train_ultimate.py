@@ -86,7 +86,7 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
         try:
             window, loss = feed.take(hold=run.save_is_due or run.stop.signal_number is not None), None
             if window is not None:
-                window, loss = run.parts.gradients(state.model, window, guard)
+                window, loss = run.runner.gradients(state.model, window, guard)
         except Exception:  # a bug, a lost worker: what has been trained so far can still be saved
             guard.restore()
             if pending is not None:
@@ -158,7 +158,7 @@ def epoch_windows(
             seed=derive_seed(run.args.seed, first_global + number + 1),
         )
         window = run.recovery.without_quarantined(window, guard.least_batch)
-        window = window.in_parts(run.parts.number, guard.least_batch)
+        window = window.in_parts(run.runner.num_parts, guard.least_batch)
         if window.batches:
             full = run.state.ladder.full_precision
             yield window.in_full_precision(halve=not guard.batch_matters) if full else window
@@ -265,11 +265,16 @@ def run_stage(run: Run, stage: Stage) -> None:
     run.recovery.begin_stage()
     num_workers = cli.default_num_workers() if run.args.num_workers is None else run.args.num_workers
     workers = {"num_workers": num_workers, "pin_memory": run.device.type == "cuda", "cache": run.cache}
-    train_loader = training_loader(run.train_pairs, run.args.img_size, stage.batch_size, run.args.seed, **workers)
+    later = {"augment_on_device": run.args.augment_on == "device"}
+    train_loader = training_loader(
+        run.train_pairs, run.args.img_size, stage.batch_size, run.args.seed, **workers, **later
+    )
     val_loader = validation_loader(run.val_pairs, run.args.img_size, stage.batch_size, **workers)
     backbone = "frozen" if stage.freeze_backbone else f"lr {stage.lr * stage.backbone_lr_scale:g}"
     epochs = f"epochs {stage.first_epoch + 1} to {stage.end_epoch}"
     print(f"Stage {stage.number}: {epochs}, lr {stage.lr:g}, backbone {backbone}")
+    if run.args.compile:
+        run.runner.compile(state.model.train(), run.args.img_size, run.precision_in_use, run.memory_format)
     while progress.epoch < stage.end_epoch:
         stop_if_asked(run)
         train_epoch(run, stage, train_loader)
@@ -377,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StoppedError as stopped:
         exit_code, message = stopped.exit_code, str(stopped)
     except torch.OutOfMemoryError:
-        way_out = "a smaller --img-size or --backbone needs less"
+        way_out = "--gradient-checkpointing, a smaller --img-size or --backbone needs less"
         exit_code, message = 1, f"out of memory with the smallest batches; {way_out}. Go on with: {resume_command(run)}"
         message += rescue(run)
     except UnreadableDataError as error:

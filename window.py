@@ -1,7 +1,9 @@
 """A window, one optimizer step's worth of batches: how it is handed out, and how its gradients come about."""
 
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -97,10 +99,34 @@ class Window:
         return replace(self, batches=batches)
 
 
-def accumulate_gradients(model: nn.Module, window: Window) -> Tensor:
+def batch_loss(
+    model: nn.Module, images: Tensor, masks: Tensor, uncertainty_weight: Tensor, precision: Precision
+) -> Tensor:
+    """Forward pass and loss of a batch: what ``--compile`` compiles.
+
+    Shape:
+        images (B, 3, S, S), masks (B, 1, S, S), uncertainty_weight () -> ()
+    """
+    with precision.autocast():
+        side_logits = model(images)
+    return deep_supervision_loss(side_logits, masks, uncertainty_weight)
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    window: Window,
+    loss_of: Callable[..., Tensor] = batch_loss,
+    around_backward: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Tensor:
     """Forward and backward pass of each batch of a window; gradients, scaled by its scaler, are summed in ``.grad``.
 
     Dropout is a function of the window, too: run again, now or after a resume, it is the same computation.
+
+    Args:
+        model: in training mode.
+        window: what to compute them from.
+        loss_of: ``batch_loss``, or something faster that computes the same.
+        around_backward: entered for each backward pass.
 
     Returns:
         the window's loss, unscaled, a scalar on the device: the mean over its samples. A batch counts by the samples it
@@ -108,25 +134,67 @@ def accumulate_gradients(model: nn.Module, window: Window) -> Tensor:
     """
     device = torch.device(window.precision.device_type)
     total = torch.zeros((), device=device)
+    uncertainty_weight = torch.full((), window.uncertainty_weight, device=device)  # a number would be compiled in
     torch.manual_seed(window.seed)
     for batch in window.batches:
         images, masks = to_device(batch, device, window.memory_format)
-        with window.precision.autocast():
-            side_logits = model(images)
         share = len(images) / window.num_samples
-        loss = deep_supervision_loss(side_logits, masks, window.uncertainty_weight) * share
+        loss = loss_of(model, images, masks, uncertainty_weight, window.precision) * share
         if window.drill is not None:
             loss = window.drill.spoil_loss(loss, window.scaler.is_enabled())
-        window.scaler.scale(loss).backward()
+        with around_backward():
+            window.scaler.scale(loss).backward()
         total += loss.detach()
     return total
 
 
-class BatchParts:
-    """Cuts batches down where the device's memory is too short for them; as many samples make a step as before."""
+class WindowRunner:
+    """How windows go through the network on this machine: compiled or not, in batches that fit its memory.
 
-    def __init__(self) -> None:
-        self.number = 1  # of parts that each batch is to go through in
+    Args:
+        batch_size: that the loader makes.
+        recomputes: the model computes activations again in the backward pass, ``checkpoint_gradients``.
+
+    Attributes:
+        num_parts: that each batch is to go through in; doubled where the device's memory is too short.
+    """
+
+    def __init__(self, batch_size: int, recomputes: bool = False) -> None:
+        self.num_parts = 1
+        self._batch_size = batch_size
+        self._recomputes = recomputes
+        self._compiled: Callable[..., Tensor] | None = None
+        self._compiled_for: Precision | None = None
+
+    def compile(
+        self, model: nn.Module, img_size: int, precision: Precision, memory_format: torch.memory_format
+    ) -> None:
+        """Have ``torch.compile`` make kernels for the loader's batches, tried on one of zeros; a minute, more or less.
+
+        Other batches, a shorter one at an epoch's end or those of a window that is run again in fp32, go through the
+        network as it is written. So they do all where this fails, with a warning. Called anew where what is trained
+        changes.
+        """
+        torch.compiler.reset()  # what was made for another stage
+        self._compiled, self._compiled_for = torch.compile(batch_loss, dynamic=False), precision
+        size = self._largest_part
+        images, masks = (torch.zeros(size, channels, img_size, img_size, dtype=torch.uint8) for channels in (3, 1))
+        batch = Batch(images, masks, torch.arange(size), {})
+        scaler = precision.new_scaler(ScalerSettings())
+        guard, start = BufferGuard(model), time.perf_counter()
+        guard.begin_window()
+        try:
+            window = Window(0, 0, [batch], 0.0, 0.0, precision, scaler, memory_format, seed=0)
+            self._accumulate(model, window)
+            print(f"Compiled in {time.perf_counter() - start:.0f} s")
+        except torch.OutOfMemoryError:
+            pass  # as the first window will, and then batches are halved
+        except Exception as error:  # a compiler that is not there, an operation that it does not know
+            self._compiled = None
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            print(f"Warning: --compile failed ({reason[:200]}); training goes on without it")
+        model.zero_grad(set_to_none=True)
+        guard.restore()
 
     def gradients(self, model: nn.Module, window: Window, guard: BufferGuard) -> tuple[Window, Tensor]:
         """``accumulate_gradients``; where that runs out of memory, in batches of half the size, and so from then on.
@@ -142,7 +210,7 @@ class BatchParts:
         while True:
             can_be_cut = largest // 2 >= guard.least_batch
             try:
-                return window, accumulate_gradients(model, window)
+                return window, self._accumulate(model, window)
             except torch.OutOfMemoryError:
                 if not can_be_cut and window.attempt == 0:
                     raise
@@ -154,11 +222,37 @@ class BatchParts:
                 return window, torch.full((), torch.nan, device=window.precision.device_type)
             window, largest = window.in_parts(2, guard.least_batch), (largest + 1) // 2
             if window.attempt == 0:
-                self.number *= 2
+                self.num_parts *= 2
                 tqdm.write(
-                    f"Out of memory: each batch goes through in {self.number} parts from here on, of at most {largest} "
-                    "images; as many images make a step as before"
+                    f"Out of memory: each batch goes through in {self.num_parts} parts from here on, of at most "
+                    f"{largest} images; as many images make a step as before"
                 )
+
+    @property
+    def _largest_part(self) -> int:
+        return -(-self._batch_size // self.num_parts)
+
+    def _accumulate(self, model: nn.Module, window: Window) -> Tensor:
+        around_backward = (lambda: statistics_kept(model)) if self._recomputes else nullcontext
+        return accumulate_gradients(model, window, self._loss_of, around_backward)
+
+    def _loss_of(
+        self, model: nn.Module, images: Tensor, masks: Tensor, uncertainty_weight: Tensor, precision: Precision
+    ) -> Tensor:
+        fits = len(images) == self._largest_part and precision == self._compiled_for
+        loss_of = self._compiled if self._compiled is not None and fits else batch_loss
+        return loss_of(model, images, masks, uncertainty_weight, precision)
+
+
+@contextmanager
+def statistics_kept(model: nn.Module) -> Iterator[None]:
+    """For a backward pass that computes activations again: BatchNorm's statistics have taken in the batch already."""
+    guard = BufferGuard(model)
+    guard.begin_window()
+    try:
+        yield
+    finally:
+        guard.restore()
 
 
 class WindowFeed:

@@ -16,7 +16,7 @@ from data.cache import DecodedCache
 from data.decoding import decode_message, fixed_size_image, fixed_size_mask
 from data.layouts import Pair
 from data.sampler import SampleKey, derive_seed
-from data.transforms import augment, draw_augmentation
+from data.transforms import Augmentation, augment, draw_augmentation, to_rows
 
 MOST_TRIES = 10  # images drawn to take the place of one: with 1 % unreadable, all of them fail once in 10^20
 
@@ -28,6 +28,7 @@ class Sample:
     index: int  # of the pair it holds: not the one asked for where that was replaced
     errors: dict[int, str]  # index -> why it could not be decoded; the pair asked for, then those tried in its place
     is_missing: bool = False  # nothing could be decoded: image and mask are zeros
+    augmentation: Augmentation | None = None  # still to be done
 
 
 class Batch(NamedTuple):
@@ -38,11 +39,18 @@ class Batch(NamedTuple):
     indices: Tensor  # (B,) int64, positions in the data set's list of pairs, of what the batch holds
     errors: dict[int, str]  # index -> why it could not be decoded, of pairs that were replaced or left out
     num_missing: int = 0  # left out: the batch is shorter by so many
+    augmentations: Tensor | None = None  # (B, 12) of ``to_rows``, still to be done on the device
 
     def take(self, positions: Sequence[int]) -> "Batch":
         """The samples at these positions of the batch, in this order."""
         where = torch.tensor(positions, dtype=torch.int64)
-        return Batch(self.images[where], self.masks[where], self.indices[where], self.errors, self.num_missing)
+        augmentations = None if self.augmentations is None else self.augmentations[where]
+        return self._replace(
+            images=self.images[where],
+            masks=self.masks[where],
+            indices=self.indices[where],
+            augmentations=augmentations,
+        )
 
 
 class CamouflageDataset(Dataset[Sample]):
@@ -52,17 +60,26 @@ class CamouflageDataset(Dataset[Sample]):
     the traceback would be all a user sees: it comes back among ``errors``. With augmentation, that is in training,
     another pair takes its place, drawn and augmented as a function of (seed, epoch, index) of the one it stands in for.
     Without, where that would change a score's meaning, the sample is missing.
+
+    Args:
+        pairs: files.
+        img_size: S.
+        augmented: for training.
+        seed: of the run.
+        cache: of decoded files.
+        on_device: only draw the augmentation; ``to_device`` does it.
     """
 
     def __init__(
         self, pairs: Sequence[Pair], img_size: int, augmented: bool = False, seed: int = 0,
-        cache: DecodedCache | None = None,
+        cache: DecodedCache | None = None, on_device: bool = False,
     ) -> None:  # fmt: skip
         self.pairs = list(pairs)
         self.img_size = img_size
         self.augmented = augmented
         self.seed = seed
         self.cache = cache
+        self.on_device = on_device
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -75,10 +92,12 @@ class CamouflageDataset(Dataset[Sample]):
             except ValueError as error:
                 errors[index] = str(error)
                 continue
-            if self.augmented:
-                drawn = draw_augmentation(self.img_size, derive_seed(self.seed, key.epoch, key.index))
-                image, mask = augment(image, mask, drawn)
-            return Sample(image, mask, index, errors)
+            if not self.augmented:
+                return Sample(image, mask, index, errors)
+            drawn = draw_augmentation(self.img_size, derive_seed(self.seed, key.epoch, key.index))
+            if self.on_device:
+                return Sample(image, mask, index, errors, augmentation=drawn)
+            return Sample(*augment(image, mask, drawn), index, errors)
         blank = torch.zeros(4, self.img_size, self.img_size, dtype=torch.uint8)
         return Sample(blank[:3], blank[3:], key.index, errors, is_missing=True)
 
@@ -98,6 +117,7 @@ class CamouflageDataset(Dataset[Sample]):
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
+    drawn = [sample.augmentation for sample in samples if sample.augmentation is not None]
     batch = Batch(
         images=torch.stack([sample.image for sample in samples]),
         masks=torch.stack([sample.mask for sample in samples]),
@@ -105,7 +125,9 @@ def collate(samples: Sequence[Sample]) -> Batch:
         errors={index: reason for sample in samples for index, reason in sample.errors.items()},
         num_missing=sum(sample.is_missing for sample in samples),
     )
-    return batch.take([n for n, sample in enumerate(samples) if not sample.is_missing]) if batch.num_missing else batch
+    if batch.num_missing:
+        batch = batch.take([n for n, sample in enumerate(samples) if not sample.is_missing])
+    return batch._replace(augmentations=to_rows(drawn)) if drawn else batch
 
 
 def load_image(path: Path, size: int) -> Tensor:

@@ -13,15 +13,16 @@ from data.dataset import Batch, CamouflageDataset, collate
 from data.layouts import Pair
 from data.processes import keep_freed_memory
 from data.sampler import EpochBatchSampler, SampleKey
+from data.transforms import augment_batch
 from data.unreadable import UnreadableDataError
 
 
 def training_loader(
     pairs: Sequence[Pair], img_size: int, batch_size: int, seed: int, num_workers: int, pin_memory: bool,
-    cache: DecodedCache | None = None,
+    cache: DecodedCache | None = None, augment_on_device: bool = False,
 ) -> DataLoader[Batch]:  # fmt: skip
-    """Shuffled, augmented batches; entered at any position through ``windows``."""
-    dataset = CamouflageDataset(pairs, img_size, augmented=True, seed=seed, cache=cache)
+    """Shuffled batches, augmented or to be augmented by ``to_device``; entered at any position through ``windows``."""
+    dataset = CamouflageDataset(pairs, img_size, augmented=True, seed=seed, cache=cache, on_device=augment_on_device)
     return _loader(dataset, EpochBatchSampler(len(dataset), batch_size, seed), num_workers, pin_memory)
 
 
@@ -59,13 +60,17 @@ def windows(loader: DataLoader[Batch], accumulation_steps: int, epoch: int, firs
 
 
 def to_device(batch: Batch, device: torch.device, memory_format: torch.memory_format) -> tuple[Tensor, Tensor]:
-    """Images in [0, 1] and masks of 0 and 1 as float32. Bytes are copied, floats are made on the device.
+    """Images in [0, 1] and masks of 0 and 1 as float32, augmented if they are still to be.
+
+    Bytes are copied, floats are made on the device.
 
     Shape:
         -> (B, 3, S, S), (B, 1, S, S)
     """
-    images = batch.images.to(device, non_blocking=True).contiguous(memory_format=memory_format).div(255)
-    return images, batch.masks.to(device, non_blocking=True).to(torch.float32)
+    images, masks = batch.images.to(device, non_blocking=True), batch.masks.to(device, non_blocking=True)
+    if batch.augmentations is not None:
+        images, masks = augment_batch(images, masks, batch.augmentations.to(device, non_blocking=True))
+    return images.contiguous(memory_format=memory_format).div(255), masks.to(torch.float32)
 
 
 def _loader(

@@ -8,6 +8,7 @@ pixel against it.
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ _ROTATED = 0.5  # share of the images
 _LARGEST_ANGLE = 15.0  # degrees
 _COLOUR = 0.2  # the most that brightness, contrast and saturation change
 _LUMA = (0.2989, 0.587, 0.114)
+_COLOUR_STEPS = ("brightness", "contrast", "saturation")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def draw_augmentation(img_size: int, seed: int) -> Augmentation:
     flip = rng.random() < 0.5
     top, left, height, width = _draw_crop(img_size, rng)
     angle = rng.uniform(-_LARGEST_ANGLE, _LARGEST_ANGLE) if rng.random() < _ROTATED else 0.0
-    steps = [(name, rng.uniform(1 - _COLOUR, 1 + _COLOUR)) for name in ("brightness", "contrast", "saturation")]
+    steps = [(name, rng.uniform(1 - _COLOUR, 1 + _COLOUR)) for name in _COLOUR_STEPS]
     rng.shuffle(steps)
     return Augmentation(flip, top, left, height, width, angle, tuple(steps))
 
@@ -75,6 +77,57 @@ def augment(image: Tensor, mask: Tensor, augmentation: Augmentation) -> tuple[Te
     for name, factor in augmentation.colour_steps:
         _change_colour(pixels, name, factor)
     return pixels.round_().to(torch.uint8), mask
+
+
+def to_rows(augmentations: Sequence[Augmentation]) -> Tensor:
+    """As numbers that can go to a device and into a file, for ``augment_batch``: (B, 12) float32."""
+    rows = []
+    for drawn in augmentations:
+        kinds = [_COLOUR_STEPS.index(name) for name, _ in drawn.colour_steps]
+        factors = [factor for _, factor in drawn.colour_steps]
+        rows.append([drawn.flip, drawn.top, drawn.left, drawn.height, drawn.width, drawn.angle, *kinds, *factors])
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def augment_batch(images: Tensor, masks: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``augment`` does, for a batch on any device: the same pixels but for rounding. Nothing waits for the device.
+
+    Args:
+        images: (B, 3, S, S), 0 to 255, of any type.
+        masks: (B, 1, S, S), 0 or 1.
+        rows: (B, 12) of ``to_rows``.
+
+    Returns:
+        the same shapes and ranges, float32.
+    """
+    size, pixel = images.shape[-1], torch.arange(images.shape[-1], device=images.device)
+    flip, top, left, height, width, angle = (rows[:, column, None, None] for column in range(6))
+    flip, upright, radians = flip > 0, angle == 0, torch.deg2rad(angle)
+
+    # Where each output pixel comes from: in the crop, -1 to 1; in pixels of the flipped image; of the image as it is.
+    along = (pixel + 0.5) * 2 / size - 1
+    x = along * radians.cos() - along[:, None] * radians.sin()
+    y = along * radians.sin() + along[:, None] * radians.cos()
+    x, y = ((x + 1) * width - 1) / 2, ((y + 1) * height - 1) / 2
+    x = left + torch.where(upright, torch.minimum(x.clamp(min=0), width - 1), x)  # no zeros come in without a rotation
+    y = top + torch.where(upright, torch.minimum(y.clamp(min=0), height - 1), y)
+    x = torch.where(flip, size - 1 - x, x)
+    grid = torch.stack([(2 * x + 1) / size - 1, (2 * y + 1) / size - 1], dim=-1)
+
+    column = torch.where(flip, size - 1 - pixel, pixel)  # (B, 1, S)
+    in_rows = ((pixel >= top) & (pixel < top + height)).mT  # (B, S, 1)
+    outside = ~(in_rows & (column >= left) & (column < left + width))[:, None]
+    pixels, labels = images.float().masked_fill(outside, 0), masks.float().masked_fill(outside, 0)
+    pixels = F.grid_sample(pixels, grid, mode="bilinear", align_corners=False)
+    labels = F.grid_sample(labels, grid, mode="nearest", align_corners=False)
+    red, green, blue = _LUMA
+    for step in range(len(_COLOUR_STEPS)):
+        kind, factor = rows[:, 6 + step, None, None, None], rows[:, 9 + step, None, None, None]
+        grey = red * pixels[:, :1] + green * pixels[:, 1:2] + blue * pixels[:, 2:]
+        mean = grey.mean(dim=(1, 2, 3), keepdim=True)
+        end = torch.where(kind == 0, 0, torch.where(kind == 1, mean, grey))  # of brightness, contrast, saturation
+        pixels = (factor * pixels + (1 - factor) * end).clamp(0, 255)
+    return pixels.round(), labels
 
 
 def _draw_crop(img_size: int, rng: random.Random) -> tuple[int, int, int, int]:

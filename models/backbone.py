@@ -43,6 +43,19 @@ class Backbone(nn.Module):
         levels = self.body(images)[-_MAX_LEVELS:]
         return [level.permute(0, 3, 1, 2) for level in levels] if self.channels_last_features else levels
 
+    def checkpoint_gradients(self) -> bool:
+        """Keep what enters a stage, in training, and compute what is in it again in the backward pass.
+
+        Returns:
+            whether timm can do that for this architecture.
+        """
+        switch = getattr(self.body, "set_grad_checkpointing", None) or getattr(
+            getattr(self.body, "model", None), "set_grad_checkpointing", None
+        )
+        if switch is not None:
+            switch(True)
+        return switch is not None
+
 
 def build_backbone(name: str, pretrained: bool, weights_file: Path | None, img_size: int) -> Backbone:
     """Create a backbone, with ImageNet weights from timm's hub, from a file, or with random ones.

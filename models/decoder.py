@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class ForegroundBackgroundDecoder(nn.Module):
@@ -31,12 +32,17 @@ class ForegroundBackgroundDecoder(nn.Module):
         self.context = PyramidContext(in_channels[-1], channels)
         self.coarse_head = nn.Conv2d(channels, 1, kernel_size=1)
         self.blocks = nn.ModuleList(RefinementBlock(width, channels) for width in reversed(in_channels))
+        self.checkpoints_gradients = False  # each block computed again in the backward pass, instead of kept
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         hidden = self.context(features[-1])
         side_logits = [self.coarse_head(hidden)]
         for block, feature in zip(self.blocks, reversed(features), strict=True):
-            hidden, logits = block(feature, hidden, side_logits[-1])
+            if self.checkpoints_gradients:
+                inputs = feature, hidden, side_logits[-1]
+                hidden, logits = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden, logits = block(feature, hidden, side_logits[-1])
             side_logits.append(logits)
         return side_logits
 

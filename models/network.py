@@ -49,6 +49,18 @@ class CamouflageSegmenter(nn.Module):
         self.backbone.requires_grad_(not frozen)
         self.train(self.training)
 
+    def checkpoint_gradients(self) -> bool:
+        """Trade time for memory: compute activations again in the backward pass, not keep them (Chen et al., 2016).
+
+        The same gradients. BatchNorm layers that learn their statistics take in each batch twice, unless whoever runs
+        the backward pass puts them back.
+
+        Returns:
+            whether the backbone can do it; the decoder always can.
+        """
+        self.decoder.checkpoints_gradients = True
+        return self.backbone.checkpoint_gradients()
+
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         if self.backbone_frozen:

@@ -15,7 +15,7 @@ FROZEN = {
     "grad_clip": 0.5, "spike_policy": "skip", "max_rollbacks": 3, "drill": [],
     "precision": "auto", "seed": 42, "deterministic": False,
     "resume": None, "checkpoint_dir": "./checkpoints", "keep_checkpoints": 3, "checkpoint_every": 0,
-    "device": "auto", "channels_last": True,
+    "device": "auto", "augment_on": "loader", "channels_last": True, "compile": False, "gradient_checkpointing": False,
 }  # fmt: skip
 
 
@@ -112,3 +112,23 @@ def test_backbone_and_decoder_cannot_change_on_resume() -> None:
         cli.parse(["train", "--resume", "auto", "--backbone", "resnet18"], saved_settings())
     with pytest.raises(cli.UsageError, match="--decoder-channels 32"):
         cli.parse(["train", "--resume", "auto", "--decoder-channels", "32"], saved_settings())
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "10000 100000\n"}, 1),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({}, None),
+    ],
+)
+def test_a_containers_share_of_the_processors_counts(tmp_path: Path, files: dict[str, str], limit: int | None) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    bound = cli.num_cores(tmp_path / "none")
+    assert bound >= 1
+    assert cli.num_cores(tmp_path) == (bound if limit is None else min(bound, limit))

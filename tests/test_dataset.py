@@ -8,7 +8,8 @@ from PIL import Image, ImageOps
 from data.dataset import CamouflageDataset, collate, header_problems, load_image, load_mask
 from data.decoding import problem_of
 from data.layouts import Pair, find_subsets, training_pairs
-from data.sampler import SampleKey
+from data.sampler import SampleKey, derive_seed
+from data.transforms import draw_augmentation, to_rows
 
 
 def half_red(mode: str, size: tuple[int, int] = (40, 20)) -> Image.Image:
@@ -139,6 +140,22 @@ def test_pair_that_cannot_be_decoded_is_replaced_in_training(damaged: list[Pair]
         replacements.add(sample.index)
     assert replacements == {1, 2, 4, 5, 6, 7}
     assert any(3 in dataset[SampleKey(epoch, 0)].errors for epoch in range(20))  # drawn, and no better
+
+
+def test_augmentations_left_to_the_device_belong_to_their_images(damaged: list[Pair]) -> None:
+    """Those of the pair asked for, also where another one takes its place, and where a batch is cut."""
+    here, later = (CamouflageDataset(damaged, 64, augmented=True, seed=3, on_device=value) for value in (False, True))
+    keys = [SampleKey(4, index) for index in (2, 0, 5)]
+    expected, batch = collate([here[key] for key in keys]), collate([later[key] for key in keys])
+    assert batch.indices.tolist() == expected.indices.tolist()
+    assert batch.augmentations is not None
+    drawn = to_rows([draw_augmentation(64, derive_seed(3, key.epoch, key.index)) for key in keys])
+    assert torch.equal(batch.augmentations, drawn)
+    part = batch.take([2, 1])
+    assert part.augmentations is not None
+    assert torch.equal(part.augmentations, drawn[[2, 1]])
+    assert expected.augmentations is None
+    assert CamouflageDataset(damaged, 64, on_device=True)[SampleKey(0, 1)].augmentation is None  # not augmented at all
 
 
 def test_nothing_that_could_replace_it(damaged: list[Pair]) -> None:

@@ -14,12 +14,12 @@ from train_ultimate import main
 
 
 @pytest.fixture(scope="module")
-def incident(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def incident(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The first incident's folder of a run with a drill, moved away from its run."""
 
-    def folder(drill: str) -> Path:
+    def folder(drill: str, *more: str) -> Path:
         root = tmp_path_factory.mktemp("incident")
-        flags = ("--accumulation-steps", "1", "--epochs", "2", "--stage1-epochs", "1", "--drill", drill)
+        flags = ("--accumulation-steps", "1", "--epochs", "2", "--stage1-epochs", "1", "--drill", drill, *more)
         assert main(tiny_arguments(tiny_dataset, root / "run", *flags)) == 0
         shutil.move(root / "run" / "incidents" / "000001", root / "moved")
         shutil.rmtree(root / "run")
@@ -38,7 +38,7 @@ def incident(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
     ],
 )
 def test_cause_of_each_kind(
-    incident: Callable[[str], Path], capsys: pytest.CaptureFixture[str], drill: str, cause: str
+    incident: Callable[..., Path], capsys: pytest.CaptureFixture[str], drill: str, cause: str
 ) -> None:
     folder = incident(drill)
     capsys.readouterr()
@@ -52,11 +52,12 @@ def test_cause_of_each_kind(
     assert ("a fire drill" in out) == (not weights_broken)
 
 
+@pytest.mark.parametrize("flags", [(), ("--augment-on", "device", "--gradient-checkpointing")])
 def test_finite_window_is_replayed_to_the_recorded_numbers(
-    incident: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    incident: Callable[..., Path], capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
 ) -> None:
     """A spike's loss is not touched by the drill, only its gradient: the loss comes out the same to every digit."""
-    folder = incident("spike@16")
+    folder = incident("spike@16", *flags)
     capsys.readouterr()
     assert main(["replay", str(folder)]) == 0
     rows = dict(re.findall(r"^(recorded|replayed), fp32 +(\S+)", capsys.readouterr().out, re.MULTILINE))
@@ -64,7 +65,7 @@ def test_finite_window_is_replayed_to_the_recorded_numbers(
 
 
 def test_spike_that_can_be_reproduced_is_put_down_to_the_sample_that_stands_out(
-    incident: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    incident: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A network that is sure of background everywhere, and two masks: right for the empty one, wrong for the full."""
     folder = incident("spike@16")
@@ -91,7 +92,7 @@ def test_mistakes_are_told_in_one_line(argv: list[str], capsys: pytest.CaptureFi
 
 
 def test_weights_of_another_network_are_refused(
-    incident: Callable[[str], Path], tiny_argv: Argv, capsys: pytest.CaptureFixture[str]
+    incident: Callable[..., Path], tiny_argv: Argv, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = incident("nan-loss@4")
     payload = torch.load(folder / "replay.pt", weights_only=True)

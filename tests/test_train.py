@@ -641,13 +641,19 @@ def test_run_that_does_not_fit_goes_on_in_smaller_batches_with_the_same_effectiv
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
 
 
+def test_gradient_checkpointing_gives_the_same_run_bitwise(finished: Path, tiny_argv: Argv, tmp_path: Path) -> None:
+    """Statistics of BatchNorm, which learns in stage 2 of these runs, included."""
+    assert main(tiny_argv("--gradient-checkpointing")) == 0
+    assert differing_tensors(final_state(tmp_path / "run"), final_state(finished)) == []
+
+
 def test_run_that_fits_in_no_way_is_told_what_needs_less(
     tiny_argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     limit_memory(monkeypatch, 0)
     assert main(tiny_argv()) == 1
     error = capsys.readouterr().err
-    assert "out of memory with the smallest batches; a smaller --img-size" in error
+    assert "out of memory with the smallest batches; --gradient-checkpointing, a smaller --img-size" in error
     assert "Traceback" not in error
     assert len(list((tmp_path / "run").glob("step_*.pth"))) == 1
 
@@ -730,7 +736,44 @@ def test_an_error_of_the_program_itself_shows_its_traceback_and_the_way_on(
     assert read_events(tmp_path / "run", "run_end")[0]["exit_code"] == 1
 
 
+# Where augmentation is done
+
+
+def test_augmented_on_the_device_a_run_sees_the_same_images_and_resumes_bitwise(
+    finished: Path, tiny_argv: Argv, tmp_path: Path
+) -> None:
+    assert main(tiny_argv("--augment-on", "device", "--keep-checkpoints", "9")) == 0
+    ours, loaders = (read_events(directory, "window") for directory in (tmp_path / "run", finished))
+    for first, second in zip(ours, loaders, strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=0.01)
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    shutil.copy(tmp_path / "run" / "epoch_0003.pth", cut)
+    assert main(["train", "--resume", "auto", "--checkpoint-dir", str(cut), "--num-workers", "2"]) == 0
+    assert differing_tensors(final_state(cut), final_state(tmp_path / "run")) == []
+
+
 # Longer runs
+
+
+@pytest.mark.slow
+def test_compiled_run_agrees_with_one_that_is_not_and_resumes_bitwise(
+    tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last batch of each epoch is shorter than the others, and goes through as it is."""
+    plain, compiled, cut = (tmp_path / name for name in ("plain", "compiled", "cut"))
+    flags = ("--epochs", "2", "--stage1-epochs", "0", "--batch-size", "3", "--accumulation-steps", "2")
+    assert main(tiny_argv(*flags, checkpoint_dir=plain)) == 0
+    assert main(tiny_argv(*flags, "--compile", checkpoint_dir=compiled)) == 0
+    assert "Compiled in" in capsys.readouterr().out
+    windows = [read_events(directory, "window") for directory in (plain, compiled)]
+    for first, second in zip(*windows, strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
+    cut.mkdir()
+    shutil.copy(compiled / "epoch_0001.pth", cut)
+    assert main(["train", "--resume", "auto", "--checkpoint-dir", str(cut)]) == 0
+    name = "epoch_0002.pth"
+    assert differing_tensors(final_state(cut, name), final_state(compiled, name)) == []
 
 
 @pytest.mark.slow

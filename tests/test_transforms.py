@@ -10,7 +10,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
 from data.synthetic import camouflage_scene
-from data.transforms import Augmentation, augment, draw_augmentation
+from data.transforms import Augmentation, augment, augment_batch, draw_augmentation, to_rows
 
 SIZE = 96
 
@@ -88,6 +88,27 @@ def test_function_of_the_seed_alone() -> None:
     assert torch.equal(first[1], again[1])
     other = augment(image, mask, draw_augmentation(SIZE, 4))
     assert not torch.equal(first[0], other[0])
+
+
+def test_a_batch_on_the_device_gets_what_each_image_gets_by_itself() -> None:
+    """But for rounding: torch resizes bytes in fixed point where nothing is rotated."""
+    scenes, drawn = [scene(seed) for seed in range(40)], [draw_augmentation(SIZE, seed) for seed in range(40)]
+    images, masks = (torch.stack(tensors) for tensors in zip(*scenes, strict=True))
+    on_device = augment_batch(images.contiguous(memory_format=torch.channels_last), masks, to_rows(drawn))
+    assert {tensor.dtype for tensor in on_device} == {torch.float32}
+    for n, augmentation in enumerate(drawn):
+        image, mask = augment(*scenes[n], augmentation)
+        differences = (on_device[0][n] - image).abs()
+        assert differences.max() <= 2
+        assert (differences > 1).float().mean() < 0.005
+        assert torch.equal(on_device[1][n], mask.float())
+        alone = augment_batch(images[n : n + 1], masks[n : n + 1], to_rows(drawn[n : n + 1]))
+        assert torch.equal(alone[0][0], on_device[0][n])  # whatever it shares a batch with
+
+
+def test_pixel_that_is_nan_stays_nan_on_the_device() -> None:
+    images, masks = scene()[0][None] * torch.nan, scene()[1][None]
+    assert augment_batch(images, masks, to_rows([draw_augmentation(SIZE, 1)]))[0].isnan().any()
 
 
 def test_inputs_are_left_as_they_were_and_outputs_are_bytes() -> None:

@@ -1,5 +1,6 @@
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +10,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from data.dataset import Batch
+from models import build_model
 from training.drill import Drill
 from training.precision import Precision, PrecisionName
 from training.stability import BufferGuard
 from training.stages import ScalerSettings
-from window import BatchParts, Window, WindowFeed, accumulate_gradients, window_from_payload, window_to_payload
+from window import (
+    Window,
+    WindowFeed,
+    WindowRunner,
+    accumulate_gradients,
+    window_from_payload,
+    window_to_payload,
+)
 
 
 class TinyNetwork(nn.Module):
@@ -28,26 +37,27 @@ class TinyNetwork(nn.Module):
         return [self.head(self.dropout(self.body(images).tanh()))]
 
 
-def batch(first: int, size: int) -> Batch:
+def batch(first: int, number: int, size: int) -> Batch:
     generator = torch.Generator().manual_seed(first)
-    images = torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    masks = torch.randint(0, 2, (size, 1, 32, 32), dtype=torch.uint8, generator=generator)
-    return Batch(images, masks, torch.arange(first, first + size), {})
+    images = torch.randint(0, 256, (number, 3, size, size), dtype=torch.uint8, generator=generator)
+    masks = torch.randint(0, 2, (number, 1, size, size), dtype=torch.uint8, generator=generator)
+    return Batch(images, masks, torch.arange(first, first + number), {})
 
 
-def window(sizes: tuple[int, ...] = (3, 3, 2), precision: PrecisionName = "fp32", **changes: Any) -> Window:
+def window(
+    sizes: tuple[int, ...] = (3, 3, 2), precision: PrecisionName = "fp32", size: int = 32, **changes: Any
+) -> Window:
     firsts = [sum(sizes[:i]) for i in range(len(sizes))]
     return Window(
         number=4,
         global_number=25,
-        batches=[batch(first, size) for first, size in zip(firsts, sizes, strict=True)],
+        batches=[batch(first, number, size) for first, number in zip(firsts, sizes, strict=True)],
         lr=0.1,
-        uncertainty_weight=0.3,
         precision=Precision(precision, "cpu"),
         scaler=Precision(precision, "cpu").new_scaler(ScalerSettings(init_scale=8.0)),
         memory_format=torch.channels_last,
         seed=11,
-        **changes,
+        **{"uncertainty_weight": 0.3, **changes},
     )
 
 
@@ -160,6 +170,10 @@ def test_window_from_its_payload_gives_the_same_gradient_bitwise(precision: Prec
 # Memory that is too short. (No CPU raises torch's error, so a hook does.)
 
 
+def runner(recomputes: bool = False) -> WindowRunner:
+    return WindowRunner(batch_size=8, recomputes=recomputes)
+
+
 def with_memory_for(images: int, model: nn.Module) -> nn.Module:
     def refuse(_: nn.Module, inputs: tuple[Tensor]) -> None:
         if len(inputs[0]) > images:
@@ -183,7 +197,7 @@ def test_parts_have_the_same_samples_in_order_and_none_is_too_small(sizes: list[
 def test_batches_that_do_not_fit_are_halved_until_they_do_with_the_same_gradient(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    of, parts = window((8, 8, 3)), BatchParts()
+    of, parts = window((8, 8, 3)), runner()
     expected = gradients(TinyNetwork(), of)
     model = with_memory_for(3, TinyNetwork())
     cut, loss = parts.gradients(model, of, BufferGuard(model))
@@ -193,13 +207,13 @@ def test_batches_that_do_not_fit_are_halved_until_they_do_with_the_same_gradient
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, gradient)
-    assert parts.number == 4
+    assert parts.num_parts == 4
     out = capsys.readouterr().out
     assert [line.split(" from")[0] for line in out.splitlines()] == [
         "Out of memory: each batch goes through in 2 parts",
         "Out of memory: each batch goes through in 4 parts",
     ]
-    parts.gradients(model, of.in_parts(parts.number), BufferGuard(model))
+    parts.gradients(model, of.in_parts(parts.num_parts), BufferGuard(model))
     assert capsys.readouterr().out == ""
 
 
@@ -209,13 +223,13 @@ def test_statistics_are_as_they_were_before_the_attempts_that_did_not_fit() -> N
     network = with_memory_for(2, ListOf(model))
     guard = BufferGuard(network)
     guard.begin_window()
-    BatchParts().gradients(network, window((8,)), guard)
+    runner().gradients(network, window((8,)), guard)
     assert model[0].num_batches_tracked == 4
     tight = with_memory_for(1, ListOf(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 1, 1)).train()))
     guard = BufferGuard(tight)
     guard.begin_window()
     with pytest.raises(torch.OutOfMemoryError):
-        BatchParts().gradients(tight, window((8,)), guard)
+        runner().gradients(tight, window((8,)), guard)
 
 
 class ListOf(nn.Module):
@@ -229,7 +243,75 @@ class ListOf(nn.Module):
 
 def test_window_run_again_that_does_not_fit_counts_as_not_finite() -> None:
     model = with_memory_for(0, TinyNetwork())
-    assert BatchParts().gradients(model, window((2,), attempt=2), BufferGuard(model))[1].isnan()
+    assert runner().gradients(model, window((2,), attempt=2), BufferGuard(model))[1].isnan()
     assert all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(torch.OutOfMemoryError):
-        BatchParts().gradients(model, window((2,)), BufferGuard(model))
+        runner().gradients(model, window((2,)), BufferGuard(model))
+
+
+# Compiled
+
+
+def test_compiled_batches_give_the_same_loss_and_gradient_and_others_go_as_they_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plain, model, of = TinyNetwork(), TinyNetwork(), window((3, 3, 2))
+    expected = gradients(plain, of), accumulate_gradients(plain, of)
+    compiling = WindowRunner(batch_size=3)
+    compiling.compile(model, 32, of.precision, of.memory_format)
+    assert "Compiled in" in capsys.readouterr().out
+    assert all(parameter.grad is None for parameter in model.parameters())  # the trial leaves nothing behind
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert compiled > 0
+    _, loss = compiling.gradients(model, of, BufferGuard(model))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled  # neither anew nor for the short batch
+    assert loss.item() == pytest.approx(expected[1].item(), rel=1e-5)
+    for parameter, gradient in zip(model.parameters(), expected[0], strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_without_a_compiler_training_goes_on_without_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(tmp_path / "no-compiler")))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model, of = TinyNetwork(), window((2, 2), uncertainty_weight=0.123)
+    compiling = WindowRunner(batch_size=2)
+    compiling.compile(model, 32, of.precision, of.memory_format)
+    out = capsys.readouterr().out
+    assert out.startswith("Warning: --compile failed (InvalidCxxCompiler: No working C++ compiler found")
+    assert out.count("\n") == 1
+    _, loss = compiling.gradients(model, of, BufferGuard(model))
+    assert loss.item() == accumulate_gradients(TinyNetwork(), of).item()
+
+
+# Activations that are computed again
+
+
+@pytest.mark.parametrize("backbone", ["resnet10t", "tf_efficientnet_lite0", "pvt_v2_b0", "vit_tiny_patch16_224"])
+def test_gradient_checkpointing_saves_memory_and_changes_no_bit(backbone: str) -> None:
+    def train(recomputes: bool) -> tuple[list[Tensor], dict[str, Tensor], int]:
+        """Gradients and buffers of a step of a network that learns its statistics; bytes kept for the backward pass."""
+        torch.manual_seed(0)
+        model = build_model(backbone, 16, 64, freeze_norm_statistics=False)
+        if recomputes:
+            assert model.checkpoint_gradients()
+        kept, weights = 0, {parameter.data_ptr() for parameter in model.parameters()}
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += 0 if tensor.data_ptr() in weights else tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            model(torch.rand(2, 3, 64, 64))
+        of = window((3, 3), size=64)
+        runner(recomputes).gradients(model, of, BufferGuard(model))
+        found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        return found, dict(model.named_buffers()), kept
+
+    plain, recomputed = train(False), train(True)
+    assert all(torch.equal(a, b) for a, b in zip(plain[0], recomputed[0], strict=True))
+    assert all(torch.equal(buffer, recomputed[1][name]) for name, buffer in plain[1].items())
+    assert recomputed[2] < 0.7 * plain[2]  # a stem is kept, which is most of the smallest of them
