@@ -16,15 +16,17 @@ def boundary_weights(masks: Tensor, kernel_size: int = 31) -> Tensor:
 
     w = 1 + 5 * |mean of the mask over kernel_size x kernel_size - mask|  (Wei et al., "F3Net", AAAI 2020)
 
-    The box filter runs as two one-dimensional ones: the same values for a fraction of the work.
+    The mean is counted: differences of running sums, in whole numbers, which takes the same time for any kernel size.
 
     Shape:
-        masks (B, 1, H, W) -> (B, 1, H, W)
+        masks (B, 1, H, W), 0 or 1 -> (B, 1, H, W)
     """
     pad = kernel_size // 2
-    local_mean = F.avg_pool2d(masks, (kernel_size, 1), stride=1, padding=(pad, 0))
-    local_mean = F.avg_pool2d(local_mean, (1, kernel_size), stride=1, padding=(0, pad))
-    return 1 + 5 * (local_mean - masks).abs()
+    counts = F.pad(masks.to(torch.int32), (pad + 1, pad, pad + 1, pad))
+    for dim, size in ((-1, masks.shape[-1]), (-2, masks.shape[-2])):
+        sums = counts.cumsum(dim, dtype=torch.int32)
+        counts = sums.narrow(dim, kernel_size, size) - sums.narrow(dim, 0, size)
+    return 1 + 5 * (counts / kernel_size**2 - masks).abs()
 
 
 def structure_loss(logits: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
@@ -39,11 +41,13 @@ def structure_loss(logits: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
     Returns:
         scalar, >= 0
     """
+    logits, masks, weights = logits.flatten(1), masks.flatten(1), weights.flatten(1)
+    weighted_masks = weights * masks
     pixelwise = F.binary_cross_entropy_with_logits(logits, masks, reduction="none")
-    cross_entropy = (weights * pixelwise).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3))
+    cross_entropy = torch.linalg.vecdot(weights, pixelwise) / weights.sum(dim=1)
     probabilities = logits.sigmoid()
-    intersection = (probabilities * masks * weights).sum(dim=(1, 2, 3))
-    total = ((probabilities + masks) * weights).sum(dim=(1, 2, 3))
+    intersection = torch.linalg.vecdot(probabilities, weighted_masks)
+    total = torch.linalg.vecdot(probabilities, weights) + weighted_masks.sum(dim=1)
     soft_iou = (intersection + 1) / (total - intersection + 1)
     return (cross_entropy + 1 - soft_iou).mean()
 

@@ -32,6 +32,7 @@ class Backbone(nn.Module):
     def __init__(self, body: Any) -> None:
         super().__init__()
         self.body = body
+        speed_up_depthwise(body)
         # Swin and its kin return (B, H, W, C). Told by timm: shapes alone cannot tell 96 channels from a height of 96.
         self.channels_last_features = "NHWC" in str(getattr(body, "output_fmt", ""))
         self.channels: list[int] = body.feature_info.channels()[-_MAX_LEVELS:]
@@ -55,6 +56,29 @@ class Backbone(nn.Module):
         if switch is not None:
             switch(True)
         return switch is not None
+
+
+class _InFp32OnCpu:
+    """For a convolution that is computed faster in fp32 than in bf16 on a CPU."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.is_cpu and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16:
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(images.float()).to(torch.bfloat16)  # type: ignore[misc]  # of the convolution
+        return super().forward(images)  # type: ignore[misc]
+
+
+def speed_up_depthwise(module: nn.Module) -> None:
+    """Give depthwise convolutions that are not 3x3 with stride 1 to fp32 where a CPU trains in bf16.
+
+    oneDNN has no fast backward pass for them in bf16: 5x5 or strided ones take 4 to 30 times as long as in fp32, in all
+    more than half of a step of EfficientNet's.
+    """
+    for layer in module.modules():
+        depthwise = isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels
+        if depthwise and (layer.kernel_size, layer.stride) != ((3, 3), (1, 1)):
+            kind = type(layer)
+            layer.__class__ = type(kind.__name__, (_InFp32OnCpu, kind), {})  # type: ignore[assignment]  # a kind of it
 
 
 def build_backbone(name: str, pretrained: bool, weights_file: Path | None, img_size: int) -> Backbone:

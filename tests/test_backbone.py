@@ -1,13 +1,16 @@
+import copy
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from models import backbone as backbone_module
-from models.backbone import build_backbone
+from models.backbone import build_backbone, speed_up_depthwise
 
 
 def test_channels_last_features_are_turned_where_shapes_cannot_tell() -> None:
@@ -103,3 +106,40 @@ def test_weights_that_do_not_fit_are_refused(weights: Path, tmp_path: Path) -> N
         build_backbone("test_efficientnet", True, tmp_path / "text.pth", 64)
     with pytest.raises(ValueError, match="no such file"):
         build_backbone("test_efficientnet", True, tmp_path / "nowhere.pth", 64)
+
+
+# Depthwise convolutions that a CPU computes faster in fp32 than in bf16
+
+
+def test_depthwise_convolutions_but_the_common_kind_are_computed_in_fp32_under_bf16_on_a_cpu() -> None:
+    """What comes out is what fp32 gives, rounded once, and so is the gradient; the others are as they were."""
+    body = build_backbone("tf_efficientnet_lite0", pretrained=False, weights_file=None, img_size=64).body
+    plain = timm.create_model("tf_efficientnet_lite0", features_only=True)
+    chosen = set()
+    for name, layer in body.named_modules():
+        if not isinstance(layer, nn.Conv2d):
+            continue
+        if type(layer) is type(plain.get_submodule(name)):
+            assert layer.groups == 1 or (layer.kernel_size, layer.stride) == ((3, 3), (1, 1))
+            continue
+        assert layer.groups == layer.in_channels
+        chosen.add((layer.kernel_size[0], layer.stride[0]))
+        images = torch.randn(2, layer.in_channels, 12, 12)
+        expected = layer(images)
+        (expected_gradient,) = torch.autograd.grad(expected.sum(), layer.weight)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = layer(images)
+        assert torch.equal(found, expected.to(torch.bfloat16))
+        assert torch.equal(torch.autograd.grad(found.sum(), layer.weight)[0], expected_gradient)
+    assert chosen == {(3, 2), (5, 1), (5, 2)}
+
+
+def test_fp32_is_as_it_was_and_state_and_copies_keep_their_names() -> None:
+    plain = timm.create_model("test_efficientnet", features_only=True)
+    sped_up = copy.deepcopy(plain)
+    speed_up_depthwise(sped_up)
+    images = torch.rand(1, 3, 64, 64)
+    for model in (sped_up, copy.deepcopy(sped_up)):
+        assert [str(module) for module in model.modules()] == [str(module) for module in plain.modules()]
+        assert model.state_dict().keys() == plain.state_dict().keys()
+        assert all(torch.equal(a, b) for a, b in zip(model.eval()(images), plain.eval()(images), strict=True))
