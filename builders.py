@@ -162,13 +162,22 @@ def build_pairs(
     return train_pairs, val_pairs, root
 
 
-def find_unreadable(pairs: Sequence[Pair], names: Sequence[str], before: Collection[str]) -> dict[str, str]:
-    """Image -> why it or its mask cannot be read: by the headers of all files, and by all of those known ``before``."""
+def find_unreadable(
+    args: argparse.Namespace, root: Path, pairs: Sequence[Pair], names: Sequence[str], known: Collection[str]
+) -> tuple[DecodedCache | None, dict[str, str]]:
+    """The cache of decoded images, where one is asked for; and image -> why it or its mask cannot be read.
+
+    With a cache, that is known of every file. Without one, of what shows in the headers, and of the images whose names
+    are ``known``, which are tried again.
+    """
+    named = list(zip(pairs, names, strict=True))
+    if args.cache:
+        cache_dir = default_directory() if args.cache_dir is None else Path(args.cache_dir)
+        cache = open_cache(pairs, root, args.img_size, cache_dir, cli.num_cores())
+        return cache, {name: cache.problems[pair.image] for pair, name in named if pair.image in cache.problems}
     problems = {names[position]: problem for position, problem in header_problems(pairs).items()}
-    known = [
-        (name, problem_of(pair.image, pair.mask)) for pair, name in zip(pairs, names, strict=True) if name in before
-    ]
-    return {**problems, **{name: problem for name, problem in known if problem}}
+    again = {name: problem_of(pair.image, pair.mask) for pair, name in named if name in known}
+    return None, {**problems, **{name: problem for name, problem in again.items() if problem}}
 
 
 def prepare(argv: Sequence[str] | None) -> Run:
@@ -209,12 +218,6 @@ def prepare(argv: Sequence[str] | None) -> Run:
     train_pairs, val_pairs, root = build_pairs(args, before["validation"] if before is not None else None, excluded)
     pairs = [*train_pairs, *val_pairs]
     names = [pair.image.relative_to(root).as_posix() for pair in pairs]
-    problems = find_unreadable(pairs, names, checkpoint.get("unreadable", {}) if checkpoint is not None else {})
-    advice = (
-        "Repair them, or list them with: python train_ultimate.py check-data --dataset-path "
-        f"{shlex.quote(str(root))} --write-exclude unreadable.txt, and leave them out with --exclude unreadable.txt"
-    )
-    require_few(problems, len(pairs), advice)
     stages = build_stages(args)
     model = build_network(args, load_weights=checkpoint is None and weights_alone is None)
     model = on_device(model, device, memory_format)
@@ -229,13 +232,13 @@ def prepare(argv: Sequence[str] | None) -> Run:
     ema = Ema(model, args.ema_decay) if args.ema_decay > 0 else None
     detector = SpikeDetector(args.spike_policy, device)
     state = TrainState(model, optimizer, precision.new_scaler(stages[0].scaler), detector, ema)
-    cache = None
-    if args.cache:
-        cache_dir = default_directory() if args.cache_dir is None else Path(args.cache_dir)
-        cache = open_cache(pairs, root, args.img_size, cache_dir, cli.num_cores())
-        problems = {name: cache.problems[pair.image] for pair, name in zip(pairs, names, strict=True)
-                    if pair.image in cache.problems}  # fmt: skip
-        require_few(problems, len(pairs), advice)
+    advice = (
+        "Repair them, or list them with: python train_ultimate.py check-data --dataset-path "
+        f"{shlex.quote(str(root))} --write-exclude unreadable.txt, and leave them out with --exclude unreadable.txt"
+    )
+    known = checkpoint.get("unreadable", {}) if checkpoint is not None else {}
+    cache, problems = find_unreadable(args, root, pairs, names, known)
+    require_few(problems, len(pairs), advice)
     config = {
         "settings": vars(args),
         "precision": precision.name,

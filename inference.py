@@ -12,6 +12,7 @@ from torch import Tensor
 from builders import build_network, memory_format_of, on_device
 from data.evaluation import images_to_score
 from data.layouts import Pair
+from data.loading import unit_range
 from metrics import ByteArray
 from models import CamouflageSegmenter
 from training.checkpoint import read_checkpoint
@@ -67,8 +68,7 @@ def predict_pairs(
     """For each pair, in order: its index, and the prediction at its mask's size, or why there is none."""
     loader = images_to_score(pairs, network.img_size, batch_size, num_workers, network.device.type == "cuda")
     for batch in loader:
-        images = batch.images.to(network.device, non_blocking=True)
-        images = images.contiguous(memory_format=network.memory_format).div(255)
+        images = unit_range(batch.images.to(network.device, non_blocking=True), network.memory_format)
         with network.precision.autocast():
             logits = network.model(images)[-1].float()
         for index, size, error, image_logits in zip(batch.indices, batch.sizes, batch.errors, logits, strict=True):

@@ -1,6 +1,6 @@
 """Images per second of training: ours with everything on, against four ways of writing the loop; in turn, one process.
 
-    python benchmarks/throughput.py --dataset-path data/CAMO [--backbone NAME] [--img-size PX] [--batch-size N]
+    python benchmarks/throughput.py --dataset-path data/CAMO [--backbone NAME] [--backbone-weights FILE]
 
 - ours: ``train_epoch`` with gate, spike detector, weight average, recovery's bookkeeping and log, and a checkpoint
   after each epoch, written while the next one trains.
@@ -58,7 +58,8 @@ class Contest:
         options = self.options
         flags = [
             *("train", "--dataset-path", options.dataset_path, "--checkpoint-dir", str(self.directory / name)),
-            *("--no-pretrained", "--backbone", options.backbone, "--img-size", str(options.img_size)),
+            *("--backbone", options.backbone, "--img-size", str(options.img_size)),
+            *(("--backbone-weights", options.backbone_weights) if options.backbone_weights else ("--no-pretrained",)),
             *("--batch-size", str(options.batch_size), "--accumulation-steps", "1", "--stage1-epochs", "0"),
             *("--lr", str(2 * LR), "--device", options.device, "--num-workers", str(options.num_workers)),
         ]
@@ -194,6 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset-path", required=True)
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
+    parser.add_argument("--backbone-weights", help="start from these, with frozen statistics (default: random ones)")
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--images", type=int, default=160, help="of the data set, an epoch")

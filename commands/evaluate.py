@@ -9,7 +9,6 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,21 +177,13 @@ def scored_cases(cases: Iterable[Case | str], num_processes: int) -> Iterator[tu
             yield (_NO_CASE, case) if isinstance(case, str) else (case, score_case(case))
         return
     under_way: deque[tuple[Case, Future[Scored | str] | str]] = deque()
-    with process_pool(num_processes) as pool:
-        try:
-            for case in cases:
-                under_way.append((_NO_CASE, case) if isinstance(case, str) else (case, pool.submit(score_case, case)))
-                if len(under_way) > _QUEUED_PER_PROCESS * num_processes:
-                    yield _result(*under_way.popleft())
-            while under_way:
+    with process_pool(num_processes, "scores", "try fewer with --num-workers") as pool:
+        for case in cases:
+            under_way.append((_NO_CASE, case) if isinstance(case, str) else (case, pool.submit(score_case, case)))
+            if len(under_way) > _QUEUED_PER_PROCESS * num_processes:
                 yield _result(*under_way.popleft())
-        except BrokenProcessPool as error:
-            raise ValueError(
-                "a process that scores was killed, by the system if memory ran out; try fewer with --num-workers"
-            ) from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        while under_way:
+            yield _result(*under_way.popleft())
 
 
 def score_case(case: Case) -> Scored | str:

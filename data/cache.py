@@ -16,7 +16,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -184,21 +183,13 @@ def _decode(file: Path, pairs: Sequence[Pair], root: Path, img_size: int, num_wo
         OSError: a row could not be written.
     """
     problems: dict[int, str] = {}
-    with process_pool(num_workers) as pool:
+    way_out = "try once more, or go without it: --no-cache"
+    with process_pool(num_workers, "decodes for the cache", way_out) as pool:
         written = pool.map(partial(_write_row, file, img_size), range(len(pairs)), pairs, chunksize=4)
-        try:
-            bar = tqdm(written, desc="Decoding for the cache", total=len(pairs), unit="image", disable=None)
-            for row, problem in enumerate(bar):
-                if problem:
-                    problems[row] = problem.removeprefix(f"{root}/")
-        except BrokenProcessPool as error:
-            raise ValueError(
-                "a process that decodes for the cache was killed, by the system if memory ran out; "
-                "try once more, or go without it: --no-cache"
-            ) from error
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+        bar = tqdm(written, desc="Decoding for the cache", total=len(pairs), unit="image", disable=None)
+        for row, problem in enumerate(bar):
+            if problem:
+                problems[row] = problem.removeprefix(f"{root}/")
     return problems
 
 

@@ -41,10 +41,15 @@ def decode_mask(path: Path) -> BoolArray:
 
 def binary_mask(values: NDArray[Any], lossy: bool) -> BoolArray:
     """``decode_mask`` from what ``decode_mask_values`` returns."""
-    brightest = float(values.max(initial=0))
-    if lossy and brightest < 32:
+    if lossy and values.max(initial=0) < 32:
         return np.zeros(values.shape, dtype=np.bool_)
-    return values > (128 if 128 < brightest <= 255 else brightest / 2)
+    return values > mask_threshold(values)
+
+
+def mask_threshold(values: NDArray[Any]) -> float:
+    """Object is what is above it."""
+    brightest = float(values.max(initial=0))
+    return 128 if 128 < brightest <= 255 else brightest / 2
 
 
 def decode_mask_values(path: Path) -> tuple[NDArray[Any], bool]:

@@ -8,15 +8,14 @@ import hashlib
 import io
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from data.decoding import binary_mask, mask_values, to_rgb
+from data.decoding import binary_mask, mask_threshold, mask_values, to_rgb
 from data.duplicates import THUMBNAIL_SIDE, Likeness, find_alike, thumbnail
 from data.layouts import Pair, Split, Subset, each_once
 from data.processes import process_pool
@@ -144,19 +143,14 @@ def start_inspection(pairs: Sequence[Pair], num_workers: int) -> Iterator[PairFa
     """
     if num_workers == 0:
         return map(inspect_pair, pairs)
-    pool = process_pool(num_workers)
-    return _drain(pool, pool.map(inspect_pair, pairs, chunksize=4))
+    stack = ExitStack()
+    pool = stack.enter_context(process_pool(num_workers, "reads images", "try fewer with --num-workers, 0 for none"))
+    return _drain(stack, pool.map(inspect_pair, pairs, chunksize=4))
 
 
-def _drain(pool: ProcessPoolExecutor, results: Iterator[PairFacts]) -> Iterator[PairFacts]:
-    try:
+def _drain(stack: ExitStack, results: Iterator[PairFacts]) -> Iterator[PairFacts]:
+    with stack:
         yield from results
-    except BrokenProcessPool as error:
-        raise ValueError(
-            "a process that reads images died, out of memory perhaps; try fewer with --num-workers, 0 for none"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def inspect_pair(pair: Pair) -> PairFacts:
@@ -232,9 +226,9 @@ def _mask_problems(mask: Image.Image, lossy: bool) -> tuple[list[Problem], float
     between = float(((values > darkest) & (values < brightest)).mean())
     if between < _SOFT_SHARE:
         return [], share, between > 0
-    cut = 128 if 128 < brightest <= 255 else brightest / 2
-    form = ", a JPEG" if lossy else ""
-    reason = f"{between:.1%} of its values lie between {darkest} and {brightest}{form}; object is what is above {cut:g}"
+    form, threshold = ", a JPEG" if lossy else "", mask_threshold(values)
+    values_between = f"{between:.1%} of its values lie between {darkest} and {brightest}{form}"
+    reason = f"{values_between}; object is what is above {threshold:g}"
     return [Problem("mask-not-binary", True, reason)], share, False
 
 

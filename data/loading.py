@@ -70,7 +70,12 @@ def to_device(batch: Batch, device: torch.device, memory_format: torch.memory_fo
     images, masks = batch.images.to(device, non_blocking=True), batch.masks.to(device, non_blocking=True)
     if batch.augmentations is not None:
         images, masks = augment_batch(images, masks, batch.augmentations.to(device, non_blocking=True))
-    return images.contiguous(memory_format=memory_format).div(255), masks.to(torch.float32)
+    return unit_range(images, memory_format), masks.to(torch.float32)
+
+
+def unit_range(images: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """(B, 3, S, S) of 0 to 255 to float32 of 0 to 1, as the network takes them."""
+    return images.contiguous(memory_format=memory_format).div(255)
 
 
 def _loader(

@@ -7,19 +7,37 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
-def process_pool(num_processes: int) -> ProcessPoolExecutor:
+@contextmanager
+def process_pool(num_processes: int, work: str, way_out: str) -> Iterator[ProcessPoolExecutor]:
     """Processes that leave Ctrl-C to this one, and end with it however it ends.
 
     Forked on Linux: spawned ones would import the main script, torch included, to use NumPy and Pillow.
+
+    Args:
+        num_processes: at least 1.
+        work: what they do, for the message: "reads images".
+        way_out: what to do when one of them is killed.
+
+    Raises:
+        ValueError: one of them was killed while its result was waited for.
     """
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    return ProcessPoolExecutor(num_processes, context, initializer=_begin)
+    pool = ProcessPoolExecutor(num_processes, context, initializer=_begin)
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        killed = f"a process that {work} was killed, by the system if memory ran out"
+        raise ValueError(f"{killed}; {way_out}") from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def keep_freed_memory() -> None:

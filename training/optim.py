@@ -89,6 +89,7 @@ class Ema:
         self.decay = decay
         self.num_updates = 0
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self._parameters, self._buffers = list(self.module.parameters()), dict(self.module.named_buffers())
 
     @torch.no_grad()
     def update(self, module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
@@ -100,10 +101,10 @@ class Ema:
                 verdict is known, the next forward pass has changed the module's own.
         """
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        averaged: list[Tensor] = list(self.module.parameters())
+        averaged: list[Tensor] = [*self._parameters]
         current: list[Tensor] = list(module.parameters())
         for name, value in buffers.items():
-            average = self.module.get_buffer(name)
+            average = self._buffers[name]
             if average.is_floating_point():
                 averaged.append(average)
                 current.append(value)

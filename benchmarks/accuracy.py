@@ -1,0 +1,188 @@
+"""Test scores of our network and of segmentation_models.pytorch's, trained alike: same weights, data, everything.
+
+    python benchmarks/accuracy.py --dataset-path data/CAMO --backbone-weights FILE --out DIR --seeds 1 2 3 \
+        --models ours unet fpn deeplabv3plus upernet segformer [--epochs N] [--img-size PX] [-- flags of train]
+
+Every one goes through ``train`` itself: same order of the same augmented images, same loss, optimizer, average, number
+of epochs and validation images, by which the best epoch is chosen. Rivals have one output, so one loss; ours has its
+side outputs. Then ``evaluate`` on the test set. What is done already in DIR is not done again, and a run that was
+interrupted is resumed: a long table can be made in pieces. Without --seeds, the table of what there is.
+
+Speed is measured apart, in this process, the models taking turns at forward and backward pass on one batch.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import segmentation_models_pytorch as smp
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import builders
+import cli
+import inference
+from data.processes import keep_freed_memory
+from losses import deep_supervision_loss
+from models import CamouflageSegmenter
+from models.backbone import speed_up_depthwise
+from train_ultimate import main as command
+from training.precision import Precision, resolve_precision
+
+RIVALS = ("unet", "fpn", "deeplabv3plus", "upernet", "segformer")
+SCORES = {"s_measure": "S", "weighted_f": "wF", "mae": "MAE", "mean_e": "mean E", "iou": "IoU"}
+# The recipe that the baseline was measured with, as far as the flags of train go.
+RECIPE = [
+    *("--batch-size", "8", "--accumulation-steps", "1", "--stage1-epochs", "0", "--keep-checkpoints", "1"),
+    *("--lr", "0.001", "--stage2-lr-scale", "1", "--backbone-lr-scale", "0.1", "--grad-clip", "1"),
+]
+
+
+class Rival(CamouflageSegmenter):
+    """A decoder of segmentation_models.pytorch, in the place of ours, on a backbone with the same weights."""
+
+    def __init__(self, name: str, ours: CamouflageSegmenter, backbone_name: str) -> None:
+        nn.Module.__init__(self)
+        network: Any = smp.create_model(name, f"tu-{backbone_name}", encoder_weights=None)
+        network.encoder.model.load_state_dict(ours.backbone.body.state_dict())
+        speed_up_depthwise(network.encoder)  # as ours: what is compared are decoders
+        self.backbone = network.encoder
+        self.decoder = nn.ModuleList([network.decoder, network.segmentation_head])  # type: ignore[assignment]
+        self.freeze_norm_statistics = ours.freeze_norm_statistics
+        self.backbone_frozen = False
+        self.register_buffer("mean", ours.get_buffer("mean"), persistent=False)
+        self.register_buffer("std", ours.get_buffer("std"), persistent=False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        decoder, head = self.decoder  # type: ignore[misc]
+        return [head(decoder(self.backbone((images - self.get_buffer("mean")) / self.get_buffer("std"))))]
+
+
+def builder_of(model: str) -> Callable[[argparse.Namespace, bool], CamouflageSegmenter]:
+    build = builders.build_network
+
+    def build_rival(args: argparse.Namespace, load_weights: bool) -> CamouflageSegmenter:
+        ours = build(args, load_weights)
+        torch.manual_seed(args.seed)
+        return Rival(model, ours, args.backbone)
+
+    return build_rival if model in RIVALS else build
+
+
+@contextlib.contextmanager
+def in_place_of_ours(model: str) -> Iterator[None]:
+    build = builder_of(model)
+    with mock.patch.object(builders, "build_network", build), mock.patch.object(inference, "build_network", build):
+        yield
+
+
+def train_and_evaluate(model: str, seed: int, options: argparse.Namespace) -> None:
+    directory = options.out / f"{model}-{seed}"
+    if (directory / "test.json").exists():
+        return
+    print(f"== {model}, seed {seed}")
+    flags = [
+        *("--dataset-path", options.dataset_path, "--backbone", options.backbone, "--img-size", str(options.img_size)),
+        *("--backbone-weights", options.backbone_weights, "--epochs", str(options.epochs), "--seed", str(seed)),
+        *("--checkpoint-dir", str(directory), "--resume", "auto", *RECIPE, *options.more),
+    ]
+    with in_place_of_ours(model):
+        if (code := command(["train", *flags])) != 0:
+            raise SystemExit(code)
+        checkpoint, result = str(directory / "best_model.pth"), directory / "unfinished.json"
+        flags = ["--checkpoint", checkpoint, "--dataset-path", options.dataset_path, "--json", str(result)]
+        if (code := command(["evaluate", *flags])) != 0:
+            raise SystemExit(code)
+    result.rename(directory / "test.json")
+
+
+def results(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Model -> scores of each seed."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for path in sorted(options.out.glob("*/test.json")):
+        (test_set,) = json.loads(path.read_text())["sets"].values()
+        found.setdefault(path.parent.name.rpartition("-")[0], []).append(test_set["scores"])
+    return found
+
+
+def measure(models: list[str], options: argparse.Namespace) -> dict[str, tuple[float, float, float]]:
+    """Model -> images a second in training, millions of parameters, GMACs of an image."""
+    flags = ["--dataset-path", "x", "--backbone", options.backbone, "--no-pretrained", *RECIPE, *options.more]
+    args = cli.parse(["train", *flags, "--img-size", str(options.img_size)])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = resolve_precision(args.precision, device)
+    images = torch.rand(args.batch_size, 3, args.img_size, args.img_size, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    masks = (torch.rand(args.batch_size, 1, args.img_size, args.img_size, device=device) > 0.5).float()
+    networks = {model: builders.on_device(builder_of(model)(args, False), device, torch.channels_last)
+                for model in models}  # fmt: skip
+    seconds: dict[str, list[float]] = {model: [] for model in models}
+    for round_number in range(options.speed_rounds + 2):
+        for model, network in networks.items():
+            taken = step_seconds(network.train(), images, masks, precision)
+            if round_number >= 2:
+                seconds[model].append(taken)
+    amounts = {}
+    for model, network in networks.items():
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network.eval()(images[:1])
+        millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+        speed = len(images) / statistics.median(seconds[model])
+        amounts[model] = speed, millions, counter.get_total_flops() / 2e9
+    return amounts
+
+
+def step_seconds(network: nn.Module, images: Tensor, masks: Tensor, precision: Precision) -> float:
+    start = time.perf_counter()
+    with precision.autocast():
+        side_logits = network(images)
+    deep_supervision_loss(side_logits, masks, 0.5).backward()
+    network.zero_grad()
+    if images.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset-path", required=True)
+    parser.add_argument("--backbone-weights", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", choices=("ours", *RIVALS), default=["ours", *RIVALS])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[])
+    parser.add_argument("--backbone", default="tf_efficientnet_lite0")
+    parser.add_argument("--img-size", type=int, default=224)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--speed-rounds", type=int, default=15)
+    parser.add_argument("more", nargs="*", help="after --: more flags of train, for all of them")
+    options = parser.parse_args()
+    keep_freed_memory()
+    for seed in options.seeds:
+        for model in options.models:
+            train_and_evaluate(model, seed, options)
+    found = results(options)
+    amounts = measure([model for model in ("ours", *RIVALS) if model in found], options)
+    print(f"| model | seeds | {' | '.join(SCORES.values())} | images/s | parameters | GMACs |")
+    print("|---|---|" + "---|" * (len(SCORES) + 3))
+    for model, (speed, millions, gmacs) in amounts.items():
+        columns = []
+        for name in SCORES:
+            values = [scores[name] for scores in found[model]]
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            columns.append(f"{statistics.mean(values):.3f}{spread}")
+        scores = " | ".join(columns)
+        print(f"| {model} | {len(found[model])} | {scores} | {speed:.1f} | {millions:.2f} M | {gmacs:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
