@@ -207,6 +207,7 @@ def prepare(argv: Sequence[str] | None) -> Run:
         )
     if args.deterministic:
         use_deterministic_algorithms()
+    torch.backends.cudnn.benchmark = not args.deterministic  # tries kernels for each new shape, and there are few
     keep_freed_memory()
     torch.set_num_threads(min(torch.get_num_threads(), cli.num_cores()))  # torch counts cores, not a container's share
     device = resolve_device(args.device)

@@ -31,7 +31,11 @@ def process_pool(num_processes: int, work: str, way_out: str) -> Iterator[Proces
     """
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     pool = ProcessPoolExecutor(num_processes, context, initializer=_begin)
+    # Forked at the first task. A Ctrl-C amid that would be lost: Python swallows what is raised in a fork's callbacks.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    pool.submit(os.getpid)
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield pool
     except BrokenProcessPool as error:
         killed = f"a process that {work} was killed, by the system if memory ran out"
