@@ -218,6 +218,10 @@ def test_of_several_processes_one_builds_and_the_others_wait(root: Path, tmp_pat
 
 
 def test_ctrl_c_while_it_is_built(root: Path, tiny_argv: Argv, tmp_path: Path) -> None:
+    for pair in pairs_of(root):  # enough of them for a signal to arrive in time on a busy machine, too
+        for number in range(60):
+            for path in (pair.image, pair.mask):
+                path.with_stem(f"{path.stem}_{number}").hardlink_to(path)
     directory = tmp_path / "cache"
     argv = tiny_argv("--dataset-path", str(root), "--cache", "--cache-dir", str(directory))
     process = subprocess.Popen(
