@@ -245,6 +245,21 @@ def validate(run: Run, loader: DataLoader[Batch]) -> dict[str, float]:
     return {name: sum(image[name] for image in scores) / len(scores) for name in scores[0]}
 
 
+def begin_stage(run: Run, stage: Stage) -> None:
+    """Make the run's state what the stage starts from, or goes on from where the run was resumed in its midst."""
+    state, progress = run.state, run.state.progress
+    assert isinstance(state.model, CamouflageSegmenter)
+    state.model.set_backbone_frozen(stage.freeze_backbone)
+    if progress.stage != stage.number:
+        progress.stage = stage.number
+        state.scaler = run.precision.new_scaler(stage.scaler)
+        state.detector.reset(run.device)
+        if not stage.freeze_backbone and not state.model.freeze_norm_statistics:
+            state.ladder.losses = LossHistory()  # BatchNorm begins to learn its statistics: another level
+    fresh_moments(state.optimizer, everywhere=False)
+    run.recovery.begin_stage()
+
+
 def run_stage(run: Run, stage: Stage) -> None:
     """Train, validate and save every epoch of the stage that is still to come.
 
@@ -253,16 +268,7 @@ def run_stage(run: Run, stage: Stage) -> None:
         RecoverySpentError, UnreadableDataError: see ``train_epoch``.
     """
     state, progress = run.state, run.state.progress
-    assert isinstance(state.model, CamouflageSegmenter)
-    state.model.set_backbone_frozen(stage.freeze_backbone)
-    if progress.stage != stage.number:  # not resumed in its midst
-        progress.stage = stage.number
-        state.scaler = run.precision.new_scaler(stage.scaler)
-        state.detector.reset(run.device)
-        if not stage.freeze_backbone and not state.model.freeze_norm_statistics:
-            state.ladder.losses = LossHistory()  # BatchNorm begins to learn its statistics: another level
-    fresh_moments(state.optimizer, everywhere=False)
-    run.recovery.begin_stage()
+    begin_stage(run, stage)
     num_workers = cli.default_num_workers() if run.args.num_workers is None else run.args.num_workers
     workers = {"num_workers": num_workers, "pin_memory": run.device.type == "cuda", "cache": run.cache}
     later = {"augment_on_device": run.args.augment_on == "device"}

@@ -23,8 +23,8 @@ from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data.loading import training_loader
-from train_ultimate import Run, epoch_windows, prepare
-from training.optim import fresh_moments, gradient_norm, set_learning_rates
+from train_ultimate import Run, begin_stage, epoch_windows, prepare
+from training.optim import gradient_norm, set_learning_rates
 from training.stability import BufferGuard, PendingOutcome, StepVerdict, gated_step, should_skip
 from window import Window, accumulate_gradients
 
@@ -109,15 +109,13 @@ def main() -> None:
             *("--batch-size", str(options.batch_size), "--accumulation-steps", "1", "--num-workers", "0"),
         ])  # fmt: skip
         stage = run.stages[1]
-        run.state.model.set_backbone_frozen(False)  # type: ignore[operator]
         run.state.model.train()
+        begin_stage(run, stage)
         loader = training_loader(run.train_pairs, options.img_size, options.batch_size, 0, 0, pin_memory=False)
         run.state.progress.epoch = stage.first_epoch
         guard = BufferGuard(run.state.model)
         window = next(epoch_windows(run, stage, loader, len(loader), guard))
         set_learning_rates(run.state.optimizer, LR, 1.0)
-        fresh_moments(run.state.optimizer, everywhere=False)
-        run.recovery.begin_stage()
         step = gated(run, guard)
         times: dict[str, list[float]] = {"on": [], "off": []}
         for number in range(options.windows + 5):

@@ -26,8 +26,7 @@ from memory import write_links
 
 from builders import prepare
 from data.loading import training_loader, validation_loader
-from train_ultimate import finish_epoch, train_epoch, validate
-from training.optim import fresh_moments
+from train_ultimate import begin_stage, finish_epoch, train_epoch, validate
 
 Settings = dict[str, str]
 BASE: Settings = {"backbone": "tf_efficientnet_lite0", "img-size": "224", "batch-size": "8"}
@@ -49,10 +48,7 @@ def epochs_of(settings: Settings, dataset: Path, directory: Path, device: str) -
             *("--no-pretrained", "--accumulation-steps", "1", "--stage1-epochs", "0", "--num-workers", "1", *flags),
         ])  # fmt: skip
     (stage,) = run.stages
-    run.state.progress.stage = stage.number
-    run.state.model.set_backbone_frozen(False)  # type: ignore[operator]
-    fresh_moments(run.state.optimizer, everywhere=False)
-    run.recovery.begin_stage()
+    begin_stage(run, stage)
     workers = {"num_workers": 1, "pin_memory": run.device.type == "cuda"}
     loader = training_loader(run.train_pairs, run.args.img_size, stage.batch_size, 0, **workers)
     val_loader = validation_loader(run.val_pairs, run.args.img_size, stage.batch_size, **workers)

@@ -41,8 +41,7 @@ from builders import Run, prepare
 from data.dataset import Batch
 from data.loading import to_device, training_loader
 from losses import deep_supervision_loss
-from train_ultimate import train_epoch
-from training.optim import fresh_moments
+from train_ultimate import begin_stage, train_epoch
 from training.state import EpochStats
 
 LR, GRAD_CLIP = 1e-5, 0.5
@@ -66,8 +65,8 @@ class Contest:
         with contextlib.redirect_stdout(io.StringIO()):
             run = prepare(flags)
         run.train_pairs = run.train_pairs[: options.images]
-        run.state.model.set_backbone_frozen(False)  # type: ignore[operator]
         run.state.model.train()
+        begin_stage(run, run.stages[0])
         pin = run.device.type == "cuda"
         loader = training_loader(
             run.train_pairs, options.img_size, options.batch_size, 0, options.num_workers, pin_memory=pin
@@ -77,9 +76,6 @@ class Contest:
     def ours(self) -> Callable[[], None]:
         run, loader = self.fresh("ours")
         stage = run.stages[0]
-        run.state.progress.stage = stage.number
-        fresh_moments(run.state.optimizer, everywhere=False)
-        run.recovery.begin_stage()
 
         def epoch() -> None:
             train_epoch(run, stage, loader)

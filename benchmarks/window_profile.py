@@ -25,8 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from builders import Run, prepare
 from data.loading import training_loader
-from train_ultimate import train_epoch
-from training.optim import fresh_moments
+from train_ultimate import begin_stage, train_epoch
 from training.state import EpochStats
 
 KINDS = {  # the first that matches an operator's or a kernel's name
@@ -83,11 +82,8 @@ def main() -> None:
 
 def measure(run: Run, options: argparse.Namespace) -> None:
     (stage,) = run.stages
-    run.state.progress.stage = stage.number
     model = run.state.model
-    model.set_backbone_frozen(False)  # type: ignore[operator]
-    fresh_moments(run.state.optimizer, everywhere=False)
-    run.recovery.begin_stage()
+    begin_stage(run, stage)
     run.train_pairs = run.train_pairs[: options.windows * options.batch_size]
     cuda = run.device.type == "cuda"
     loader = training_loader(run.train_pairs, run.args.img_size, stage.batch_size, 0, 1, pin_memory=cuda)
