@@ -92,6 +92,11 @@ def build_stages(args: argparse.Namespace) -> list[Stage]:
     return [stage for stage in stages if stage.num_epochs > 0]
 
 
+def settings_of(saved: dict[str, Any]) -> argparse.Namespace:
+    """The settings of a run as it saved them; flags that there were not yet have the values of runs without them."""
+    return cli.parse(["train"], saved)
+
+
 def build_network(args: argparse.Namespace, load_weights: bool) -> CamouflageSegmenter:
     """The network from the settings. Without ``load_weights`` its weights are random: a checkpoint brings its own."""
     torch.manual_seed(args.seed)
@@ -99,6 +104,7 @@ def build_network(args: argparse.Namespace, load_weights: bool) -> CamouflageSeg
         args.backbone,
         args.decoder_channels,
         args.img_size,
+        zoom=args.zoom,
         pretrained=load_weights and args.pretrained,
         backbone_weights=Path(args.backbone_weights) if load_weights and args.backbone_weights else None,
         freeze_norm_statistics=args.pretrained or args.backbone_weights is not None,
@@ -229,7 +235,7 @@ def prepare(argv: Sequence[str] | None) -> Run:
         load_weights(model, weights_alone)
     if not all_finite(model.state_dict().values()):
         raise ValueError(f"--backbone {args.backbone}: its initial weights are not finite; are the right ones loaded?")
-    optimizer = build_optimizer(model.decoder, model.backbone, args.weight_decay)
+    optimizer = build_optimizer(model, model.backbone, args.weight_decay)
     ema = Ema(model, args.ema_decay) if args.ema_decay > 0 else None
     detector = SpikeDetector(args.spike_policy, device)
     state = TrainState(model, optimizer, precision.new_scaler(stages[0].scaler), detector, ema)

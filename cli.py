@@ -17,7 +17,7 @@ DEMO_DEFAULTS = {
 }  # fmt: skip
 
 NOT_RESUMED = ("command", "resume", "checkpoint_dir", "drill")  # these belong to one invocation, not to the run
-FIXED_AT_START = ("backbone", "decoder_channels")  # they decide the shapes in a checkpoint
+FIXED_AT_START = ("backbone", "decoder_channels", "zoom")  # they decide the shapes in a checkpoint
 # Of no use once a checkpoint brings the weights and the list of images to validate on.
 ONLY_AT_START = ("pretrained", "backbone_weights", "val_fraction")
 
@@ -126,6 +126,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--pretrained", action=argparse.BooleanOptionalAction, default=True, help="start from timm's ImageNet weights")
     flag("--backbone-weights", help="start from this .pth or .safetensors file instead; nothing is downloaded")
     flag("--decoder-channels", type=_whole(8), default=64, help="width of the decoder; a multiple of 8")
+    flag("--zoom", action=argparse.BooleanOptionalAction, default=False,
+         help="look at each image at 0.5, 1 and 1.5 times its size and choose, place by place; 3 to 4 times slower")
 
     flag = parser.add_argument_group("schedule").add_argument
     flag("--epochs", type=_whole(1), default=140, help="epochs of both stages together")

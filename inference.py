@@ -1,6 +1,5 @@
 """From a checkpoint to predictions: the network as it was validated, and the field's way from logits to grey levels."""
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from builders import build_network, memory_format_of, on_device
+from builders import build_network, memory_format_of, on_device, settings_of
 from data.evaluation import images_to_score
 from data.layouts import Pair
 from data.loading import unit_range
@@ -49,7 +48,7 @@ def load_network(path: Path, device_name: str, precision_name: str, img_size: in
             f"{path}: holds weights alone and does not tell which network they are of; "
             f"use a checkpoint of a run, such as best_model.pth"
         )
-    settings = argparse.Namespace(**checkpoint["config"]["settings"])
+    settings = settings_of(checkpoint["config"]["settings"])
     settings.img_size = img_size or settings.img_size
     device = resolve_device(device_name)
     memory_format = memory_format_of(settings)

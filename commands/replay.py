@@ -3,14 +3,13 @@
 Needs nothing but the folder: weights, images, masks and settings are in it.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from builders import build_network, memory_format_of, on_device
+from builders import build_network, memory_format_of, on_device, settings_of
 from models import CamouflageSegmenter
 from training.incidents import (
     OF_THE_RUN,
@@ -83,7 +82,7 @@ def replay(folder: Path, device_name: str) -> int:
 
 
 def _rebuild(payload: dict[str, Any], device: torch.device) -> tuple[CamouflageSegmenter, Window]:
-    settings = argparse.Namespace(**payload["settings"])
+    settings = settings_of(payload["settings"])
     memory_format = memory_format_of(settings)
     model = on_device(build_network(settings, load_weights=False), device, memory_format)
     model.load_state_dict(payload["model"])

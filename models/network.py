@@ -1,4 +1,4 @@
-"""The network: input normalisation, backbone, decoder."""
+"""The network: input normalisation, backbone (at three zooms, or one), decoder."""
 
 from pathlib import Path
 from typing import Self
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from models.backbone import Backbone, build_backbone
 from models.decoder import ForegroundBackgroundDecoder
+from models.zoom import ZoomedFeatures
 
 
 class CamouflageSegmenter(nn.Module):
@@ -22,15 +23,19 @@ class CamouflageSegmenter(nn.Module):
         freeze_norm_statistics: keep the running statistics of the backbone's BatchNorm layers as they are even while
             its weights train: right for pretrained ones, which small batches would only disturb. A backbone that
             starts from random weights has none worth keeping.
+        zoom: look at each image at three zooms: see ``ZoomedFeatures``.
 
     Shape:
         images (B, 3, H, W) float RGB in [0, 1]
         -> side logits, coarse to fine: (B, 1, h_i, w_i); the last one (B, 1, H, W)
     """
 
-    def __init__(self, backbone: Backbone, decoder_channels: int, freeze_norm_statistics: bool) -> None:
+    def __init__(
+        self, backbone: Backbone, decoder_channels: int, freeze_norm_statistics: bool, zoom: bool = False
+    ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.zoom = ZoomedFeatures(backbone.channels, decoder_channels) if zoom else None
         self.decoder = ForegroundBackgroundDecoder(backbone.channels, decoder_channels)
         self.freeze_norm_statistics = freeze_norm_statistics
         self.backbone_frozen = False
@@ -38,7 +43,8 @@ class CamouflageSegmenter(nn.Module):
         self.register_buffer("std", torch.tensor(backbone.std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        features = self.backbone((images - self.get_buffer("mean")) / self.get_buffer("std"))
+        normalised = (images - self.get_buffer("mean")) / self.get_buffer("std")
+        features = self.backbone(normalised) if self.zoom is None else self.zoom(self.backbone, normalised)
         side_logits = self.decoder(features)
         finest = F.interpolate(side_logits[-1], size=images.shape[-2:], mode="bilinear", align_corners=False)
         return [*side_logits[:-1], finest]
@@ -74,11 +80,11 @@ class CamouflageSegmenter(nn.Module):
 
 def build_model(
     backbone: str, decoder_channels: int, img_size: int, pretrained: bool = False, backbone_weights: Path | None = None,
-    freeze_norm_statistics: bool = True,
+    freeze_norm_statistics: bool = True, zoom: bool = False,
 ) -> CamouflageSegmenter:  # fmt: skip
     """Build the network and run it once on an empty image; see ``build_backbone`` for the arguments and the errors."""
     body = build_backbone(backbone, pretrained, backbone_weights, img_size)
-    model = CamouflageSegmenter(body, decoder_channels, freeze_norm_statistics)
+    model = CamouflageSegmenter(body, decoder_channels, freeze_norm_statistics, zoom)
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, img_size, img_size))

@@ -647,6 +647,18 @@ def test_gradient_checkpointing_gives_the_same_run_bitwise(finished: Path, tiny_
     assert differing_tensors(final_state(tmp_path / "run"), final_state(finished)) == []
 
 
+def test_zoomed_run_resumes_bitwise_and_its_checkpoint_is_evaluated(
+    tiny_dataset: Path, tiny_argv: Argv, tmp_path: Path
+) -> None:
+    assert main(tiny_argv("--zoom", "--epochs", "2", "--stage1-epochs", "1")) == 0
+    whole = final_state(tmp_path / "run", "epoch_0002.pth")
+    assert any(name.startswith("zoom.") for name in whole["model"])
+    assert main(["train", "--resume", str(tmp_path / "run" / "epoch_0001.pth")]) == 0
+    assert differing_tensors(final_state(tmp_path / "run", "epoch_0002.pth"), whole) == []
+    checkpoint = str(tmp_path / "run" / "best_model.pth")
+    assert main(["evaluate", "--checkpoint", checkpoint, "--dataset-path", str(tiny_dataset)]) == 0
+
+
 def test_run_that_fits_in_no_way_is_told_what_needs_less(
     tiny_argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+from models import build_model
+from models.zoom import ScaleSelection, ZoomedFeatures
+
+SIZES = ((24, 16), (40, 8), (112, 4), (320, 2))
+
+
+class Recorder(torch.nn.Module):
+    """Levels whose every value tells how wide the image was that they come from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, ...]] = []
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        self.seen.append(tuple(images.shape[-2:]))
+        height, width = images.shape[-2:]
+        return [torch.full((len(images), 8, height // stride, width // stride), float(width)) for stride in (4, 8)]
+
+
+@pytest.mark.parametrize(
+    ("size", "others"),
+    [((64, 64), [(32, 32), (96, 96)]), ((224, 224), [(128, 128), (352, 352)]), ((64, 96), [(32, 64), (96, 160)])],
+)
+def test_image_is_seen_at_three_zooms_whose_sides_any_backbone_takes(
+    size: tuple[int, int], others: list[tuple[int, int]]
+) -> None:
+    backbone = Recorder()
+    levels = ZoomedFeatures([8, 8], channels=8)(backbone, torch.rand(1, 3, *size))  # type: ignore[arg-type]
+    assert sorted(backbone.seen) == sorted([size, *others])
+    assert [tuple(level.shape) for level in levels] == [(1, 8, size[0] // s, size[1] // s) for s in (4, 8)]
+
+
+def test_each_place_takes_a_mean_of_the_three() -> None:
+    selection = ScaleSelection(8, channels=8)
+    maps = [torch.rand(2, 8, size, size) for size in (3, 6, 9)]
+    merged = selection(*maps)
+    assert merged.shape == (2, 8, 6, 6)
+    assert merged.min() >= min(m.min() for m in maps)
+    assert merged.max() <= max(m.max() for m in maps)
+    # A layer that is sure of the near one.
+    weights = {"weight": torch.zeros_like(selection.choose.weight), "bias": torch.tensor([-40.0, -40.0, 40.0])}
+    selection.choose.load_state_dict(weights)
+    near = torch.nn.functional.interpolate(maps[2], size=(6, 6), mode="bilinear")
+    torch.testing.assert_close(selection(*maps), near)
+
+
+def test_zoomed_network_trains_all_of_itself() -> None:
+    model = build_model("test_efficientnet", decoder_channels=16, img_size=64, zoom=True)
+    outputs = model(torch.rand(2, 3, 64, 64))
+    plain = build_model("test_efficientnet", decoder_channels=16, img_size=64)(torch.rand(2, 3, 64, 64))
+    assert [logits.shape for logits in outputs] == [logits.shape for logits in plain]
+    sum(logits.square().mean() for logits in outputs).backward()  # type: ignore[union-attr]
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("zoom", [False, True])
+def test_fp16_forward_and_backward_stay_finite_for_images_far_out_of_range(zoom: bool) -> None:
+    """Without loss scaling: what is not finite here, no scale can help."""
+    model = build_model("test_efficientnet", decoder_channels=16, img_size=64, zoom=zoom)
+    with torch.autocast("cpu", dtype=torch.float16):
+        outputs = model(torch.rand(2, 3, 64, 64) * 8)
+    sum(logits.float().square().mean() for logits in outputs).backward()  # type: ignore[union-attr]
+    assert all(torch.isfinite(logits).all() for logits in outputs)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
