@@ -104,7 +104,7 @@ def build_network(args: argparse.Namespace, load_weights: bool) -> CamouflageSeg
         args.backbone,
         args.decoder_channels,
         args.img_size,
-        zoom=args.zoom,
+        zooms=args.zoom,
         pretrained=load_weights and args.pretrained,
         backbone_weights=Path(args.backbone_weights) if load_weights and args.backbone_weights else None,
         freeze_norm_statistics=args.pretrained or args.backbone_weights is not None,

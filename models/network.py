@@ -1,5 +1,6 @@
-"""The network: input normalisation, backbone (at three zooms, or one), decoder."""
+"""The network: input normalisation, backbone (at one zoom or several), decoder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -23,7 +24,7 @@ class CamouflageSegmenter(nn.Module):
         freeze_norm_statistics: keep the running statistics of the backbone's BatchNorm layers as they are even while
             its weights train: right for pretrained ones, which small batches would only disturb. A backbone that
             starts from random weights has none worth keeping.
-        zoom: look at each image at three zooms: see ``ZoomedFeatures``.
+        zooms: factors of its size at which the backbone sees an image: see ``ZoomedFeatures``.
 
     Shape:
         images (B, 3, H, W) float RGB in [0, 1]
@@ -31,11 +32,16 @@ class CamouflageSegmenter(nn.Module):
     """
 
     def __init__(
-        self, backbone: Backbone, decoder_channels: int, freeze_norm_statistics: bool, zoom: bool = False
+        self,
+        backbone: Backbone,
+        decoder_channels: int,
+        freeze_norm_statistics: bool,
+        zooms: Sequence[float] = (1.0,),
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.zoom = ZoomedFeatures(backbone.channels, decoder_channels) if zoom else None
+        elsewhere = set(zooms) != {1.0}
+        self.zoom = ZoomedFeatures(backbone.channels, decoder_channels, zooms) if elsewhere else None
         self.decoder = ForegroundBackgroundDecoder(backbone.channels, decoder_channels)
         self.freeze_norm_statistics = freeze_norm_statistics
         self.backbone_frozen = False
@@ -80,11 +86,11 @@ class CamouflageSegmenter(nn.Module):
 
 def build_model(
     backbone: str, decoder_channels: int, img_size: int, pretrained: bool = False, backbone_weights: Path | None = None,
-    freeze_norm_statistics: bool = True, zoom: bool = False,
+    freeze_norm_statistics: bool = True, zooms: Sequence[float] = (1.0,),
 ) -> CamouflageSegmenter:  # fmt: skip
     """Build the network and run it once on an empty image; see ``build_backbone`` for the arguments and the errors."""
     body = build_backbone(backbone, pretrained, backbone_weights, img_size)
-    model = CamouflageSegmenter(body, decoder_channels, freeze_norm_statistics, zoom)
+    model = CamouflageSegmenter(body, decoder_channels, freeze_norm_statistics, zooms)
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, img_size, img_size))

@@ -1,6 +1,6 @@
-"""The same image at three zooms, and for every place in it the one to look at (Pang et al., "ZoomNet", CVPR 2022).
+"""The same image at several zooms, and for every place in it the ones to look at (Pang et al., "ZoomNet", CVPR 2022).
 
-Shapes: B batch, c a level's channels, h w its height and width at the image's own size.
+Shapes: B batch, c a level's channels, h w its height and width at one of the zooms.
 """
 
 from collections.abc import Sequence
@@ -16,51 +16,56 @@ _MULTIPLE = 32  # of pixels: the sides of images that every backbone takes
 
 
 class ZoomedFeatures(nn.Module):
-    """Features of a backbone at 0.5, 1 and 1.5 times an image's size, merged level by level by ``ScaleSelection``.
+    """Features of a backbone at other sizes of its input, merged level by level by ``ScaleSelection``.
 
-    The backbone's weights are shared by the three, and belong to it: here is what chooses between them.
+    The backbone's weights are shared by all sizes, and belong to it: here is what chooses between them. One zoom alone
+    is not merged with anything: an image of 224 pixels at 1.25 is a finer map of what 224 pixels show.
 
     Args:
         in_channels: channels of the backbone's levels.
         channels: width of the layers that choose; a multiple of 8.
+        zooms: factors of the image's sides, which become the nearest multiples of 32.
 
     Shape:
-        images (B, 3, H, W), normalised -> the backbone's levels for images of that size
+        images (B, 3, H, W), normalised -> the backbone's levels for images of the middle zoom, of two the larger
     """
 
-    def __init__(self, in_channels: Sequence[int], channels: int) -> None:
+    def __init__(self, in_channels: Sequence[int], channels: int, zooms: Sequence[float]) -> None:
         super().__init__()
-        self.selections = nn.ModuleList(ScaleSelection(width, channels) for width in in_channels)
+        self.zooms = sorted(zooms)
+        widths = in_channels if len(zooms) > 1 else []
+        self.selections = nn.ModuleList(ScaleSelection(width, channels, len(zooms)) for width in widths)
 
     def forward(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
-        far, near = (backbone(_resized(images, halves)) for halves in (1, 3))
-        levels = zip(self.selections, far, backbone(images), near, strict=True)
-        return [selection(*features) for selection, *features in levels]
+        pyramids = [backbone(_resized(images, zoom)) for zoom in self.zooms]
+        if len(pyramids) == 1:
+            return pyramids[0]
+        return [selection(maps) for selection, *maps in zip(self.selections, *pyramids, strict=True)]
 
 
 class ScaleSelection(nn.Module):
-    """A mean of three maps, weighted at each place by what is seen there at all three zooms.
+    """A mean of maps, weighted at each place by what is seen there at all zooms.
 
     Shape:
-        far (B, c, h1, w1), own (B, c, h, w), near (B, c, h2, w2) -> (B, c, h, w)
+        maps, small to large: (B, c, h_i, w_i) -> (B, c, h, w), the size of the middle one
     """
 
-    def __init__(self, in_channels: int, channels: int) -> None:
+    def __init__(self, in_channels: int, channels: int, num_zooms: int) -> None:
         super().__init__()
-        self.reduce = ConvNormAct(3 * in_channels, channels, kernel_size=1)
-        self.choose = nn.Conv2d(channels, 3, kernel_size=3, padding=1)
+        self.reduce = ConvNormAct(num_zooms * in_channels, channels, kernel_size=1)
+        self.choose = nn.Conv2d(channels, num_zooms, kernel_size=3, padding=1)
 
-    def forward(self, far: Tensor, own: Tensor, near: Tensor) -> Tensor:
-        size = own.shape[-2:]
-        far, near = (F.interpolate(other, size=size, mode="bilinear", align_corners=False) for other in (far, near))
-        weights = self.choose(self.reduce(torch.cat([far, own, near], dim=1))).softmax(dim=1)
-        shares = weights.split(1, dim=1)
-        return far * shares[0] + own * shares[1] + near * shares[2]
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        size = maps[len(maps) // 2].shape[-2:]
+        maps = [F.interpolate(seen, size=size, mode="bilinear", align_corners=False) for seen in maps]
+        shares = self.choose(self.reduce(torch.cat(maps, dim=1))).softmax(dim=1)
+        weighted = [seen * share for seen, share in zip(maps, shares.split(1, dim=1), strict=True)]
+        return torch.stack(weighted).sum(dim=0)
 
 
-def _resized(images: Tensor, halves: int) -> Tensor:
-    """To so many halves of their size, or the nearest sides that are multiples of 32."""
-    height, width = (
-        max(_MULTIPLE, (side * halves // 2 + _MULTIPLE // 2) // _MULTIPLE * _MULTIPLE) for side in images.shape[-2:]
-    )
+def _resized(images: Tensor, zoom: float) -> Tensor:
+    """Not smoothed before it is made smaller: at half the size, each pixel is the mean of four."""
+    if zoom == 1:
+        return images
+    height, width = (max(_MULTIPLE, round(side * zoom / _MULTIPLE) * _MULTIPLE) for side in images.shape[-2:])
     return F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False)

@@ -9,7 +9,7 @@ import cli
 FROZEN = {
     "dataset_path": None, "include_noncam": False, "exclude": None, "img_size": 384, "val_fraction": 0.1,
     "cache": False, "cache_dir": None,
-    "backbone": "pvt_v2_b2", "pretrained": True, "backbone_weights": None, "decoder_channels": 64, "zoom": False,
+    "backbone": "pvt_v2_b2", "pretrained": True, "backbone_weights": None, "decoder_channels": 64, "zoom": [1.0],
     "epochs": 140, "stage1_epochs": 30, "batch_size": 2, "accumulation_steps": 4, "lr": 0.00025,
     "stage2_lr_scale": 0.5, "backbone_lr_scale": 0.1, "weight_decay": 1e-4, "ema_decay": 0.999,
     "grad_clip": 0.5, "spike_policy": "skip", "max_rollbacks": 3, "drill": [],
@@ -36,7 +36,9 @@ def test_readme_has_every_flag_with_its_default() -> None:
     documented = {flag[2:].replace("-", "_"): default.strip().strip("`") for flag, default in rows}
     assert documented.keys() == {*FROZEN, "num_workers"}
     for name, default in FROZEN.items():
-        if default not in (None, []) and not isinstance(default, bool):
+        if isinstance(default, list):
+            default = " ".join(f"{value:g}" for value in default) or None
+        if default is not None and not isinstance(default, bool):
             assert documented[name] == str(default), name
 
 
@@ -45,6 +47,7 @@ def test_readme_has_every_flag_with_its_default() -> None:
     [
         (["--batch-size", "0"], "argument --batch-size: must be at least 1, not 0"),
         (["--batch-size", "two"], "argument --batch-size: 'two' is not a whole number"),
+        (["--zoom", "0.1"], "argument --zoom: must be at least 0.25 and at most 4, not 0.1"),
         (["--lr", "0"], "argument --lr: must be above 0, not 0"),
         (["--lr", "nan"], "argument --lr: must be above 0, not nan"),
         (["--lr", "inf"], "argument --lr: must be above 0, not inf"),
