@@ -2,11 +2,16 @@
 
     python benchmarks/accuracy.py --dataset-path data/CAMO --backbone-weights FILE --out DIR --seeds 1 2 3 \
         --models ours unet fpn deeplabv3plus upernet segformer [--epochs N] [--img-size PX] [-- flags of train]
+    python benchmarks/accuracy.py ... --models ours without-context ... --validation-only
+
+A model may bring flags of its own: --models "ours --zoom 1.25" ours.
 
 Every one goes through ``train`` itself: same order of the same augmented images, same loss, optimizer, average, number
 of epochs and validation images, by which the best epoch is chosen. Rivals have one output, so one loss; ours has its
-side outputs. Then ``evaluate`` on the test set. What is done already in DIR is not done again, and a run that was
-interrupted is resumed: a long table can be made in pieces. Without --seeds, the table of what there is.
+side outputs. Then ``evaluate`` on the test set; with --validation-only, the scores are those of the best epoch on the
+validation images, and the test set is not looked at: that is for choosing, and for ours without one of its parts. What
+is done already in DIR is not done again, and a run that was interrupted is resumed: a long table can be made in pieces.
+Without --seeds, the table of what there is.
 
 Speed is measured apart, in this process, the models taking turns at forward and backward pass on one batch.
 """
@@ -38,8 +43,11 @@ from models import CamouflageSegmenter
 from models.backbone import speed_up_depthwise
 from train_ultimate import main as command
 from training.precision import Precision, resolve_precision
+from training.runlog import write_json
 
 RIVALS = ("unet", "fpn", "deeplabv3plus", "upernet", "segformer")
+ABLATIONS = tuple(f"without-{part}" for part in ("context", "estimate", "mix", "gate", "side-losses"))
+MODELS = ("ours", *ABLATIONS, *RIVALS)
 SCORES = {"s_measure": "S", "weighted_f": "wF", "mae": "MAE", "mean_e": "mean E", "iou": "IoU"}
 # The recipe that the baseline was measured with, as far as the flags of train go.
 RECIPE = [
@@ -68,15 +76,63 @@ class Rival(CamouflageSegmenter):
         return [head(decoder(self.backbone((images - self.get_buffer("mean")) / self.get_buffer("std"))))]
 
 
+class Ones(nn.Module):
+    """Where a gate was."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return torch.ones_like(values)
+
+
+class NoEstimate(nn.Module):
+    """A refinement block that is told nothing: half foreground, half background, everywhere."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, feature: Tensor, hidden: Tensor, coarser_logits: Tensor) -> tuple[Tensor, Tensor]:
+        return self.block(feature, hidden, torch.zeros_like(coarser_logits))
+
+
+class FinestOnly(nn.Module):
+    """A decoder whose other side outputs get no loss."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        return self.decoder(features)[-1:]
+
+
+def remove(part: str, network: CamouflageSegmenter) -> None:
+    decoder, blocks = network.decoder, network.decoder.blocks
+    if part == "context":
+        decoder.context = decoder.context.reduce  # type: ignore[assignment]
+    elif part == "estimate":
+        decoder.blocks = nn.ModuleList(NoEstimate(block) for block in blocks)
+    elif part == "mix":
+        for block in blocks:
+            block.mix = nn.Identity()
+    elif part == "gate":
+        for block in blocks:
+            block.mix.gate = Ones()  # type: ignore[union-attr]
+    elif part == "side-losses":
+        network.decoder = FinestOnly(decoder)  # type: ignore[assignment]
+
+
 def builder_of(model: str) -> Callable[[argparse.Namespace, bool], CamouflageSegmenter]:
     build = builders.build_network
 
-    def build_rival(args: argparse.Namespace, load_weights: bool) -> CamouflageSegmenter:
+    def build_other(args: argparse.Namespace, load_weights: bool) -> CamouflageSegmenter:
         ours = build(args, load_weights)
         torch.manual_seed(args.seed)
-        return Rival(model, ours, args.backbone)
+        if model in RIVALS:
+            return Rival(model, ours, args.backbone)
+        remove(model.removeprefix("without-"), ours)
+        return ours
 
-    return build_rival if model in RIVALS else build
+    return build if model == "ours" else build_other
 
 
 @contextlib.contextmanager
@@ -87,45 +143,63 @@ def in_place_of_ours(model: str) -> Iterator[None]:
 
 
 def train_and_evaluate(model: str, seed: int, options: argparse.Namespace) -> None:
-    directory = options.out / f"{model}-{seed}"
-    if (directory / "test.json").exists():
+    name, *own_flags = model.split()
+    directory = options.out / f"{model.replace(' ', '_')}-{seed}"
+    done = directory / ("validation.json" if options.validation_only else "test.json")
+    if done.exists():
         return
     print(f"== {model}, seed {seed}")
     flags = [
         *("--dataset-path", options.dataset_path, "--backbone", options.backbone, "--img-size", str(options.img_size)),
         *("--backbone-weights", options.backbone_weights, "--epochs", str(options.epochs), "--seed", str(seed)),
-        *("--checkpoint-dir", str(directory), "--resume", "auto", *RECIPE, *options.more),
+        *("--checkpoint-dir", str(directory), "--resume", "auto", *RECIPE, *options.more, *own_flags),
     ]
-    with in_place_of_ours(model):
+    with in_place_of_ours(name):
         if (code := command(["train", *flags])) != 0:
             raise SystemExit(code)
+        if options.validation_only:
+            write_json(done, best_epoch(directory / "metrics.jsonl"))
+            return
         checkpoint, result = str(directory / "best_model.pth"), directory / "unfinished.json"
         flags = ["--checkpoint", checkpoint, "--dataset-path", options.dataset_path, "--json", str(result)]
         if (code := command(["evaluate", *flags])) != 0:
             raise SystemExit(code)
-    result.rename(directory / "test.json")
+    result.rename(done)
+
+
+def best_epoch(log: Path) -> dict[str, float]:
+    """The scores that ``best_model.pth`` had on the validation images."""
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    return max((event for event in events if event["event"] == "epoch"), key=lambda event: event["iou"])
 
 
 def results(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     """Model -> scores of each seed."""
     found: dict[str, list[dict[str, float]]] = {}
-    for path in sorted(options.out.glob("*/test.json")):
-        (test_set,) = json.loads(path.read_text())["sets"].values()
-        found.setdefault(path.parent.name.rpartition("-")[0], []).append(test_set["scores"])
+    for path in sorted(options.out.glob("*/validation.json" if options.validation_only else "*/test.json")):
+        scores = json.loads(path.read_text())
+        if not options.validation_only:
+            (test_set,) = scores["sets"].values()
+            scores = test_set["scores"]
+        found.setdefault(path.parent.name.rpartition("-")[0].replace("_", " "), []).append(scores)
     return found
 
 
 def measure(models: list[str], options: argparse.Namespace) -> dict[str, tuple[float, float, float]]:
     """Model -> images a second in training, millions of parameters, GMACs of an image."""
     flags = ["--dataset-path", "x", "--backbone", options.backbone, "--no-pretrained", *RECIPE, *options.more]
-    args = cli.parse(["train", *flags, "--img-size", str(options.img_size)])
+    flags += ["--img-size", str(options.img_size)]
+    args = cli.parse(["train", *flags])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(args.precision, device)
     images = torch.rand(args.batch_size, 3, args.img_size, args.img_size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     masks = (torch.rand(args.batch_size, 1, args.img_size, args.img_size, device=device) > 0.5).float()
-    networks = {model: builders.on_device(builder_of(model)(args, False), device, torch.channels_last)
-                for model in models}  # fmt: skip
+    networks = {}
+    for model in models:
+        name, *own_flags = model.split()
+        network = builder_of(name)(cli.parse(["train", *flags, *own_flags]), False)
+        networks[model] = builders.on_device(network, device, torch.channels_last)
     seconds: dict[str, list[float]] = {model: [] for model in models}
     for round_number in range(options.speed_rounds + 2):
         for model, network in networks.items():
@@ -153,16 +227,23 @@ def step_seconds(network: nn.Module, images: Tensor, masks: Tensor, precision: P
     return time.perf_counter() - start
 
 
+def known(model: str) -> str:
+    if model.split()[0] not in MODELS:
+        raise argparse.ArgumentTypeError(f"{model} is none of {', '.join(MODELS)}")
+    return model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset-path", required=True)
     parser.add_argument("--backbone-weights", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--models", nargs="+", choices=("ours", *RIVALS), default=["ours", *RIVALS])
+    parser.add_argument("--models", nargs="+", type=known, default=["ours", *RIVALS])
     parser.add_argument("--seeds", nargs="*", type=int, default=[])
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--validation-only", action="store_true", help="the test set is not looked at")
     parser.add_argument("--speed-rounds", type=int, default=15)
     parser.add_argument("more", nargs="*", help="after --: more flags of train, for all of them")
     options = parser.parse_args()
@@ -171,12 +252,13 @@ def main() -> None:
         for model in options.models:
             train_and_evaluate(model, seed, options)
     found = results(options)
-    amounts = measure([model for model in ("ours", *RIVALS) if model in found], options)
-    print(f"| model | seeds | {' | '.join(SCORES.values())} | images/s | parameters | GMACs |")
-    print("|---|---|" + "---|" * (len(SCORES) + 3))
+    amounts = measure(sorted(found, key=lambda model: MODELS.index(model.split()[0])), options)
+    names = [name for name in SCORES if all(name in scores for runs in found.values() for scores in runs)]
+    print(f"| model | seeds | {' | '.join(SCORES[name] for name in names)} | images/s | parameters | GMACs |")
+    print("|---|---|" + "---|" * (len(names) + 3))
     for model, (speed, millions, gmacs) in amounts.items():
         columns = []
-        for name in SCORES:
+        for name in names:
             values = [scores[name] for scores in found[model]]
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
             columns.append(f"{statistics.mean(values):.3f}{spread}")

@@ -1,0 +1,94 @@
+"""Memory of the README's presets for GPUs: measured on a CUDA device, else estimated.
+
+    python benchmarks/device_memory.py [--device cpu|cuda]
+
+Measured: the peak of two optimizer steps, average of the weights included, and what the CUDA context takes. Estimated:
+the bytes that the forward pass of two images keeps for the backward pass, scaled to the batch, a fifth on top for what
+comes and goes, 20 bytes a parameter (weights, gradients, two moments, average), and 0.7 GB for the context. The cuDNN
+workspace is in neither.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import builders
+import cli
+from losses import deep_supervision_loss
+from training.optim import Ema, build_optimizer
+from training.precision import Precision
+from training.stability import BufferGuard
+
+GB = 1e9
+CONTEXT = 0.7 * GB
+PRESETS = {
+    "8 GB": "--batch-size 8 --accumulation-steps 1",
+    "24 GB": "--zoom --batch-size 8 --accumulation-steps 1",
+    "80 GB": "--backbone pvt_v2_b4 --img-size 448 --zoom --batch-size 16 --accumulation-steps 1",
+}
+
+
+def bytes_kept(network: torch.nn.Module, img_size: int, batch_size: int, precision: Precision) -> int:
+    """Of tensors that the forward pass and the loss keep, each storage once, parameters left out."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    images = torch.rand(batch_size, 3, img_size, img_size).contiguous(memory_format=torch.channels_last)
+    masks = (torch.rand(batch_size, 1, img_size, img_size) > 0.5).float()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with precision.autocast():
+            side_logits = network(images)
+        deep_supervision_loss(side_logits, masks, 0.5)
+    return sum(sizes.values())
+
+
+def peak(network: torch.nn.Module, img_size: int, batch_size: int, precision: Precision) -> int:
+    """Of two steps on the device."""
+    torch.cuda.reset_peak_memory_stats()
+    optimizer = build_optimizer(network, network.get_submodule("backbone"), 1e-4)
+    average = Ema(network, 0.999)
+    guard = BufferGuard(network)
+    for _ in range(2):
+        guard.begin_window()
+        images = torch.rand(batch_size, 3, img_size, img_size, device="cuda")
+        masks = (torch.rand(batch_size, 1, img_size, img_size, device="cuda") > 0.5).float()
+        with precision.autocast():
+            side_logits = network(images.contiguous(memory_format=torch.channels_last))
+        deep_supervision_loss(side_logits, masks, 0.5).backward()
+        optimizer.step()
+        average.update(network, guard.at_start)
+    return torch.cuda.max_memory_reserved()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    device = parser.parse_args().device
+    precision = Precision("bf16", device)
+    for name, flags in PRESETS.items():
+        args = cli.parse(["train", "--dataset-path", "x", "--no-pretrained", *flags.split()])
+        network = builders.on_device(
+            builders.build_network(args, load_weights=False), torch.device(device), torch.channels_last
+        ).train()
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        if device == "cuda":
+            total, how = peak(network, args.img_size, args.batch_size, precision) + CONTEXT, "measured"
+        else:
+            kept = bytes_kept(network, args.img_size, 2, precision) / 2
+            total, how = 1.2 * kept * args.batch_size + 20 * parameters + CONTEXT, "estimated"
+        print(f"{name:6} {total / GB:5.1f} GB, {how}; {parameters / 1e6:.1f} M parameters: {flags}")
+
+
+if __name__ == "__main__":
+    main()
