@@ -70,3 +70,12 @@ def test_fp16_forward_and_backward_stay_finite_for_images_far_out_of_range(zooms
     sum(logits.float().square().mean() for logits in outputs).backward()  # type: ignore[union-attr]
     assert all(torch.isfinite(logits).all() for logits in outputs)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("zooms", [[1], [0.5, 1, 1.5]])
+def test_network_is_made_of_operations_that_can_be_exported(zooms: list[float]) -> None:
+    model = build_model("test_efficientnet", decoder_channels=16, img_size=64, zooms=zooms).eval()
+    batch = torch.export.Dim("batch", min=1, max=8)
+    exported = torch.export.export(model, (torch.rand(2, 3, 64, 64),), dynamic_shapes=({0: batch},)).module()
+    images = torch.rand(3, 3, 64, 64)
+    torch.testing.assert_close(exported(images)[-1], model(images)[-1])
