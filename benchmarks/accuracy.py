@@ -29,6 +29,7 @@ from unittest import mock
 
 import segmentation_models_pytorch as smp
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,6 +38,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import builders
 import cli
 import inference
+from data.figures import contact_sheet, thumbnail
+from data.layouts import find_subsets
 from data.processes import keep_freed_memory
 from losses import deep_supervision_loss
 from models import CamouflageSegmenter
@@ -144,7 +147,7 @@ def in_place_of_ours(model: str) -> Iterator[None]:
 
 def train_and_evaluate(model: str, seed: int, options: argparse.Namespace) -> None:
     name, *own_flags = model.split()
-    directory = options.out / f"{model.replace(' ', '_')}-{seed}"
+    directory = directory_of(model, seed, options)
     done = directory / ("validation.json" if options.validation_only else "test.json")
     if done.exists():
         return
@@ -162,9 +165,29 @@ def train_and_evaluate(model: str, seed: int, options: argparse.Namespace) -> No
             return
         checkpoint, result = str(directory / "best_model.pth"), directory / "unfinished.json"
         flags = ["--checkpoint", checkpoint, "--dataset-path", options.dataset_path, "--json", str(result)]
-        if (code := command(["evaluate", *flags])) != 0:
+        if (code := command(["evaluate", *flags, "--save-predictions", str(directory / "predictions")])) != 0:
             raise SystemExit(code)
     result.rename(done)
+
+
+def directory_of(model: str, seed: int, options: argparse.Namespace) -> Path:
+    return options.out / f"{model.replace(' ', '_')}-{seed}"
+
+
+def side_by_side(options: argparse.Namespace) -> Image.Image:
+    """The predictions of the first seed's models on twelve test images, evenly spaced in the order of their names."""
+    directories = [directory_of(model, options.seeds[0], options) for model in options.models]
+    reports = [json.loads((directory / "test.json").read_text())["sets"] for directory in directories]
+    (test_set,) = reports[0]
+    scores = [{image["name"]: image["s_measure"] for image in report[test_set]["images"]} for report in reports]
+    subsets = find_subsets(Path(options.dataset_path))
+    pairs = [pair for subset in subsets if subset.split == "test" for pair in subset.pairs]
+    rows = []
+    for pair in sorted(pairs, key=lambda pair: pair.mask.name)[len(pairs) // 24 :: len(pairs) // 12][:12]:
+        caption = " / ".join(f"S {score[pair.mask.name]:.3f}" for score in scores)
+        files = [directory / "predictions" / test_set / f"{pair.mask.stem}.png" for directory in directories]
+        rows.append((f"{pair.image.stem}  {caption}", [thumbnail(path) for path in (pair.image, pair.mask, *files)]))
+    return contact_sheet(rows, ("image", "mask", *options.models))
 
 
 def best_epoch(log: Path) -> dict[str, float]:
@@ -246,11 +269,16 @@ def main() -> None:
     parser.add_argument("--validation-only", action="store_true", help="the test set is not looked at")
     parser.add_argument("--speed-rounds", type=int, default=15)
     parser.add_argument("more", nargs="*", help="after --: more flags of train, for all of them")
+    parser.add_argument(
+        "--contact-sheet", type=Path, help="picture of predictions of --models, by the first of --seeds"
+    )
     options = parser.parse_args()
     keep_freed_memory()
     for seed in options.seeds:
         for model in options.models:
             train_and_evaluate(model, seed, options)
+    if options.contact_sheet is not None:
+        side_by_side(options).save(options.contact_sheet)
     found = results(options)
     amounts = measure(sorted(found, key=lambda model: MODELS.index(model.split()[0])), options)
     names = [name for name in SCORES if all(name in scores for runs in found.values() for scores in runs)]
