@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.backbone import Backbone, build_backbone
 from models.decoder import ForegroundBackgroundDecoder
-from models.zoom import ZoomedFeatures
+from models.zoom import ZoomedFeatures, zoomed_side
 
 
 class CamouflageSegmenter(nn.Module):
@@ -89,6 +89,13 @@ def build_model(
     freeze_norm_statistics: bool = True, zooms: Sequence[float] = (1.0,),
 ) -> CamouflageSegmenter:  # fmt: skip
     """Build the network and run it once on an empty image; see ``build_backbone`` for the arguments and the errors."""
+    sides = [zoomed_side(img_size, zoom) for zoom in zooms]
+    if len(set(sides)) < len(sides) or (sides == [img_size] and list(zooms) != [1]):
+        factors = " ".join(f"{zoom:g}" for zoom in zooms)
+        raise ValueError(
+            f"--zoom {factors}: at --img-size {img_size} that is {sides} pixels, in multiples of 32: not a size of its "
+            f"own for each; choose zooms that are further apart"
+        )
     body = build_backbone(backbone, pretrained, backbone_weights, img_size)
     model = CamouflageSegmenter(body, decoder_channels, freeze_norm_statistics, zooms)
     try:

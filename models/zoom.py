@@ -63,9 +63,14 @@ class ScaleSelection(nn.Module):
         return torch.stack(weighted).sum(dim=0)
 
 
+def zoomed_side(side: int, zoom: float) -> int:
+    """In pixels: the nearest multiple of 32."""
+    return max(_MULTIPLE, round(side * zoom / _MULTIPLE) * _MULTIPLE)
+
+
 def _resized(images: Tensor, zoom: float) -> Tensor:
     """Not smoothed before it is made smaller: at half the size, each pixel is the mean of four."""
     if zoom == 1:
         return images
-    height, width = (max(_MULTIPLE, round(side * zoom / _MULTIPLE) * _MULTIPLE) for side in images.shape[-2:])
-    return F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False)
+    size = [zoomed_side(side, zoom) for side in images.shape[-2:]]
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)

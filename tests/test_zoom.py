@@ -79,3 +79,9 @@ def test_network_is_made_of_operations_that_can_be_exported(zooms: list[float]) 
     exported = torch.export.export(model, (torch.rand(2, 3, 64, 64),), dynamic_shapes=({0: batch},)).module()
     images = torch.rand(3, 3, 64, 64)
     torch.testing.assert_close(exported(images)[-1], model(images)[-1])
+
+
+@pytest.mark.parametrize("zooms", [[1.25], [1, 1.1], [0.25, 0.5]])
+def test_zooms_that_come_to_the_same_size_are_refused(zooms: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"--zoom .* at --img-size 64 that is \[.*\] pixels"):
+        build_model("test_efficientnet", decoder_channels=16, img_size=64, zooms=zooms)
