@@ -192,6 +192,8 @@ def _add_evaluate(commands: "argparse._SubParsersAction[_Parser]") -> None:
     # fmt: off
     flag = parser.add_argument_group("what to score").add_argument
     flag("--checkpoint", help="a checkpoint of train, such as best_model.pth; its averaged weights are scored")
+    flag("--tta", action=argparse.BooleanOptionalAction, default=False,
+         help="average the logits of each image and its mirror image: a little better at twice the time")
     flag("--predictions", metavar="DIR", help="predictions of any method, each with its mask's file name, instead")
     flag("--dataset-path", metavar="DIR", nargs="+",
          help="folders with test sets, in any layout README lists; with --predictions, one folder of them a set")
@@ -222,6 +224,8 @@ def _check_evaluate(args: argparse.Namespace) -> None:
         raise UsageError("--predictions goes with --masks or --dataset-path, one of them")
     if args.predictions is not None and args.save_predictions is not None:
         raise UsageError("--save-predictions goes with --checkpoint; these are saved already")
+    if args.predictions is not None and args.tta:
+        raise UsageError("--tta goes with --checkpoint; these predictions are made already")
     if args.img_size is not None:
         _check_img_size(args.img_size)
 

@@ -28,9 +28,20 @@ class TrainedNetwork:
     device: torch.device
     precision: Precision
     memory_format: torch.memory_format
+    tta: bool  # test-time augmentation: the mean over each image and its mirror image
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) float in [0, 1] -> (B, 1, S, S) float32."""
+        with self.precision.autocast():
+            logits = self.model(images)[-1].float()
+            if self.tta:
+                logits = (logits + self.model(images.flip(-1))[-1].float().flip(-1)) / 2
+        return logits
 
 
-def load_network(path: Path, device_name: str, precision_name: str, img_size: int | None) -> TrainedNetwork:
+def load_network(
+    path: Path, device_name: str, precision_name: str, img_size: int | None, tta: bool = False
+) -> TrainedNetwork:
     """The averaged weights of a checkpoint, where it has them: those that were validated.
 
     Args:
@@ -38,6 +49,7 @@ def load_network(path: Path, device_name: str, precision_name: str, img_size: in
         device_name: auto, cpu or cuda.
         precision_name: auto, fp16, bf16 or fp32.
         img_size: side of the network's input; None for that of training.
+        tta: average over each image and its mirror image.
 
     Raises:
         ValueError: no checkpoint of this program, one that holds weights alone, or weights that fit no other size.
@@ -56,7 +68,7 @@ def load_network(path: Path, device_name: str, precision_name: str, img_size: in
     average = checkpoint.get("ema")
     load_weights(model, checkpoint["model"] if average is None else average["model"])
     return TrainedNetwork(
-        model.eval(), settings.img_size, device, resolve_precision(precision_name, device), memory_format
+        model.eval(), settings.img_size, device, resolve_precision(precision_name, device), memory_format, tta
     )
 
 
@@ -68,8 +80,7 @@ def predict_pairs(
     loader = images_to_score(pairs, network.img_size, batch_size, num_workers, network.device.type == "cuda")
     for batch in loader:
         images = unit_range(batch.images.to(network.device, non_blocking=True), network.memory_format)
-        with network.precision.autocast():
-            logits = network.model(images)[-1].float()
+        logits = network.logits(images)
         for index, size, error, image_logits in zip(batch.indices, batch.sizes, batch.errors, logits, strict=True):
             if not error and not torch.isfinite(image_logits).all():  # a host sync, as is grey_levels
                 error = f"{pairs[index].image}: the network's output is not finite; try --precision fp32"

@@ -220,7 +220,7 @@ def _cases_of_checkpoint(
     from inference import load_network, predict_pairs  # torch, which scoring alone does not need
 
     subsets = _test_subsets(args.dataset_path, args.include_noncam)
-    network = load_network(Path(args.checkpoint), args.device, args.precision, args.img_size)
+    network = load_network(Path(args.checkpoint), args.device, args.precision, args.img_size, args.tta)
     names = [(name, pair) for name, subset in subsets.items() for pair in subset.pairs]
     folders: dict[str, Path | None] = dict.fromkeys(subsets)
     if args.save_predictions is not None:
@@ -230,7 +230,8 @@ def _cases_of_checkpoint(
             if data & {folder.resolve(), *folder.resolve().parents}:
                 raise ValueError(f"--save-predictions {args.save_predictions}: {folder} belongs to the data set")
             folder.mkdir(parents=True, exist_ok=True)
-    print(f"Network: {args.checkpoint}, {network.img_size} px, {network.precision.name} on {network.device}")
+    tta = ", with mirror images" if network.tta else ""
+    print(f"Network: {args.checkpoint}, {network.img_size} px, {network.precision.name} on {network.device}{tta}")
 
     def cases() -> Iterator[Case | str]:
         pairs = [pair for _, pair in names]
@@ -243,7 +244,12 @@ def _cases_of_checkpoint(
                 save_as = None if folder is None else folder / f"{pair.mask.stem}.png"
                 yield Case(name, pair.mask, pair.image, prediction, save_as)
 
-    source = {"checkpoint": args.checkpoint, "img_size": network.img_size, "precision": network.precision.name}
+    source = {
+        "checkpoint": args.checkpoint,
+        "img_size": network.img_size,
+        "precision": network.precision.name,
+        "tta": network.tta,
+    }
     return cases(), len(names), source
 
 

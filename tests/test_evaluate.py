@@ -101,6 +101,26 @@ def test_averaged_weights_are_used_at_the_training_size(checkpoint: Path) -> Non
     assert load_network(checkpoint, "cpu", "fp32", img_size=96).img_size == 96
 
 
+def test_with_tta_an_image_and_its_mirror_image_have_mirrored_predictions(checkpoint: Path) -> None:
+    images = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        once, mirrored = (load_network(checkpoint, "cpu", "fp32", None, tta=tta) for tta in (False, True))
+        both = mirrored.logits(images)
+        torch.testing.assert_close(mirrored.logits(images.flip(-1)), both.flip(-1))
+        torch.testing.assert_close(both, (once.logits(images) + once.logits(images.flip(-1)).flip(-1)) / 2)
+        assert not torch.allclose(once.logits(images), both, atol=1e-4)
+
+
+def test_evaluate_with_tta_says_so_and_is_for_checkpoints(
+    checkpoint: Path, tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--dataset-path", str(tiny_dataset), "--tta"]
+    assert main(["evaluate", "--checkpoint", str(checkpoint), *flags, "--json", str(tmp_path / "a.json")]) == 0
+    assert "with mirror images" in capsys.readouterr().out
+    assert json.loads((tmp_path / "a.json").read_text())["tta"]
+    assert "--tta goes with --checkpoint" in failing(["--predictions", str(tmp_path), *flags], capsys)
+
+
 def test_weights_alone_do_not_tell_their_network(
     checkpoint: Path, tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
