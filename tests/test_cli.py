@@ -42,6 +42,14 @@ def test_readme_has_every_flag_with_its_default() -> None:
             assert documented[name] == str(default), name
 
 
+def test_settings_by_budget_in_the_readme_are_accepted() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text().split("### Settings by budget")[1].split("###")[0]
+    rows = re.findall(r"^\| [^|]+ \| `(--[^`]+)` \|", text, flags=re.MULTILINE)
+    assert len(rows) == 4
+    for flags in rows:
+        cli.check(cli.parse(["train", "--dataset-path", "somewhere", *flags.split()]))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
