@@ -187,7 +187,8 @@ def prepare_again(directory: Path, **changes: Any) -> Run:
         if name in ("command", "resume", "checkpoint_dir", "drill") or value is None:
             continue
         switch = flag if value else "--no-" + flag[2:]
-        flags += [switch] if isinstance(value, bool) else [flag, str(value)]
+        values = value if isinstance(value, list) else [value]
+        flags += [switch] if isinstance(value, bool) else [flag, *map(str, values)]
     return prepare(["train", *flags, "--checkpoint-dir", str(fresh)])
 
 
