@@ -40,8 +40,7 @@ class CamouflageSegmenter(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        elsewhere = set(zooms) != {1.0}
-        self.zoom = ZoomedFeatures(backbone.channels, decoder_channels, zooms) if elsewhere else None
+        self.zoom = ZoomedFeatures(backbone.channels, decoder_channels, zooms) if list(zooms) != [1] else None
         self.decoder = ForegroundBackgroundDecoder(backbone.channels, decoder_channels)
         self.freeze_norm_statistics = freeze_norm_statistics
         self.backbone_frozen = False
