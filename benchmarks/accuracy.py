@@ -273,6 +273,10 @@ def main() -> None:
         "--contact-sheet", type=Path, help="picture of predictions of --models, by the first of --seeds"
     )
     options = parser.parse_args()
+    if options.contact_sheet is not None and (options.validation_only or not options.seeds):
+        parser.error(
+            "--contact-sheet shows test images of the first of --seeds: not without, nor with --validation-only"
+        )
     keep_freed_memory()
     for seed in options.seeds:
         for model in options.models:

@@ -13,23 +13,21 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 def build_optimizer(model: nn.Module, backbone: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     """Fused AdamW over every parameter, the backbone's in groups of their own.
 
-    Args:
-        model: all that trains.
-        backbone: the part of it that learns at its own rate.
-        weight_decay: of matrices and kernels. Biases and norm scales (one dimension) are not decayed.
-
     All parameters are in it from the start: a frozen backbone has no gradients and is passed over, and unfreezing it
     rebuilds nothing.
 
     Only the fused kernel can be told on the device, without waiting for it, to skip a step.
+
+    Args:
+        model: all that trains.
+        backbone: the part of it that learns at its own rate.
+        weight_decay: of matrices and kernels. Biases and norm scales (one dimension) are not decayed.
     """
     groups: list[dict[str, Any]] = []
-    pretrained = list(backbone.parameters())
-    others = set(model.parameters()).difference(pretrained)
-    for name, parameters in (
-        ("decoder", [parameter for parameter in model.parameters() if parameter in others]),
-        ("backbone", pretrained),
-    ):
+    of_backbone = list(backbone.parameters())
+    known = set(of_backbone)
+    others = [parameter for parameter in model.parameters() if parameter not in known]
+    for name, parameters in (("decoder", others), ("backbone", of_backbone)):
         matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
         vectors = [parameter for parameter in parameters if parameter.ndim < 2]
         groups.append({"params": matrices, "weight_decay": weight_decay, "part": name})
