@@ -1,6 +1,7 @@
 """From the command line to a run that is ready to train: settings, data, network, state, folder."""
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Collection, Sequence
@@ -26,11 +27,13 @@ from data.layouts import (
     training_pairs,
 )
 from data.processes import keep_freed_memory
+from data.sampler import Share
 from data.synthetic import write_synthetic_dataset
 from data.unreadable import UnreadablePairs, require_few
 from models import CamouflageSegmenter, build_model
 from recovery import Recovery
 from training.checkpoint import CheckpointStore, find_checkpoint, lock_directory
+from training.distributed import Ranks, join
 from training.drill import Drill
 from training.interrupt import StopRequest
 from training.optim import Ema, all_finite, build_optimizer
@@ -38,7 +41,7 @@ from training.precision import Precision, resolve_device, resolve_precision, use
 from training.runlog import RunLog, environment, write_json
 from training.stability import SpikeDetector
 from training.stages import CONSERVATIVE_SCALER, Stage
-from training.state import TrainState, load_weights, resume
+from training.state import TrainState, load_weights, resume, window_size
 from window import WindowRunner
 
 SYNTHETIC_TRAIN_IMAGES, SYNTHETIC_TEST_IMAGES = 640, 64
@@ -65,6 +68,8 @@ class Run:
     drills: list[Drill]
     runner: WindowRunner
     stop: StopRequest
+    ranks: Ranks  # the processes that train together; this one alone, without a launcher
+    share: Share  # of this one
     lock: int | None  # on the checkpoint directory
     consistent: bool = True  # no step is half done: the state could be saved
 
@@ -90,6 +95,30 @@ def build_stages(args: argparse.Namespace) -> list[Stage]:
         Stage(2, split, args.epochs - split, *batch, lr2, scale, freeze_backbone=False, scaler=CONSERVATIVE_SCALER),
     ]
     return [stage for stage in stages if stage.num_epochs > 0]
+
+
+def size_of_windows(args: argparse.Namespace, num_ranks: int, before: dict[str, Any] | None) -> int:
+    """Samples in an optimizer step, over all ranks. A run that goes on with more ranks or fewer keeps its own.
+
+    Raises:
+        ValueError: there are more ranks than samples.
+    """
+    size = args.batch_size * args.accumulation_steps * num_ranks
+    if before is not None:
+        settings = before["settings"]
+        as_before = (settings["batch_size"], settings["accumulation_steps"]) == (
+            args.batch_size,
+            args.accumulation_steps,
+        )
+        if as_before and size != (kept := window_size(before)):
+            print(f"Windows of {kept} images, as before, on {num_ranks} rank{'s' if num_ranks > 1 else ''}")
+            size = kept
+    if num_ranks > size:
+        raise ValueError(
+            f"{num_ranks} ranks for steps of {size} images: some would have nothing to do; start fewer, or give "
+            f"another --batch-size or --accumulation-steps"
+        )
+    return size
 
 
 def settings_of(saved: dict[str, Any]) -> argparse.Namespace:
@@ -186,6 +215,20 @@ def find_unreadable(
     return None, {**problems, **{name: problem for name, problem in again.items() if problem}}
 
 
+def take_directory(store: CheckpointStore, global_window: int, resumed: bool) -> tuple[int | None, bool]:
+    """Make the folder this run's own; returns the lock on it, and whether it holds the best weights of the run so far.
+
+    Raises:
+        ValueError: another run is writing there.
+    """
+    store.directory.mkdir(parents=True, exist_ok=True)
+    lock = lock_directory(store.directory)
+    store.remove_leftovers()
+    for path in store.set_aside_after(global_window) if resumed else ():
+        print(f"Set aside as {path}: further on than the checkpoint being resumed")
+    return lock, store.best_path.exists()
+
+
 def prepare(argv: Sequence[str] | None) -> Run:
     """From the command line to a run that is ready to train, new or resumed.
 
@@ -195,8 +238,12 @@ def prepare(argv: Sequence[str] | None) -> Run:
         ValueError, OSError: a mistake in the flags, the data or the checkpoint.
     """
     args = cli.parse(argv)
+    device = resolve_device(args.device)
+    ranks = join(device.type, args.rank_timeout)
+    if not ranks.is_first:
+        sys.stdout = open(os.devnull, "w")  # for as long as the process lives: one tells for all
     directory = Path(args.checkpoint_dir)
-    source, checkpoint = find_checkpoint(args.resume, directory)
+    source, checkpoint = ranks.from_first(lambda: find_checkpoint(args.resume, directory))
     weights_alone = checkpoint["model"] if checkpoint is not None and "config" not in checkpoint else None
     if weights_alone is not None:
         print(f"Warning: {source} holds weights alone: epochs, moments, learning rates and average begin anew")
@@ -204,10 +251,12 @@ def prepare(argv: Sequence[str] | None) -> Run:
     before = checkpoint["config"] if checkpoint is not None else None
     if before is not None:
         args = cli.parse(argv, saved=before["settings"])
-    cli.check(args)
+    ranks.from_first(lambda: cli.check(args))
     drills = [Drill.parse(text) for text in args.drill]
-    store = CheckpointStore(directory, args.keep_checkpoints)
-    if store.files() and (source is None or source.parent.resolve() != directory.resolve()):
+    drills = [drill for drill in drills if drill.rank in (None, ranks.rank)]
+    windows_of = ranks.from_first(lambda: size_of_windows(args, ranks.size, before))
+    store = CheckpointStore(directory, args.keep_checkpoints, writes=ranks.is_first)
+    if ranks.from_first(store.files) and (source is None or source.parent.resolve() != directory.resolve()):
         raise ValueError(
             f"{directory} holds a run already: go on with --resume auto, or choose another --checkpoint-dir"
         )
@@ -216,14 +265,18 @@ def prepare(argv: Sequence[str] | None) -> Run:
     torch.backends.cudnn.benchmark = not args.deterministic  # tries kernels for each new shape, and there are few
     keep_freed_memory()
     torch.set_num_threads(min(torch.get_num_threads(), cli.num_cores()))  # torch counts cores, not a container's share
-    device = resolve_device(args.device)
     precision = resolve_precision(args.precision, device)
     memory_format = memory_format_of(args)
     no_cuda = "" if torch.cuda.is_available() else " (no CUDA device found)"
-    print(f"Device: {device}{no_cuda}, precision {precision.name}, backbone {args.backbone}")
-    excluded = excluded_names(args, before)
-    train_pairs, val_pairs, root = build_pairs(args, before["validation"] if before is not None else None, excluded)
+    together = f", {ranks.size} ranks" if ranks.size > 1 else ""
+    print(f"Device: {device}{no_cuda}{together}, precision {precision.name}, backbone {args.backbone}")
+    excluded = ranks.from_first(lambda: excluded_names(args, before))
+    validation = before["validation"] if before is not None else None
+    train_pairs, val_pairs, root = ranks.from_first(lambda: build_pairs(args, validation, excluded))
     pairs = [*train_pairs, *val_pairs]
+    if not pairs[0].image.exists():
+        where = f"not there for rank {ranks.rank}"
+        raise ValueError(f"{pairs[0].image}: {where}; every machine needs the data set, at the same path")
     names = [pair.image.relative_to(root).as_posix() for pair in pairs]
     stages = build_stages(args)
     model = build_network(args, load_weights=checkpoint is None and weights_alone is None)
@@ -244,11 +297,13 @@ def prepare(argv: Sequence[str] | None) -> Run:
         f"{shlex.quote(str(root))} --write-exclude unreadable.txt, and leave them out with --exclude unreadable.txt"
     )
     known = checkpoint.get("unreadable", {}) if checkpoint is not None else {}
-    cache, problems = find_unreadable(args, root, pairs, names, known)
+    look = lambda: find_unreadable(args, root, pairs, names, known)  # noqa: E731
+    cache, problems = look() if args.cache else ranks.from_first(look)
     require_few(problems, len(pairs), advice)
     config = {
         "settings": vars(args),
         "precision": precision.name,
+        "window_size": windows_of,
         "data": fingerprint(pairs, root),
         "excluded": excluded,
         "validation": names[len(train_pairs) :],
@@ -257,25 +312,25 @@ def prepare(argv: Sequence[str] | None) -> Run:
         resume(state, checkpoint, config, stages, precision)
         state.unreadable = {name: problems[name] for name in state.unreadable if name in problems}  # since repaired
         print(f"Resumed {source}: {state.progress.epoch} epochs and {state.progress.window} windows done")
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = lock_directory(directory)
-    store.remove_leftovers()
-    if checkpoint is not None:
-        for path in store.set_aside_after(state.progress.global_window):
-            print(f"Set aside as {path}: further on than the checkpoint being resumed")
-        if not store.best_path.exists():  # of another folder, or set aside: the best of what follows is the best
-            state.progress.best_iou = -1.0
+    lock, has_best = ranks.from_first(
+        lambda: take_directory(store, state.progress.global_window, checkpoint is not None)
+    )
+    lock = lock if ranks.is_first else None
+    if not has_best:  # of another folder, or set aside: the best of what follows is the best
+        state.progress.best_iou = -1.0
     store.last_window = state.progress.global_window
-    log = RunLog(directory)
+    log = RunLog(directory if ranks.is_first else None)
     store.on_saved = lambda name: log.event("checkpoint", file=name)
     incidents = directory / "incidents"
     images = names[: len(train_pairs)]
-    recovery = Recovery(state, images, config["settings"], incidents, log, precision, args.max_rollbacks)
+    recovery = Recovery(state, images, config["settings"], incidents, log, precision, args.max_rollbacks, ranks)
     packages = environment(Path(__file__), ("torch", "torchvision", "timm", "numpy", "pillow"))
     facts = {"command": shlex.join(sys.argv), "device": str(device), **config, **packages}
-    write_json(directory / "config.json", facts)
+    if ranks.is_first:
+        write_json(directory / "config.json", facts)
     log.event("run_start" if checkpoint is None else "resume", **facts, progress=asdict(state.progress))
-    unreadable = UnreadablePairs(state.unreadable, len(pairs), config["validation"], advice, log.event)
+    unreadable = UnreadablePairs(state.unreadable, len(pairs), config["validation"], advice, log.event, ranks.size == 1)
     unreadable.note(problems)
     return Run(args, config, device, precision, memory_format, stages, train_pairs, val_pairs, cache, state, store,
-               log, recovery, unreadable, drills, runner, StopRequest(), lock)  # fmt: skip
+               log, recovery, unreadable, drills, runner, StopRequest(alone=ranks.size == 1), ranks,
+               Share(ranks.rank, ranks.size), lock)  # fmt: skip

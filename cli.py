@@ -153,7 +153,7 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--max-rollbacks", type=_whole(0), default=3,
          help="returns to an earlier state, in a row, before the run goes on in fp32 and then gives up; 0: never, and "
          "only weights that are not finite end the run")
-    flag("--drill", metavar="KIND@WINDOW[xCOUNT]", action="append", default=[],
+    flag("--drill", metavar="KIND@WINDOW[xCOUNT][rRANK]", action="append", default=[],
          help="rehearse a fault at a window of the run, in COUNT attempts in a row; KIND is nan-loss, inf-grad, spike, "
          "overflow, nan-weight, bad-sample or kill; may be given several times")
     flag("--precision", choices=("auto", "fp16", "bf16", "fp32"), default="auto",
@@ -173,6 +173,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
 
     flag = parser.add_argument_group("machine").add_argument
     flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one")
+    flag("--rank-timeout", metavar="SECONDS", type=_number(0), default=60.0,
+         help="with several processes (torchrun): the silence of one after which the others end")
     flag("--augment-on", choices=("loader", "device"), default="loader",
          help="where training images are augmented; device: where the processes that load them cannot keep up")
     flag("--channels-last", action=argparse.BooleanOptionalAction, default=True,

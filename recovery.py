@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.checkpoint import HostCopy
+from training.distributed import Ranks
 from training.incidents import (
     DIVERGED,
     NONFINITE_WEIGHTS,
@@ -70,13 +71,15 @@ class Recovery:
         precision: that the run was started in.
         max_rollbacks: in a row, without progress between them. 0: neither a loss that runs away nor windows that are
             skipped again and again are acted upon, and weights that are not finite end the run at once.
+        ranks: that train together. All act alike: what only one of them can see, they tell each other first.
     """
 
     def __init__(
         self, state: TrainState, images: Sequence[str], settings: dict[str, Any], directory: Path, log: RunLog,
-        precision: Precision, max_rollbacks: int,
+        precision: Precision, max_rollbacks: int, ranks: Ranks,
     ) -> None:  # fmt: skip
         self.state = state
+        self.ranks = ranks
         self.images = images
         self.settings = settings
         self.incidents = IncidentStore(directory)
@@ -99,7 +102,12 @@ class Recovery:
         if not ladder.quarantine:
             return window
         names = [self.images[index] for index in window.sample_indices]
-        return window.only([n for n, name in enumerate(names) if not ladder.is_quarantined(name, epoch)], least_batch)
+        rest = window.only([n for n, name in enumerate(names) if not ladder.is_quarantined(name, epoch)], least_batch)
+        return self._counted(rest)
+
+    def _counted(self, window: Window) -> Window:
+        """With the number of samples that are left on all ranks; waits for them all."""
+        return replace(window, total=int(self.ranks.total([window.num_samples])[0]))
 
     def answer(self, window: Window, outcome: WindowOutcome, guard: BufferGuard) -> list[Window] | None:
         """Act on a window's verdict, before the next step is taken.
@@ -171,30 +179,36 @@ class Recovery:
         assert self._record is not None
         ladder, model = self.state.ladder, self.state.model
         clean, culprits, healthy_otherwise = replace(window, drill=None), list[int](), None
-        diagnosis = self._diagnose(clean)
-        if diagnosis is None:
+        found = self.ranks.gather(self._diagnose(clean))
+        mine, diagnoses = found[self.ranks.rank], [diagnosis for diagnosis in found if diagnosis is not None]
+        if mine is None or len(diagnoses) < len(found):
             self._skip_or_roll_back(ladder.give_up(verdict), "skipped; to look into it, memory was too short")
             return []
+        diagnosis = next((other for other in diagnoses if not other.finite), mine)
         if not diagnosis.finite:
             with running_statistics(model):
-                culprits = find_culprits(window.num_samples, lambda few: not self._is_finite(clean.only(few)))
+                if not mine.finite:
+                    culprits = find_culprits(window.num_samples, lambda few: not self._is_finite(clean.only(few)))
                 if self._last_applied is not None:
                     healthy_otherwise = self._is_finite(self._last_applied.in_full_precision(halve=True))
+                    healthy_otherwise = self.ranks.all(healthy_otherwise)
+        at_fault = self.ranks.gather([self.images[window.sample_indices[position]] for position in culprits])
+        names = [name for names in at_fault for name in names]
         self._record.healthy_otherwise = healthy_otherwise
-        self._record.cause = name_cause(diagnosis, diagnosis, culprits, window.num_samples, healthy_otherwise)
+        self._record.cause = name_cause(diagnosis, diagnosis, names, window.num_samples_everywhere, healthy_otherwise)
         if self._record.cause == "model":
             ladder.give_up(verdict)
             self._roll_back("the weights at hand are not finite on other data either")
         elif self._record.cause == "not reproduced":
             self._skip_or_roll_back(ladder.give_up(verdict), "skipped; looked into, it was finite")
-        elif not culprits:
+        elif not names:
             self._skip_or_roll_back(
                 ladder.give_up(verdict), "skipped; its samples are not finite together, yet are alone"
             )
         else:
-            self._quarantine([self.images[window.sample_indices[position]] for position in culprits])
-            rest = window.only(set(range(window.num_samples)) - set(culprits), least_batch)
-            if rest.num_samples:
+            self._quarantine(names)
+            rest = self._counted(window.only(set(range(window.num_samples)) - set(culprits), least_batch))
+            if rest.num_samples_everywhere:
                 return [replace(rest, attempt=AFTER_QUARANTINE)]
             self._skip_or_roll_back(ladder.give_up(verdict), self._record.action)
         return []
@@ -289,9 +303,9 @@ class Recovery:
         self._snapshots.append(Snapshot(*where, now, model, ema, detector, losses))
 
     def _weights_finite(self) -> bool:
-        """Averaged ones and BatchNorm's statistics, too, which no gate looks at."""
+        """Averaged ones and BatchNorm's statistics, too, which no gate looks at; those of all ranks."""
         modules = [self.state.model] if self.state.ema is None else [self.state.model, self.state.ema.module]
-        return all_finite([tensor for module in modules for tensor in module.state_dict().values()])
+        return self.ranks.all(all_finite([tensor for module in modules for tensor in module.state_dict().values()]))
 
     def _open(self, window: Window, outcome: WindowOutcome, verdict: str) -> None:
         """Begin an incident: run the window once more under hooks, and save what replay needs."""
@@ -313,13 +327,17 @@ class Recovery:
             first_nonfinite="" if diagnosis is None else diagnosis.first_nonfinite,
             worst_parameters={} if diagnosis is None else diagnosis.worst_parameters,
         )
-        payload = {
-            "settings": self.settings,
-            "backbone_frozen": any(not parameter.requires_grad for parameter in model.parameters()),
-            "window": window_to_payload(as_it_was, outcome.loss_scale),
-            "model": _on_host(model.state_dict()),
-        }
-        self._folder = self.incidents.open(self._record, payload)
+        # Of several ranks, the first one to whom it happened tells; weights are alike on all of them.
+        happened = self.ranks.gather(bool(self._record.first_nonfinite))
+        teller = happened.index(True) if True in happened else 0
+        self._record, ran = self.ranks.from_rank(
+            teller, (self._record, window_to_payload(as_it_was, outcome.loss_scale))
+        )
+        if self.ranks.is_first:
+            frozen = any(not parameter.requires_grad for parameter in model.parameters())
+            weights = _on_host(model.state_dict())
+            payload = {"settings": self.settings, "backbone_frozen": frozen, "window": ran, "model": weights}
+            self._folder = self.incidents.open(self._record, payload)
 
     def _conclude(self, action: str, cause: str = "") -> None:
         """End the incident: record, event, and its one line on the terminal."""
@@ -327,7 +345,8 @@ class Recovery:
         assert record is not None
         record.action = f"{record.action}; {action}" if record.culprits and action != record.action else action
         record.cause = record.cause or cause
-        self.incidents.update(self._folder, record)
+        if self.ranks.is_first:
+            self.incidents.update(self._folder, record)
         self.log.event("incident", **asdict(record), folder=self._folder.name)
         what = record.verdict.replace("_", " ") + (f" in {record.first_nonfinite}" if record.first_nonfinite else "")
         where = f"Epoch {record.epoch}, window {record.window}"

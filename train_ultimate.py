@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from builders import Run, prepare
 from data.dataset import Batch
-from data.loading import to_device, training_loader, validation_loader, windows
+from data.loading import sampler_of, to_device, training_loader, validation_loader, windows
 from data.sampler import derive_seed
 from data.unreadable import UnreadableDataError
 from metrics import quick_scores
@@ -72,14 +72,14 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
     """
     state, progress, stats = run.state, run.state.progress, run.state.epoch_stats
     parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
-    num_windows = math.ceil(len(loader) / stage.accumulation_steps)
+    num_windows = sampler_of(loader).num_windows
     state.model.train()
     guard = BufferGuard(state.model)
     feed = WindowFeed(epoch_windows(run, stage, loader, num_windows, guard), run.drills)
     pending: tuple[Window, PendingOutcome] | None = None
     start = time.perf_counter()
     bar = tqdm(desc=f"Epoch {progress.epoch + 1}/{run.args.epochs}", total=num_windows, initial=progress.window,
-               unit="window", disable=None)  # fmt: skip
+               unit="window", disable=None if run.ranks.is_first else True)  # fmt: skip
     while True:
         now = time.perf_counter()
         guard.begin_window()
@@ -111,6 +111,9 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
         window.scaler.unscale_(state.optimizer)
         grad_norm = gradient_norm(parameters)
         found_inf, loss_scale = window.scaler.found_inf(state.optimizer, loss), window.scaler.current_scale(loss)
+        loss, grad_norm, found_inf, requests = run.ranks.agree(  # of several processes: one verdict for all
+            loss, grad_norm, found_inf, run.stop.told(), guard.statistics, window.num_samples
+        )
         spike, highest = state.detector.examine(loss, grad_norm, found_inf)
         # Clips to the lower of --grad-clip and the detector's height, which is on the device: a float would be a sync.
         relative_norm = grad_norm * (run.args.grad_clip / highest.clamp(max=run.args.grad_clip))
@@ -121,10 +124,10 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
         guard.end_window(skip)
         window.scaler.update_after(loss)
         state.optimizer.zero_grad(set_to_none=True)
-        pending = window, PendingOutcome(loss, grad_norm, found_inf, spike, loss_scale)
+        pending = window, PendingOutcome(loss, grad_norm, found_inf, spike, loss_scale, requests)
         if window.attempt == 0:
-            progress.count(window.number, window.global_number, window.num_samples)
-            stats.num_samples += window.num_samples
+            progress.count(window.number, window.global_number, window.num_samples_everywhere)
+            stats.num_samples += window.num_samples_everywhere
             bar.update()
         else:
             state.ladder.seconds_lost += time.perf_counter() - now
@@ -142,24 +145,27 @@ def epoch_windows(
     """
     progress, first_global = run.state.progress, run.state.progress.global_window - run.state.progress.window
     first_of_stage = (progress.epoch - stage.first_epoch) * num_windows
-    batches_of_windows = windows(loader, stage.accumulation_steps, progress.epoch, progress.window)
-    for number, batches in enumerate(batches_of_windows, start=progress.window):
+    sampler = sampler_of(loader)
+    for number, batches in enumerate(windows(loader, progress.epoch, progress.window), start=progress.window):
         for batch in batches:
-            run.unreadable.note({run.recovery.images[index]: reason for index, reason in batch.errors.items()})
+            run.unreadable.meet({run.recovery.images[index]: reason for index, reason in batch.errors.items()})
+        size = sampler.samples_in(number)
         window = Window(
             number=number,
             global_number=first_global + number + 1,
-            batches=batches,
+            batches=batches if run.share.of(size) else [],
+            total=size,
+            blank=batches[0].blank() if run.ranks.size > 1 else None,
             lr=learning_rate(stage, first_of_stage + number, stage.num_epochs * num_windows),
             uncertainty_weight=cosine_ramp((progress.epoch + number / num_windows) / run.args.epochs),
             precision=run.precision,
             scaler=run.state.scaler,
             memory_format=run.memory_format,
-            seed=derive_seed(run.args.seed, first_global + number + 1),
+            seed=derive_seed(run.args.seed, first_global + number + 1, *([run.ranks.rank] if run.ranks.rank else [])),
         )
         window = run.recovery.without_quarantined(window, guard.least_batch)
         window = window.in_parts(run.runner.num_parts, guard.least_batch)
-        if window.batches:
+        if window.num_samples_everywhere:
             full = run.state.ladder.full_precision
             yield window.in_full_precision(halve=not guard.batch_matters) if full else window
 
@@ -173,6 +179,7 @@ def settle_window(
         None to go on; else what is to be run before anything else. The gradient under way has been dropped then.
     """
     state, stats, outcome = run.state, run.state.epoch_stats, pending.read()
+    run.stop.hear(pending.requests)
     stats.lr = window.lr * state.ladder.lr_factor
     if outcome.verdict is StepVerdict.APPLIED and state.ema is not None:
         state.ema.update(state.model, guard.at_start)
@@ -195,6 +202,7 @@ def settle_window(
 
 def stop_if_asked(run: Run) -> None:
     """End the run after a signal, saved where it stands; an epoch trained to its end is only validated on resume."""
+    run.stop.hear(run.ranks.total(run.stop.told()))
     number = run.stop.signal_number
     if number is None:
         return
@@ -203,7 +211,7 @@ def stop_if_asked(run: Run) -> None:
 
 def save_step(run: Run) -> Path:
     """Begin a checkpoint in mid-epoch. Training waits for a copy of the state, not for the disk."""
-    run.stop.save = False
+    run.stop.saved()
     return run.store.save_step(run.state.progress.global_window, run.checkpoint())
 
 
@@ -225,10 +233,12 @@ def validate(run: Run, loader: DataLoader[Batch]) -> dict[str, float]:
         UnreadableDataError: too many, or none at all can be read.
     """
     model = run.state.model_for_use.train().eval()  # train() first: some timm models cache weights when eval() begins
-    scores: list[dict[str, float]] = []
+    scores: dict[int, dict[str, float]] = {}
+    is_finite = True
     for batch in loader:
-        stop_if_asked(run)
-        run.unreadable.note({run.config["validation"][index]: reason for index, reason in batch.errors.items()})
+        if run.ranks.size == 1:
+            stop_if_asked(run)
+        run.unreadable.meet({run.config["validation"][index]: reason for index, reason in batch.errors.items()})
         if not len(batch.images):
             continue
         images, _ = to_device(batch, run.device, run.memory_format)
@@ -236,13 +246,22 @@ def validate(run: Run, loader: DataLoader[Batch]) -> dict[str, float]:
             logits = model(images)[-1]
         probabilities = logits.float().sigmoid()
         if not torch.isfinite(probabilities).all():  # a host sync, once a batch, as is the copy below
-            return dict.fromkeys(("iou", "dice", "mae", "s_measure"), math.nan)
+            is_finite = False
+            break
         predictions = (probabilities * 255).round().to(torch.uint8).cpu()
         pairs = zip(predictions[:, 0].numpy(), batch.masks[:, 0].numpy() > 0, strict=True)
-        scores += [quick_scores(prediction, mask) for prediction, mask in pairs]
-    if not scores:
+        scores |= {
+            index: quick_scores(prediction, mask)
+            for index, (prediction, mask) in zip(batch.indices.tolist(), pairs, strict=True)
+        }
+    run.unreadable.agree(run.ranks.gather)
+    if not run.ranks.all(is_finite):
+        return dict.fromkeys(("iou", "dice", "mae", "s_measure"), math.nan)
+    everywhere = {index: image for part in run.ranks.gather(scores) for index, image in part.items()}
+    in_order = [everywhere[index] for index in sorted(everywhere)]  # for the same sums, however many ranks
+    if not in_order:
         raise UnreadableDataError("not one image to validate on can be read: restore them")
-    return {name: sum(image[name] for image in scores) / len(scores) for name in scores[0]}
+    return {name: sum(image[name] for image in in_order) / len(in_order) for name in in_order[0]}
 
 
 def begin_stage(run: Run, stage: Stage) -> None:
@@ -257,6 +276,7 @@ def begin_stage(run: Run, stage: Stage) -> None:
         if not stage.freeze_backbone and not state.model.freeze_norm_statistics:
             state.ladder.losses = LossHistory()  # BatchNorm begins to learn its statistics: another level
     fresh_moments(state.optimizer, everywhere=False)
+    run.runner.replicate(state.model.train(), run.ranks, run.args.img_size, run.precision_in_use, run.memory_format)
     run.recovery.begin_stage()
 
 
@@ -271,7 +291,8 @@ def run_stage(run: Run, stage: Stage) -> None:
     begin_stage(run, stage)
     num_workers = cli.default_num_workers() if run.args.num_workers is None else run.args.num_workers
     workers = {"num_workers": num_workers, "pin_memory": run.device.type == "cuda", "cache": run.cache}
-    later = {"augment_on_device": run.args.augment_on == "device"}
+    later = {"augment_on_device": run.args.augment_on == "device", "window_size": run.config["window_size"]}
+    workers["share"] = run.share
     train_loader = training_loader(
         run.train_pairs, run.args.img_size, stage.batch_size, run.args.seed, **workers, **later
     )
@@ -284,6 +305,7 @@ def run_stage(run: Run, stage: Stage) -> None:
     while progress.epoch < stage.end_epoch:
         stop_if_asked(run)
         train_epoch(run, stage, train_loader)
+        run.unreadable.agree(run.ranks.gather)
         run.recovery.require_finite_weights()
         stop_if_asked(run)
         finish_epoch(run, stage, validate(run, val_loader))
@@ -386,7 +408,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 message = save_and_wait(run)
                 exit_code = 0 if run.store.failure is None else 1
     except StoppedError as stopped:
-        exit_code, message = stopped.exit_code, str(stopped)
+        exit_code, message = stopped.exit_code, str(stopped) if run.ranks.is_first else ""
     except torch.OutOfMemoryError:
         way_out = "--gradient-checkpointing, a smaller --img-size or --backbone needs less"
         exit_code, message = 1, f"out of memory with the smallest batches; {way_out}. Go on with: {resume_command(run)}"
@@ -395,9 +417,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         exit_code, message = 2, f"{error}; then go on with: {resume_command(run)}{rescue(run)}"
     except KeyboardInterrupt:
         exit_code, message = 130, f"stopped at once. Go on from the newest checkpoint with: {resume_command(run)}"
-    except Exception:
-        traceback.print_exc()
-        exit_code, message = 1, f"unexpected, see above. Go on with: {resume_command(run)}{rescue(run)}"
+    except Exception as error:
+        if lost := run.ranks.lost():
+            exit_code, message = 1, f"{lost} has ended ({str(error).splitlines()[0]}){rescue(run)}"
+        else:
+            traceback.print_exc()
+            exit_code, message = 1, f"unexpected, see above. Go on with: {resume_command(run)}{rescue(run)}"
     progress, ladder = run.state.progress, run.state.ladder
     best = {"best_iou": progress.best_iou, "best_epoch": progress.best_epoch}
     unreadable = list(run.unreadable.reasons)
@@ -405,9 +430,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.log.close()
     if run.lock is not None:
         unlock_directory(run.lock)
+    run.ranks.close(done=exit_code == 0)
     print(*ladder.describe(), *run.unreadable.describe(), sep="\n")
     if exit_code:
-        print(f"error: {message}", file=sys.stderr)
+        print(*([f"error: {message}"] if message else []), file=sys.stderr, end="\n" if message else "")
     else:
         directory = run.store.directory
         print(f"Done: validation IoU {progress.best_iou:.4f}, reached at epoch {progress.best_epoch}")

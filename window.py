@@ -9,12 +9,15 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data.dataset import Batch
 from data.loading import to_device
 from losses import deep_supervision_loss
+from training.distributed import Ranks
 from training.drill import Drill
 from training.precision import LossScaler, Precision
 from training.stability import BufferGuard
@@ -34,6 +37,8 @@ class Window:
     scaler: LossScaler
     memory_format: torch.memory_format
     seed: int  # of dropout and drop-path
+    total: int | None = None  # samples that count, over all ranks; None: those here are all
+    blank: Batch | None = None  # to be run, and not to count, by a rank that has none of the samples
     attempt: int = 0  # how often it has been run before
     drill: Drill | None = None  # strikes this attempt
     spoilt_by: str = ""  # the kind of drill that has changed its samples
@@ -45,14 +50,19 @@ class Window:
 
     @property
     def num_samples(self) -> int:
+        """Of this rank."""
         return sum(len(batch.images) for batch in self.batches)
+
+    @property
+    def num_samples_everywhere(self) -> int:
+        return self.num_samples if self.total is None else self.total
 
     @property
     def sample_indices(self) -> list[int]:
         return [index for batch in self.batches for index in batch.indices.tolist()]
 
     def only(self, positions: Iterable[int], least: int = 1) -> "Window":
-        """The window made of some of its samples, by position, in the batches they are in.
+        """The window made of some of this rank's samples alone, by position, in the batches they are in.
 
         Args:
             positions: over all batches, from 0.
@@ -60,13 +70,13 @@ class Window:
         """
         wanted, batches, first = set(positions), [], 0
         if len(wanted) == self.num_samples:
-            return self
+            return replace(self, total=None)
         for batch in self.batches:
             chosen = [position for position in range(len(batch.images)) if first + position in wanted]
             first += len(batch.images)
             if len(chosen) >= least:
                 batches.append(batch.take(chosen))
-        return replace(self, batches=batches)
+        return replace(self, batches=batches, total=None)
 
     def in_full_precision(self, halve: bool) -> "Window":
         """The same in fp32, without loss scaling.
@@ -123,29 +133,36 @@ def accumulate_gradients(
     Dropout is a function of the window, too: run again, now or after a resume, it is the same computation.
 
     Args:
-        model: in training mode.
+        model: in training mode. One that is replicated over ranks averages gradients with the last batch's backward
+            pass: then each rank's loss is multiplied by their number, and what is averaged is the window's gradient.
         window: what to compute them from.
         loss_of: ``batch_loss``, or something faster that computes the same.
         around_backward: entered for each backward pass.
 
     Returns:
-        the window's loss, unscaled, a scalar on the device: the mean over its samples. A batch counts by the samples it
-        has, so that the short last one, too, contributes as it would to one large batch.
+        the window's loss, unscaled, a scalar on the device: the mean over its samples, or this rank's part of it. A
+        batch counts by the samples it has, so that the short last one, too, contributes as it would to one large batch.
     """
     device = torch.device(window.precision.device_type)
     total = torch.zeros((), device=device)
     uncertainty_weight = torch.full((), window.uncertainty_weight, device=device)  # a number would be compiled in
+    replica = model if isinstance(model, DistributedDataParallel) else None
     torch.manual_seed(window.seed)
-    for batch in window.batches:
+    for batch in window.batches or [window.blank]:
+        assert batch is not None, "an empty window is left out, or has something blank to run"
         images, masks = to_device(batch, device, window.memory_format)
-        share = len(images) / window.num_samples
-        loss = loss_of(model, images, masks, uncertainty_weight, window.precision) * share
-        if window.drill is not None:
-            loss = window.drill.spoil_loss(loss, window.scaler.is_enabled())
-        with around_backward():
-            window.scaler.scale(loss).backward()
+        share = len(images) / window.num_samples_everywhere if window.batches else 0.0
+        if replica is not None:
+            share *= dist.get_world_size()
+        is_last = not window.batches or batch is window.batches[-1]
+        with nullcontext() if replica is None or is_last else replica.no_sync():
+            loss = loss_of(model, images, masks, uncertainty_weight, window.precision) * share
+            if window.drill is not None:
+                loss = window.drill.spoil_loss(loss, window.scaler.is_enabled())
+            with around_backward():
+                window.scaler.scale(loss).backward()
         total += loss.detach()
-    return total
+    return total if replica is None else total / dist.get_world_size()
 
 
 class WindowRunner:
@@ -161,10 +178,36 @@ class WindowRunner:
 
     def __init__(self, batch_size: int, recomputes: bool = False) -> None:
         self.num_parts = 1
+        self._ranks = Ranks()
+        self._replica: nn.Module | None = None  # of the model, on each of several ranks
         self._batch_size = batch_size
         self._recomputes = recomputes
         self._compiled: Callable[..., Tensor] | None = None
         self._compiled_for: Precision | None = None
+
+    def replicate(
+        self, model: nn.Module, ranks: Ranks, img_size: int, precision: Precision, memory_format: torch.memory_format
+    ) -> None:
+        """Have ranks average gradients, where there are several; called anew where what trains changes.
+
+        Memory that is too short must show now. In a window, it would show in the midst of the averaging, and the other
+        ranks would wait for the rest of it. So every rank tries a batch first, and all take the smallest size that fits
+        one of them.
+
+        Raises:
+            torch.OutOfMemoryError: one image does not fit.
+        """
+        if ranks.size == 1:
+            return
+        self._replica = None  # first: two of them would both be at work on the same gradients
+        guard = BufferGuard(model)
+        guard.begin_window()
+        self.gradients(model, self._example(img_size, precision, memory_format), guard)
+        model.zero_grad(set_to_none=True)
+        guard.restore()
+        self.num_parts = max(ranks.gather(self.num_parts))
+        self._ranks, device = ranks, torch.device(precision.device_type, ranks.local_rank)
+        self._replica = ranks.replicate(model, device)
 
     def compile(
         self, model: nn.Module, img_size: int, precision: Precision, memory_format: torch.memory_format
@@ -177,15 +220,10 @@ class WindowRunner:
         """
         torch.compiler.reset()  # what was made for another stage
         self._compiled, self._compiled_for = torch.compile(batch_loss, dynamic=False), precision
-        size = self._largest_part
-        images, masks = (torch.zeros(size, channels, img_size, img_size, dtype=torch.uint8) for channels in (3, 1))
-        batch = Batch(images, masks, torch.arange(size), {})
-        scaler = precision.new_scaler(ScalerSettings())
         guard, start = BufferGuard(model), time.perf_counter()
         guard.begin_window()
         try:
-            window = Window(0, 0, [batch], 0.0, 0.0, precision, scaler, memory_format, seed=0)
-            self._accumulate(model, window)
+            self._accumulate(self._replica or model, self._example(img_size, precision, memory_format))
             print(f"Compiled in {time.perf_counter() - start:.0f} s")
         except torch.OutOfMemoryError:
             pass  # as the first window will, and then batches are halved
@@ -206,6 +244,8 @@ class WindowRunner:
         Raises:
             torch.OutOfMemoryError: the smallest batches do not fit.
         """
+        if self._replica is not None:
+            return window, self._with_others(model, window, guard)
         largest = max(len(batch.images) for batch in window.batches)
         while True:
             can_be_cut = largest // 2 >= guard.least_batch
@@ -219,7 +259,7 @@ class WindowRunner:
             guard.restore()
             torch.cuda.empty_cache()
             if not can_be_cut:
-                return window, torch.full((), torch.nan, device=window.precision.device_type)
+                return window, self._not_a_number(window)
             window, largest = window.in_parts(2, guard.least_batch), (largest + 1) // 2
             if window.attempt == 0:
                 self.num_parts *= 2
@@ -227,6 +267,32 @@ class WindowRunner:
                     f"Out of memory: each batch goes through in {self.num_parts} parts from here on, of at most "
                     f"{largest} images; as many images make a step as before"
                 )
+
+    def _example(self, img_size: int, precision: Precision, memory_format: torch.memory_format) -> Window:
+        """A window of one batch of the loader's size, or of the part of it that fits."""
+        size = self._largest_part
+        images, masks = (torch.zeros(size, channels, img_size, img_size, dtype=torch.uint8) for channels in (3, 1))
+        batch = Batch(images, masks, torch.arange(size), {})
+        scaler = precision.new_scaler(ScalerSettings())
+        return Window(0, 0, [batch], 0.0, 0.0, precision, scaler, memory_format, seed=0)
+
+    def _with_others(self, model: nn.Module, window: Window, guard: BufferGuard) -> Tensor:
+        """All ranks average their gradients, or none does. What may need more memory than before is tried first."""
+        assert self._replica is not None
+        fits = True
+        if window.attempt:
+            try:
+                self._accumulate(model, window)
+            except torch.OutOfMemoryError:
+                fits = False
+            model.zero_grad(set_to_none=True)
+            guard.restore()
+            fits = self._ranks.all(fits)
+        return self._accumulate(self._replica, window) if fits else self._not_a_number(window)
+
+    @staticmethod
+    def _not_a_number(window: Window) -> Tensor:
+        return torch.full((), torch.nan, device=window.precision.device_type)
 
     @property
     def _largest_part(self) -> int:
@@ -280,7 +346,7 @@ class WindowFeed:
 
     def _spoilt(self, window: Window) -> Window:
         for drill in self._drills:
-            if drill.strikes_window(window.global_number):
+            if drill.strikes_window(window.global_number) and (window.batches or drill.kind == "kill"):
                 first, *others = window.batches
                 spoilt = first._replace(images=drill.spoil_images(first.images))
                 window = replace(window, batches=[spoilt, *others], spoilt_by=drill.kind)

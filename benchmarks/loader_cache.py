@@ -73,7 +73,7 @@ def batches(loader: DataLoader[Batch], name: str, epoch: int) -> Iterator[Batch]
     if name == "validation":
         yield from loader
     else:
-        for window in windows(loader, 1, epoch, 0):
+        for window in windows(loader, epoch, 0):
             yield from window
 
 

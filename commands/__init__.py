@@ -3,6 +3,7 @@ that need it.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +27,9 @@ def attempt(call: Callable[[], T]) -> T | int:
     try:
         return call()
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        told_by_another = os.environ.get("RANK", "0") != "0" and (isinstance(error, cli.UsageError) or not str(error))
+        if not told_by_another:  # of the processes that PyTorch's launcher starts, all parse the same command line
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

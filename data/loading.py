@@ -12,7 +12,7 @@ from data.cache import DecodedCache
 from data.dataset import Batch, CamouflageDataset, collate
 from data.layouts import Pair
 from data.processes import keep_freed_memory
-from data.sampler import EpochBatchSampler, SampleKey
+from data.sampler import EpochBatchSampler, SampleKey, Share
 from data.transforms import augment_batch
 from data.unreadable import UnreadableDataError
 
@@ -20,35 +20,44 @@ from data.unreadable import UnreadableDataError
 def training_loader(
     pairs: Sequence[Pair], img_size: int, batch_size: int, seed: int, num_workers: int, pin_memory: bool,
     cache: DecodedCache | None = None, augment_on_device: bool = False,
+    window_size: int | None = None, share: Share | None = None,
 ) -> DataLoader[Batch]:  # fmt: skip
-    """Shuffled batches, augmented or to be augmented by ``to_device``; entered at any position through ``windows``."""
+    """Shuffled batches, augmented or to be augmented by ``to_device``; entered at any position through ``windows``.
+
+    Those of this process's share, in windows of ``window_size`` samples over all processes: see ``EpochBatchSampler``.
+    """
     dataset = CamouflageDataset(pairs, img_size, augmented=True, seed=seed, cache=cache, on_device=augment_on_device)
-    return _loader(dataset, EpochBatchSampler(len(dataset), batch_size, seed), num_workers, pin_memory)
+    sampler = EpochBatchSampler(len(dataset), batch_size, seed, window_size, share)
+    return _loader(dataset, sampler, num_workers, pin_memory)
 
 
 def validation_loader(
     pairs: Sequence[Pair], img_size: int, batch_size: int, num_workers: int, pin_memory: bool,
-    cache: DecodedCache | None = None,
+    cache: DecodedCache | None = None, share: Share | None = None,
 ) -> DataLoader[Batch]:  # fmt: skip
-    """Every pair once, in order, as it is; without those that cannot be read."""
-    dataset = CamouflageDataset(pairs, img_size, cache=cache)
+    """Every pair once, in order, as it is; without those that cannot be read.
+
+    Processes share whole batches: the ones that a process alone would make, so that their scores are the same, bitwise.
+    """
+    dataset, share = CamouflageDataset(pairs, img_size, cache=cache), share or Share()
     keys = [SampleKey(0, index) for index in range(len(dataset))]
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
-    return _loader(dataset, batches, num_workers, pin_memory)
+    return _loader(dataset, batches[share.rank :: share.world_size], num_workers, pin_memory)
 
 
-def windows(loader: DataLoader[Batch], accumulation_steps: int, epoch: int, first_window: int) -> Iterator[list[Batch]]:
-    """The batches of each window of an epoch, from ``first_window`` on; the last window has what is left.
+def windows(loader: DataLoader[Batch], epoch: int, first_window: int) -> Iterator[list[Batch]]:
+    """The batches of each window of an epoch, this process's share of them, from ``first_window`` on.
 
     What lies before is not read: the position is set in the sampler.
 
     Raises:
         UnreadableDataError: a sample could neither be read nor replaced.
     """
-    assert isinstance(loader.batch_sampler, EpochBatchSampler)
-    loader.batch_sampler.set_position(epoch, first_window * accumulation_steps)
+    sampler = sampler_of(loader)
+    sampler.set_position(epoch, first_window)
     batches = iter(loader)
-    while window := list(itertools.islice(batches, accumulation_steps)):
+    for number in range(first_window, sampler.num_windows):
+        window = list(itertools.islice(batches, sampler.batches_in(number)))
         for batch in window:
             if batch.num_missing:
                 first, *others = batch.errors.values()
@@ -57,6 +66,12 @@ def windows(loader: DataLoader[Batch], accumulation_steps: int, epoch: int, firs
                     "that the disk is there"
                 )
         yield window
+
+
+def sampler_of(loader: DataLoader[Batch]) -> EpochBatchSampler:
+    """What decides on a training loader's windows."""
+    assert isinstance(loader.batch_sampler, EpochBatchSampler)
+    return loader.batch_sampler
 
 
 def to_device(batch: Batch, device: torch.device, memory_format: torch.memory_format) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Images and masks that cannot be read: each named once, and an error only where they are many."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from tqdm import tqdm
 
@@ -20,17 +20,20 @@ class UnreadablePairs:
         validation: the images, by name, that are left out of the scores; the others are replaced in training.
         advice: what the user can do where there are too many.
         event: told of each new one, as ``RunLog.event`` is.
+        alone: no other process reads other pairs of the same run.
     """
 
     def __init__(
         self, reasons: dict[str, str], num_pairs: int, validation: Collection[str], advice: str,
-        event: Callable[..., None],
+        event: Callable[..., None], alone: bool = True,
     ) -> None:  # fmt: skip
         self.reasons = reasons
         self.num_pairs = num_pairs
         self.validation = frozenset(validation)
         self.advice = advice
         self.event = event
+        self.alone = alone
+        self.met: dict[str, str] = {}  # since the processes last told each other
 
     def note(self, problems: Mapping[str, str]) -> None:
         """Report those that are new.
@@ -48,6 +51,26 @@ class UnreadablePairs:
                 tqdm.write(f"Unreadable: {reason}; {action}")
                 self.event("unreadable", image=image, reason=reason, action=action)
         require_few(self.reasons, self.num_pairs, self.advice)
+
+    def meet(self, problems: Mapping[str, str]) -> None:
+        """Note them at once; or, where several processes read, remember them until ``agree``."""
+        if self.alone:
+            self.note(problems)
+        else:
+            self.met.update(problems)
+
+    def agree(self, gather: Callable[[dict[str, str]], Sequence[dict[str, str]]]) -> None:
+        """Note what each of the processes that read together has met.
+
+        Args:
+            gather: from what this one has met to what each one has.
+
+        Raises:
+            UnreadableDataError: there are too many by now.
+        """
+        met = {image: reason for part in gather(self.met) for image, reason in part.items()}
+        self.met = {}
+        self.note(met)
 
     def describe(self) -> list[str]:
         """For the run's last lines."""

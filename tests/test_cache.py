@@ -140,7 +140,7 @@ def test_loader_processes_open_it_themselves(root: Path, tmp_path: Path) -> None
     loader = training_loader(pairs, 64, 4, seed=1, num_workers=2, pin_memory=False, cache=cache)
     loader.multiprocessing_context = "spawn"
     decoding = training_loader(pairs, 64, 4, seed=1, num_workers=0, pin_memory=False)
-    for one, other in zip(windows(loader, 1, 0, 0), windows(decoding, 1, 0, 0), strict=True):
+    for one, other in zip(windows(loader, 0, 0), windows(decoding, 0, 0), strict=True):
         assert differing_tensors(list(one[0]), list(other[0])) == []
 
 

@@ -22,7 +22,7 @@ from training.drill import KINDS, Drill
 def test_what_is_no_drill_is_refused(text: str, tiny_argv: Argv, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(tiny_argv("--drill", text)) == 2
     error = capsys.readouterr().err
-    assert f"--drill {text}: not KIND@WINDOW or KIND@WINDOWxCOUNT" in error
+    assert f"--drill {text}: not KIND@WINDOW[xCOUNT][rRANK]" in error
     assert all(kind in error for kind in KINDS)
 
 

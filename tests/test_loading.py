@@ -15,8 +15,10 @@ def pairs(tiny_dataset: Path) -> list[Pair]:
 
 def test_batches_are_the_same_for_any_number_of_workers(pairs: list[Pair]) -> None:
     def epoch(num_workers: int) -> list[list[tuple[torch.Tensor, ...]]]:
-        loader = training_loader(pairs, 64, batch_size=4, seed=5, num_workers=num_workers, pin_memory=False)
-        return [[batch[:3] for batch in window] for window in windows(loader, 2, epoch=3, first_window=1)]
+        loader = training_loader(
+            pairs, 64, batch_size=4, seed=5, num_workers=num_workers, pin_memory=False, window_size=8
+        )
+        return [[batch[:3] for batch in window] for window in windows(loader, epoch=3, first_window=1)]
 
     expected = epoch(0)
     assert len(expected) == 2  # 22 samples: 6 batches, 3 windows, the first one passed over
@@ -27,8 +29,8 @@ def test_batches_are_the_same_for_any_number_of_workers(pairs: list[Pair]) -> No
 
 
 def test_last_window_has_what_is_left(pairs: list[Pair]) -> None:
-    loader = training_loader(pairs, 64, batch_size=4, seed=5, num_workers=0, pin_memory=False)
-    sizes = [[len(batch.indices) for batch in window] for window in windows(loader, 4, epoch=0, first_window=0)]
+    loader = training_loader(pairs, 64, batch_size=4, seed=5, num_workers=0, pin_memory=False, window_size=16)
+    sizes = [[len(batch.indices) for batch in window] for window in windows(loader, epoch=0, first_window=0)]
     assert sizes == [[4, 4, 4, 4], [4, 2]]
 
 
@@ -38,7 +40,7 @@ def test_iterating_leaves_the_global_generator_alone(pairs: list[Pair]) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
     for _ in range(2):
-        list(windows(loader, 2, epoch=0, first_window=0))
+        list(windows(loader, epoch=0, first_window=0))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -57,7 +59,7 @@ def test_sample_that_cannot_be_replaced_raises_with_its_path(
     broken_pairs = [Pair(broken, pair.mask) for pair in pairs[:4]]
     loader = training_loader(broken_pairs, 64, 2, 0, num_workers, pin_memory=False)
     with pytest.raises(UnreadableDataError, match=r"broken\.jpg.*none of 3 other images.*see that the disk is there"):
-        next(windows(loader, 1, epoch=0, first_window=0))
+        next(windows(loader, epoch=0, first_window=0))
 
 
 def test_to_device_scales_to_unit_range(pairs: list[Pair]) -> None:

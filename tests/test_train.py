@@ -254,7 +254,10 @@ def gradients_of_first_epoch(run: Run, stage: Stage, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(train_ultimate, "gated_step", collect)
     run.state.model.set_backbone_frozen(stage.freeze_backbone)  # type: ignore[operator]
-    loader = training_loader(run.train_pairs, 64, stage.batch_size, run.args.seed, num_workers=0, pin_memory=False)
+    loader = training_loader(
+        *(run.train_pairs, 64, stage.batch_size, run.args.seed),
+        num_workers=0, pin_memory=False, window_size=stage.batch_size * stage.accumulation_steps,
+    )  # fmt: skip
     train_epoch(run, stage, loader)
     return collected
 

@@ -32,10 +32,14 @@ class CheckpointStore:
         directory: made when something is saved.
         keep: how many ``epoch_NNNN.pth`` to keep.
         on_saved: called in the thread that saves, with the name of a file that is complete and verified by now.
+        writes: one of several processes does; the others only keep count.
     """
 
-    def __init__(self, directory: Path, keep: int, on_saved: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, directory: Path, keep: int, on_saved: Callable[[str], None] | None = None, writes: bool = True
+    ) -> None:
         self.directory = directory
+        self.writes = writes
         self.keep = keep
         self.on_saved = on_saved
         self.last_window = -1  # of the run, in the newest save that was begun
@@ -85,6 +89,8 @@ class CheckpointStore:
     def _begin(self, names: list[str], payload: dict[str, Any]) -> None:
         self.wait()
         self.last_window = payload["progress"]["global_window"]
+        if not self.writes:
+            return
         host = self._host.take(payload)
         self._under_way = names, self._writer.submit(self._write_all, names, host)
 

@@ -30,26 +30,28 @@ class Drill:
             nan-weight: a weight becomes NaN during the step, as from a bit that flips in memory.
             bad-sample: the first sample of each window has pixels that are NaN.
             kill: the process is killed (SIGKILL) before the window.
+        rank: of the process it happens to; None for all of them.
     """
 
-    def __init__(self, kind: str, window: int, count: int) -> None:
+    def __init__(self, kind: str, window: int, count: int, rank: int | None = None) -> None:
         self.kind = kind
+        self.rank = rank
         self.window = window
         self.left = count
         self._last_window = window + count - 1
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From KIND@WINDOW or KIND@WINDOWxCOUNT, windows counted over the run from 1.
+        """From KIND@WINDOW, KIND@WINDOWxCOUNT or either with rRANK behind it, windows counted over the run from 1.
 
         Raises:
             ValueError: it is not of that form.
         """
-        match = re.fullmatch(r"([a-z-]+)@([1-9]\d*)(?:x([1-9]\d*))?", text)
+        match = re.fullmatch(r"([a-z-]+)@([1-9]\d*)(?:x([1-9]\d*))?(?:r(\d+))?", text)
         if match is None or match[1] not in KINDS:
             kinds = ", ".join(KINDS)
-            raise ValueError(f"--drill {text}: not KIND@WINDOW or KIND@WINDOWxCOUNT, where KIND is one of {kinds}")
-        return cls(match[1], int(match[2]), int(match[3] or 1))
+            raise ValueError(f"--drill {text}: not KIND@WINDOW[xCOUNT][rRANK], where KIND is one of {kinds}")
+        return cls(match[1], int(match[2]), int(match[3] or 1), None if match[4] is None else int(match[4]))
 
     def strikes_attempts(self, window: int) -> bool:
         return self.left > 0 and window >= self.window and self.kind not in ("bad-sample", "kill")

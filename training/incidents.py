@@ -275,7 +275,7 @@ def read_incident(folder: Path) -> tuple[IncidentRecord, dict[str, Any]]:
 
 
 def name_cause(
-    recorded: Diagnosis, full: Diagnosis, culprits: Collection[int], num_samples: int, healthy_otherwise: bool | None
+    recorded: Diagnosis, full: Diagnosis, culprits: Collection[object], num_samples: int, healthy_otherwise: bool | None
 ) -> Cause:
     """Who is at fault for a window that is not finite.
 

@@ -1,27 +1,51 @@
 """Requests from outside: SIGINT (Ctrl-C) and SIGTERM end a run after the window under way, SIGUSR1 has it saved."""
 
 import signal
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
+
+_REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
     """While entered, remembers the first SIGINT or SIGTERM instead of dying of it; a second one acts at once.
 
+    Where several processes train together, a request to any of them is one to all, and all must act on it at the same
+    window: then what counts is not what this process has received, but what all have been told in ``hear``.
+
+    Args:
+        alone: no other process takes part.
+
     Attributes:
-        signal_number: of the SIGINT or SIGTERM received, or None.
-        save: SIGUSR1 has been received, notice of a pre-emption that may or may not come. Whoever saves sets it back.
+        signal_number: of the SIGINT or SIGTERM to act upon, or None.
+        save: SIGUSR1, notice of a pre-emption that may or may not come, is to be acted upon.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool = True) -> None:
+        self.alone = alone
         self.signal_number: int | None = None
         self.save = False
+        self._received: set[int] = set()
         self._previous: dict[int, Any] = {}
 
+    def told(self) -> list[float]:
+        """What this process has received, for the others: 1 or 0 for each of SIGINT, SIGTERM, SIGUSR1."""
+        return [float(number in self._received) for number in _REQUESTS]
+
+    def hear(self, counts: Sequence[float]) -> None:
+        """What all processes have received: ``told``, added up; nothing at all where there are no others."""
+        for number, count in zip(_REQUESTS, counts, strict=False):
+            if count:
+                self._act(number)
+
+    def saved(self) -> None:
+        self._received.discard(signal.SIGUSR1)
+        self.save = False
+
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _REQUESTS:
             self._previous[number] = signal.signal(number, self._receive)
-        self._previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._receive_notice)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -30,8 +54,14 @@ class StopRequest:
         self._previous.clear()
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        self.signal_number = number
-        self.__exit__()
+        self._received.add(number)
+        if number != signal.SIGUSR1:
+            self.__exit__()
+        if self.alone:
+            self._act(number)
 
-    def _receive_notice(self, _number: int, _frame: FrameType | None) -> None:
-        self.save = True
+    def _act(self, number: int) -> None:
+        if number == signal.SIGUSR1:
+            self.save = True
+        elif self.signal_number is None:
+            self.signal_number = number

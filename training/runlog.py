@@ -8,6 +8,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,26 @@ class RunLog:
 
     Each line is complete and flushed to the operating system when ``event`` returns, so a killed process loses none. A
     resumed run appends: windows it repeats appear twice, the later line counts.
+
+    Args:
+        directory: of the run; None for one of several processes that is not the one to write.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path | None) -> None:
+        self._file: FileIO | None = None
+        if directory is None:
+            return
         path = directory / "metrics.jsonl"
         # Unbuffered: what a full disk has refused must not be tried again, with the next line or when it is closed.
-        self._file = open(path, "ab", buffering=0)
+        self._file = FileIO(path, "ab")
         self._has_failed = False
         if _ends_in_mid_line(path):
             self._file.write(b"\n")
 
     def event(self, event: str, **fields: Any) -> None:
         """Append a line; one that the disk does not take is lost, with a warning the first time."""
+        if self._file is None:
+            return
         line = json.dumps({"event": event, "time": round(time.time(), 3), **_finite(fields)}, allow_nan=False)
         try:
             self._file.write(line.encode() + b"\n")
@@ -38,7 +47,8 @@ class RunLog:
             self._has_failed = True
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def environment(program: Path, packages: Sequence[str]) -> dict[str, Any]:

@@ -151,6 +151,11 @@ class BufferGuard:
         self.at_start: dict[str, Tensor] = {}
 
     @property
+    def statistics(self) -> list[Tensor]:
+        """Running means and variances that learn, as they are now."""
+        return [buffer for buffer in self._buffers.values() if buffer.is_floating_point()]
+
+    @property
     def batch_matters(self) -> bool:
         """Whether layers normalise by the statistics of the batch, so that a part of it is another computation."""
         return bool(self._buffers)
@@ -182,10 +187,20 @@ class PendingOutcome:
 
     Args:
         loss, grad_norm, found_inf, spike, loss_scale: scalars on the device.
+        requests: (n,), what other processes ask for; None where there are none.
+
+    Attributes:
+        requests: the same on the host, once ``read`` has returned.
     """
 
-    def __init__(self, loss: Tensor, grad_norm: Tensor, found_inf: Tensor, spike: Tensor, loss_scale: Tensor) -> None:
+    def __init__(
+        self, loss: Tensor, grad_norm: Tensor, found_inf: Tensor, spike: Tensor, loss_scale: Tensor,
+        requests: Tensor | None = None,
+    ) -> None:  # fmt: skip
         packed = torch.stack([value.to(torch.float32) for value in (loss, grad_norm, found_inf, spike, loss_scale)])
+        if requests is not None:
+            packed = torch.cat([packed, requests])
+        self.requests: list[float] = []
         self._arrived: torch.cuda.Event | None = None
         if packed.is_cuda:
             self._values = torch.empty(packed.shape, pin_memory=True).copy_(packed, non_blocking=True)
@@ -198,7 +213,7 @@ class PendingOutcome:
         """The numbers and their verdict. Waits for this window's step alone, not for work queued after it."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        loss, grad_norm, found_inf, spike, loss_scale = self._values.tolist()
+        loss, grad_norm, found_inf, spike, loss_scale, *self.requests = self._values.tolist()
         verdict = _verdict(loss, grad_norm, found_inf > 0, spike > 0, loss_scale)
         return WindowOutcome(verdict, loss, grad_norm, loss_scale)
 

@@ -14,8 +14,6 @@ from training.precision import LossScaler, Precision
 from training.stability import SpikeDetector, StepVerdict, WindowOutcome
 from training.stages import Stage
 
-_DECIDE_THE_LOSS = ("img_size", "batch_size", "accumulation_steps")  # of other settings, its history says nothing
-
 
 @dataclass
 class Progress:
@@ -136,6 +134,12 @@ class TrainState:
         self.unreadable = dict(state.get("unreadable", {}))  # checkpoints from before they were kept have none
 
 
+def window_size(config: dict[str, Any]) -> int:
+    """Samples in an optimizer step, over all processes: as the configuration tells, or from when there was one."""
+    settings = config["settings"]
+    return config.get("window_size", settings["batch_size"] * settings["accumulation_steps"])
+
+
 def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
     """Load weights under this network's own names.
 
@@ -173,15 +177,13 @@ def resume(
             state.scaler.resume(checkpoint["scaler"])
     before, now = checkpoint["config"], config
     # An epoch under way goes on at the same sample, also where a window now holds more of them or fewer.
-    samples_done = state.progress.window * before["settings"]["batch_size"] * before["settings"]["accumulation_steps"]
-    state.progress.window = samples_done // (now["settings"]["batch_size"] * now["settings"]["accumulation_steps"])
+    size_before, size = window_size(before), window_size(now)
+    state.progress.window = state.progress.window * size_before // size
     if before["precision"] != now["precision"]:
         print(f"precision in use: {before['precision']} -> {now['precision']}")
         state.ladder.full_precision = False
-    if (
-        any(before["settings"][key] != now["settings"][key] for key in _DECIDE_THE_LOSS)
-        or before["data"] != now["data"]
-    ):
+    same_images = before["settings"]["img_size"] == now["settings"]["img_size"] and before["data"] == now["data"]
+    if size_before != size or not same_images:  # the history of the loss says nothing about others
         state.ladder.losses = LossHistory()
     if state.ladder.lr_factor != 1 and before["settings"]["lr"] != now["settings"]["lr"]:
         print(f"lr is meant as given: the factor {state.ladder.lr_factor:g}, left by rollbacks, is dropped")

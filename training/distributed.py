@@ -1,0 +1,279 @@
+"""The processes that train together: what they add up, what they agree on, how one notices that another has gone.
+
+Started by PyTorch's launcher, ``torchrun``, every process (a rank) runs the whole program on its slice of each window.
+Gradients are averaged by DistributedDataParallel; here is everything else. A run without a launcher is one of one rank,
+for which none of this costs anything.
+"""
+
+import os
+import pickle
+import socket
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+LONGEST_WAIT = timedelta(minutes=30)  # of ranks that answer, for one another: while one builds a cache, say
+_BEAT = 1.0  # seconds
+
+
+class ElsewhereError(ValueError):
+    """Another rank has failed, and tells why itself."""
+
+
+class Ranks:
+    """The processes of a run, seen from one of them.
+
+    Attributes:
+        rank: of this process, from 0. The first one prints and writes.
+        size: number of processes.
+        local_rank: of this process on its machine, which is the number of its GPU.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
+        self.rank = rank
+        self.size = size
+        self.local_rank = local_rank
+        self._heartbeat: Heartbeat | None = None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def agree(
+        self, loss: Tensor, grad_norm: Tensor, found_inf: Tensor, requests: Sequence[float],
+        statistics: Sequence[Tensor] = (), weight: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """Make a window's numbers the same on all ranks, bitwise, in one packed all-reduce; the host does not wait.
+
+        The verdict is a function of these numbers, so it is the same everywhere, also where only one rank's loss is
+        NaN, or only one rank's copy of the gradient.
+
+        Args:
+            loss: this rank's part of the window's; they add up.
+            grad_norm: of the averaged gradient, of which every rank has a copy; their mean.
+            found_inf: the largest counts.
+            requests: this rank's, from ``StopRequest``; they add up.
+            statistics: BatchNorm's running ones, changed in place to the mean over ranks.
+            weight: of this rank in that mean: the samples that it had.
+
+        Returns:
+            loss, norm, flag; and the requests, None of a run of one rank.
+        """
+        if self.size == 1:
+            return loss, grad_norm, found_inf, None
+        numbers = torch.stack([loss.float(), grad_norm.float() / self.size, found_inf.float()])
+        host = torch.tensor([weight, *requests], device=loss.device)
+        packed = torch.cat([numbers, host, *(value.flatten().float() * weight for value in statistics)])
+        dist.all_reduce(packed)
+        (loss, grad_norm, found_inf, total), rest = packed[:4].unbind(), packed[4:]
+        sizes = [len(requests), *(value.numel() for value in statistics)]
+        requested, *means = rest.split(sizes)
+        for value, mean in zip(statistics, means, strict=True):
+            value.copy_((mean / total).view_as(value))
+        return loss, grad_norm, found_inf.clamp(max=1), requested
+
+    def total(self, numbers: Sequence[float]) -> list[float]:
+        """Sums over ranks; waits for all of them."""
+        if self.size == 1:
+            return list(numbers)
+        totals = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(totals)
+        return totals.tolist()
+
+    def all(self, condition: bool) -> bool:
+        """Whether it holds on every rank; waits for all of them."""
+        return self.total([not condition])[0] == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in order, on every rank; anything that can be pickled. Waits for all of them."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, call: Callable[[], T]) -> T:
+        """What the call returns on the first rank; the others do not make it.
+
+        Raises:
+            ElsewhereError: it failed, on all ranks but the first, where the error itself is raised.
+        """
+        if self.size == 1:
+            return call()
+        if not self.is_first:
+            succeeded, value = self._broadcast(None)
+            if not succeeded:
+                raise ElsewhereError
+            return value
+        try:
+            value = call()
+        except (ValueError, OSError):
+            self._broadcast((False, None))
+            raise
+        self._broadcast((True, value))
+        return value
+
+    def from_rank(self, rank: int, value: T) -> T:
+        """One rank's value, on every rank; tensors, numbers, strings, lists, dicts."""
+        return value if self.size == 1 else self._broadcast(value, rank)
+
+    def _broadcast(self, value: Any, rank: int = 0) -> Any:
+        values = [value]
+        dist.broadcast_object_list(values, src=rank)
+        return values[0]
+
+    def replicate(self, module: nn.Module, device: torch.device) -> nn.Module:
+        """The module, averaging its gradients over ranks in the backward pass; for one rank, the module itself.
+
+        For the parameters that train now: another is needed when those change. Buffers are not sent around: frozen
+        statistics are alike, and ``agree`` sees to those that learn.
+        """
+        if self.size == 1:
+            return module
+        devices = [device.index] if device.type == "cuda" else None
+        with warnings.catch_warnings():  # torch 2.15 renames the option; what takes its place is not in 2.9
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(
+                module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def lost(self) -> str:
+        """After an error in talking to the others: which of them have gone; "" if all are there. Takes some seconds."""
+        return "" if self._heartbeat is None else self._heartbeat.lost()
+
+    def close(self, done: bool) -> None:
+        """Leave. Not ``done``: after an error, without waiting for anyone."""
+        if self._heartbeat is not None:
+            self._heartbeat.stop(done)
+            self._heartbeat = None
+            if done:
+                dist.destroy_process_group()
+
+
+def join(device_type: str, patience: float) -> Ranks:
+    """Find the other processes that the launcher has started, by the variables that it sets (``RANK`` and others).
+
+    Args:
+        device_type: cuda talks by NCCL, cpu by gloo.
+        patience: seconds of silence after which a rank is given up, and with it this process.
+
+    Raises:
+        ValueError: not all of them come together.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Ranks()
+    ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
+    if device_type == "cuda":
+        torch.cuda.set_device(ranks.local_rank)
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives processes, with all they wrote
+    try:
+        # Two connections to the launcher's store: one that waits must not keep the other from its beat.
+        (store, _, _), (beats, _, _) = (next(dist.rendezvous("env://", timeout=LONGEST_WAIT)) for _ in range(2))
+        dist.init_process_group(
+            backend, store=dist.PrefixStore(f"ranks {attempt}", store), rank=ranks.rank, world_size=ranks.size,
+            timeout=LONGEST_WAIT,
+        )  # fmt: skip
+        names = ranks.gather(f"rank {ranks.rank} (process {os.getpid()} on {socket.gethostname()})")
+    except (RuntimeError, KeyError, pickle.UnpicklingError) as error:  # torch's errors of this kind are RuntimeErrors
+        raise ValueError(f"rank {ranks.rank} of {ranks.size} did not find the others: {error}") from error
+    ranks._heartbeat = Heartbeat(dist.PrefixStore(f"beats {attempt}", beats), ranks.rank, names, patience)
+    ranks.gather(None)  # all have begun to beat
+    return ranks
+
+
+class Heartbeat:
+    """A thread of each rank that tells the others it is alive, and ends this process when one of them is not.
+
+    Every rank watches the next one; who finds it silent raises an alarm that all see. So a beat costs each rank three
+    small messages to the launcher's store, however many ranks there are. A process that waits for the others is alive;
+    one that is stopped, or whose machine or link is gone, is not, and the rest would wait for it for ever.
+
+    Args:
+        store: of keys and values, shared by all ranks.
+        rank: of this process.
+        names: of all ranks, for people.
+        patience: seconds of silence after which a rank is given up.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, names: Sequence[str], patience: float) -> None:
+        self._store = store
+        self._rank = rank
+        self._names = names
+        self._patience = patience
+        self._beats = 0
+        self._ended = threading.Event()
+        self._reached_at = time.monotonic()
+        self._store.set(str(rank), "0")
+        for target in (self._beat, self._watch_store):
+            threading.Thread(target=target, name="heartbeat", daemon=True).start()
+
+    def stop(self, done: bool) -> None:
+        """Fall silent for good. Where the run is ``done``, nobody is to wonder why."""
+        self._ended.set()
+        if done:
+            self._store.set(str(self._rank), "done")
+
+    def lost(self) -> str:
+        """The ranks that do not beat, by looking twice; "" for none."""
+        keys = [str(rank) for rank in range(len(self._names))]
+        try:
+            before = self._store.multi_get(keys)
+            time.sleep(3 * _BEAT)
+            after = self._store.multi_get(keys)
+        except RuntimeError as error:
+            return f"the launcher's store cannot be reached ({_first_line(error)})"
+        silent = [rank for rank, pair in enumerate(zip(before, after, strict=True)) if len(set(pair)) == 1]
+        return ", ".join(self._names[rank] for rank in silent if rank != self._rank)
+
+    def _beat(self) -> None:
+        watched = (self._rank + 1) % len(self._names)
+        last_beat, heard_at = b"", time.monotonic()
+        while not self._ended.wait(_BEAT):
+            self._beats += 1
+            try:
+                self._store.set(str(self._rank), str(self._beats))
+                if self._store.check(["alarm"]):
+                    self._give_up(self._store.get("alarm").decode())
+                beat = self._store.get(str(watched)) if self._store.check([str(watched)]) else b""
+                now = self._reached_at = time.monotonic()
+                if beat != last_beat or beat == b"done":
+                    last_beat, heard_at = beat, now
+                elif now - heard_at > self._patience:
+                    alarm = f"{self._names[watched]} has been silent for {now - heard_at:.0f} s"
+                    self._store.set("alarm", alarm)
+                    self._give_up(alarm)
+            except RuntimeError:  # see below
+                continue
+
+    def _watch_store(self) -> None:
+        """A store that is gone, or behind a link that is, can keep the other thread for ever."""
+        while not self._ended.wait(_BEAT):
+            silence = time.monotonic() - self._reached_at
+            if silence > self._patience:
+                self._give_up(f"the launcher's store has not answered for {silence:.0f} s")
+
+    def _give_up(self, reason: str) -> None:
+        """End this process, whose main thread may be waiting in a library for what will never come."""
+        if not self._ended.is_set():
+            print(
+                f"error: {reason}; rank {self._rank} ends, too. Go on with --resume auto; torchrun does by "
+                "itself, with --max-restarts",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+            os._exit(1)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
