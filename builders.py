@@ -39,6 +39,7 @@ from training.interrupt import StopRequest
 from training.optim import Ema, all_finite, build_optimizer
 from training.precision import Precision, resolve_device, resolve_precision, use_deterministic_algorithms
 from training.runlog import RunLog, environment, write_json
+from training.sharding import shard, whole_on_first
 from training.stability import SpikeDetector
 from training.stages import CONSERVATIVE_SCALER, Stage
 from training.state import TrainState, load_weights, resume, window_size
@@ -74,7 +75,7 @@ class Run:
     consistent: bool = True  # no step is half done: the state could be saved
 
     def checkpoint(self) -> dict[str, Any]:
-        return {"config": self.config, **self.state.state_dict()}
+        return {"config": self.config, **whole_on_first(self.state.state_dict(), self.ranks.is_first)}
 
     @property
     def save_is_due(self) -> bool:
@@ -252,6 +253,9 @@ def prepare(argv: Sequence[str] | None) -> Run:
     if before is not None:
         args = cli.parse(argv, saved=before["settings"])
     ranks.from_first(lambda: cli.check(args))
+    ranks.shards = args.shard and ranks.size > 1
+    if args.shard and ranks.size == 1:
+        print("--shard: one process alone, started without torchrun, has nothing to share: it keeps all weights")
     drills = [Drill.parse(text) for text in args.drill]
     drills = [drill for drill in drills if drill.rank in (None, ranks.rank)]
     windows_of = ranks.from_first(lambda: size_of_windows(args, ranks.size, before))
@@ -280,7 +284,8 @@ def prepare(argv: Sequence[str] | None) -> Run:
     names = [pair.image.relative_to(root).as_posix() for pair in pairs]
     stages = build_stages(args)
     model = build_network(args, load_weights=checkpoint is None and weights_alone is None)
-    model = on_device(model, device, memory_format)
+    if not ranks.shards:
+        model = on_device(model, device, memory_format)
     if args.gradient_checkpointing and not model.checkpoint_gradients():
         print(f"Warning: timm has no gradient checkpointing for {args.backbone}: only the decoder's will save memory")
     runner = WindowRunner(min(args.batch_size, len(train_pairs)), recomputes=args.gradient_checkpointing)
@@ -288,8 +293,11 @@ def prepare(argv: Sequence[str] | None) -> Run:
         load_weights(model, weights_alone)
     if not all_finite(model.state_dict().values()):
         raise ValueError(f"--backbone {args.backbone}: its initial weights are not finite; are the right ones loaded?")
-    optimizer = build_optimizer(model, model.backbone, args.weight_decay)
     ema = Ema(model, args.ema_decay) if args.ema_decay > 0 else None
+    if ranks.shards:
+        for module in (model, *([ema.module] if ema is not None else [])):
+            shard(module, device, ranks.size)
+    optimizer = build_optimizer(model, model.backbone, args.weight_decay)
     detector = SpikeDetector(args.spike_policy, device)
     state = TrainState(model, optimizer, precision.new_scaler(stages[0].scaler), detector, ema)
     advice = (

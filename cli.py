@@ -175,6 +175,9 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one")
     flag("--rank-timeout", metavar="SECONDS", type=_number(0), default=60.0,
          help="with several processes (torchrun): the silence of one after which the others end")
+    flag("--shard", action=argparse.BooleanOptionalAction, default=False,
+         help="with several processes: split weights, gradients, moments and average between them (FSDP), for a "
+         "network that is too large for one GPU with all of them; slower")
     flag("--augment-on", choices=("loader", "device"), default="loader",
          help="where training images are augmented; device: where the processes that load them cannot keep up")
     flag("--channels-last", action=argparse.BooleanOptionalAction, default=True,
@@ -268,6 +271,8 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f"--decoder-channels {args.decoder_channels} is not a multiple of 8")
     if args.ema_decay == 1:
         raise UsageError("--ema-decay must be below 1: at 1 the average would never move")
+    if args.shard and args.compile:
+        raise UsageError("--shard and --compile do not work together: leave one of them out")
 
 
 def _check_img_size(size: int) -> None:

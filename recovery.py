@@ -29,6 +29,7 @@ from training.ladder import AFTER_QUARANTINE, LEAST_LR_FACTOR, Action, LossHisto
 from training.optim import all_finite, fresh_moments
 from training.precision import Precision
 from training.runlog import RunLog
+from training.sharding import load_local_state, local_state, whole_on_first, whole_weights
 from training.stability import BufferGuard, StepVerdict, WindowOutcome
 from training.stages import ScalerSettings
 from training.state import TrainState
@@ -48,13 +49,17 @@ class RecoverySpentError(Exception):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Weights to return to, in host memory. Not the optimizer's moments: a rollback starts them anew."""
+    """Weights to return to, in host memory; where they are sharded, this rank's part of them.
+
+    Not the optimizer's moments: a rollback starts them anew.
+    """
 
     global_window: int
     stage: int
     taken_at: float  # time.perf_counter()
-    model: dict[str, Any]
-    ema: dict[str, Any] | None
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor] | None
+    num_averaged: int  # updates of the average
     detector: dict[str, Any]
     losses: LossHistory
 
@@ -179,14 +184,15 @@ class Recovery:
         assert self._record is not None
         ladder, model = self.state.ladder, self.state.model
         clean, culprits, healthy_otherwise = replace(window, drill=None), list[int](), None
-        found = self.ranks.gather(self._diagnose(clean))
+        with whole_weights(model):
+            found = self.ranks.gather(self._diagnose(clean))
         mine, diagnoses = found[self.ranks.rank], [diagnosis for diagnosis in found if diagnosis is not None]
         if mine is None or len(diagnoses) < len(found):
             self._skip_or_roll_back(ladder.give_up(verdict), "skipped; to look into it, memory was too short")
             return []
         diagnosis = next((other for other in diagnoses if not other.finite), mine)
         if not diagnosis.finite:
-            with running_statistics(model):
+            with whole_weights(model), running_statistics(model):
                 if not mine.finite:
                     culprits = find_culprits(window.num_samples, lambda few: not self._is_finite(clean.only(few)))
                 if self._last_applied is not None:
@@ -273,9 +279,10 @@ class Recovery:
         )
 
     def _restore(self, snapshot: Snapshot, diverged: bool) -> None:
-        self.state.model.load_state_dict(snapshot.model)
+        load_local_state(self.state.model, snapshot.model)
         if self.state.ema is not None and snapshot.ema is not None:
-            self.state.ema.load_state_dict(snapshot.ema)
+            load_local_state(self.state.ema.module, snapshot.ema)
+            self.state.ema.num_updates = snapshot.num_averaged
         if diverged and snapshot.stage == self.state.progress.stage:  # what it has learnt since is of no use
             self.state.detector.load_state_dict(snapshot.detector)
         elif diverged:
@@ -295,12 +302,13 @@ class Recovery:
             assert self._snapshots, "a run begins with finite weights"
             return  # the next window will not be finite, and that is when something is done about it
         state = self.state
-        ema = None if state.ema is None else _on_host(state.ema.state_dict())
-        model = _on_host({**state.model.state_dict(), **buffers})
+        ema = None if state.ema is None else _on_host(local_state(state.ema.module))
+        num_averaged = 0 if state.ema is None else state.ema.num_updates
+        model = _on_host({**local_state(state.model), **buffers})
         detector, losses = _on_host(state.detector.state_dict()), replace(state.ladder.losses)
         now = time.perf_counter()
         where = state.progress.global_window, state.progress.stage
-        self._snapshots.append(Snapshot(*where, now, model, ema, detector, losses))
+        self._snapshots.append(Snapshot(*where, now, model, ema, num_averaged, detector, losses))
 
     def _weights_finite(self) -> bool:
         """Averaged ones and BatchNorm's statistics, too, which no gate looks at; those of all ranks."""
@@ -312,7 +320,8 @@ class Recovery:
         progress, model = self.state.progress, self.state.model
         scaler = window.precision.new_scaler(ScalerSettings(init_scale=outcome.loss_scale))
         as_it_was = replace(window, drill=None, scaler=scaler)
-        diagnosis = self._diagnose(as_it_was, outcome.loss_scale)
+        with whole_weights(model):
+            diagnosis = self._diagnose(as_it_was, outcome.loss_scale)
         self._record = IncidentRecord(
             verdict=verdict,
             stage=progress.stage,
@@ -333,9 +342,10 @@ class Recovery:
         self._record, ran = self.ranks.from_rank(
             teller, (self._record, window_to_payload(as_it_was, outcome.loss_scale))
         )
+        weights = whole_on_first(model.state_dict(), self.ranks.is_first)
         if self.ranks.is_first:
             frozen = any(not parameter.requires_grad for parameter in model.parameters())
-            weights = _on_host(model.state_dict())
+            weights = _on_host(weights)
             payload = {"settings": self.settings, "backbone_frozen": frozen, "window": ran, "model": weights}
             self._folder = self.incidents.open(self._record, payload)
 

@@ -45,6 +45,7 @@ from recovery import RecoverySpentError
 from training.checkpoint import unlock_directory
 from training.ladder import LossHistory
 from training.optim import fresh_moments, gradient_norm, set_learning_rates
+from training.sharding import whole_weights
 from training.stability import BufferGuard, PendingOutcome, StepVerdict, gated_step, should_skip
 from training.stages import Stage, cosine_ramp, learning_rate
 from training.state import EpochStats
@@ -156,6 +157,7 @@ def epoch_windows(
             batches=batches if run.share.of(size) else [],
             total=size,
             blank=batches[0].blank() if run.ranks.size > 1 else None,
+            rounds=sampler.most_batches_in(number) if run.ranks.shards else 0,
             lr=learning_rate(stage, first_of_stage + number, stage.num_epochs * num_windows),
             uncertainty_weight=cosine_ramp((progress.epoch + number / num_windows) / run.args.epochs),
             precision=run.precision,
@@ -292,11 +294,9 @@ def run_stage(run: Run, stage: Stage) -> None:
     num_workers = cli.default_num_workers() if run.args.num_workers is None else run.args.num_workers
     workers = {"num_workers": num_workers, "pin_memory": run.device.type == "cuda", "cache": run.cache}
     later = {"augment_on_device": run.args.augment_on == "device", "window_size": run.config["window_size"]}
-    workers["share"] = run.share
-    train_loader = training_loader(
-        run.train_pairs, run.args.img_size, stage.batch_size, run.args.seed, **workers, **later
-    )
-    val_loader = validation_loader(run.val_pairs, run.args.img_size, stage.batch_size, **workers)
+    sizes = run.args.img_size, stage.batch_size
+    train_loader = training_loader(run.train_pairs, *sizes, run.args.seed, share=run.share, **workers, **later)
+    val_loader = validation_loader(run.val_pairs, *sizes, share=run.share, **workers)
     backbone = "frozen" if stage.freeze_backbone else f"lr {stage.lr * stage.backbone_lr_scale:g}"
     epochs = f"epochs {stage.first_epoch + 1} to {stage.end_epoch}"
     print(f"Stage {stage.number}: {epochs}, lr {stage.lr:g}, backbone {backbone}")
@@ -308,7 +308,9 @@ def run_stage(run: Run, stage: Stage) -> None:
         run.unreadable.agree(run.ranks.gather)
         run.recovery.require_finite_weights()
         stop_if_asked(run)
-        finish_epoch(run, stage, validate(run, val_loader))
+        with whole_weights(state.model_for_use):
+            scores = validate(run, val_loader)
+        finish_epoch(run, stage, scores)
 
 
 def finish_epoch(run: Run, stage: Stage, scores: dict[str, float]) -> None:
@@ -381,7 +383,7 @@ def train(run: Run) -> None:
 
 def rescue(run: Run) -> str:
     """After an error: save what has been trained, unless it struck in the midst of a step; returns what to tell."""
-    if not run.consistent:
+    if not run.consistent or run.ranks.shards:  # sharded weights take all ranks to be saved
         return ""
     try:
         return f" ({save_and_wait(run)})"

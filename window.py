@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -38,7 +37,8 @@ class Window:
     memory_format: torch.memory_format
     seed: int  # of dropout and drop-path
     total: int | None = None  # samples that count, over all ranks; None: those here are all
-    blank: Batch | None = None  # to be run, and not to count, by a rank that has none of the samples
+    blank: Batch | None = None  # to be run, and not to count, by a rank that has fewer batches than others
+    rounds: int = 0  # batches to run at the least, where ranks wait for one another in each
     attempt: int = 0  # how often it has been run before
     drill: Drill | None = None  # strikes this attempt
     spoilt_by: str = ""  # the kind of drill that has changed its samples
@@ -106,7 +106,7 @@ class Window:
             number = max(1, min(parts, size // least))
             ends = [-(-size * part // number) for part in range(number + 1)]  # the larger ones first
             batches += [batch.take(range(start, end)) for start, end in pairwise(ends)]
-        return replace(self, batches=batches)
+        return replace(self, batches=batches, rounds=parts * self.rounds)
 
 
 def batch_loss(
@@ -127,17 +127,19 @@ def accumulate_gradients(
     window: Window,
     loss_of: Callable[..., Tensor] = batch_loss,
     around_backward: Callable[[], AbstractContextManager[None]] = nullcontext,
+    num_ranks: int = 1,
 ) -> Tensor:
     """Forward and backward pass of each batch of a window; gradients, scaled by its scaler, are summed in ``.grad``.
 
     Dropout is a function of the window, too: run again, now or after a resume, it is the same computation.
 
     Args:
-        model: in training mode. One that is replicated over ranks averages gradients with the last batch's backward
-            pass: then each rank's loss is multiplied by their number, and what is averaged is the window's gradient.
+        model: in training mode.
         window: what to compute them from.
         loss_of: ``batch_loss``, or something faster that computes the same.
         around_backward: entered for each backward pass.
+        num_ranks: that average gradients in the model's backward pass: a replica in that of the last batch, a sharded
+            one in each. What each rank has of the loss is multiplied by their number, so that the mean is the sum.
 
     Returns:
         the window's loss, unscaled, a scalar on the device: the mean over its samples, or this rank's part of it. A
@@ -146,23 +148,23 @@ def accumulate_gradients(
     device = torch.device(window.precision.device_type)
     total = torch.zeros((), device=device)
     uncertainty_weight = torch.full((), window.uncertainty_weight, device=device)  # a number would be compiled in
-    replica = model if isinstance(model, DistributedDataParallel) else None
     torch.manual_seed(window.seed)
-    for batch in window.batches or [window.blank]:
+    idle = max(1, len(window.batches), window.rounds if num_ranks > 1 else 0) - len(window.batches)
+    batches = [*window.batches, *[window.blank] * idle]
+    for number, batch in enumerate(batches):
         assert batch is not None, "an empty window is left out, or has something blank to run"
         images, masks = to_device(batch, device, window.memory_format)
-        share = len(images) / window.num_samples_everywhere if window.batches else 0.0
-        if replica is not None:
-            share *= dist.get_world_size()
-        is_last = not window.batches or batch is window.batches[-1]
-        with nullcontext() if replica is None or is_last else replica.no_sync():
+        counts = number < len(window.batches)
+        share = num_ranks * len(images) / window.num_samples_everywhere if counts else 0.0
+        is_last = number == len(batches) - 1
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last else nullcontext():
             loss = loss_of(model, images, masks, uncertainty_weight, window.precision) * share
             if window.drill is not None:
                 loss = window.drill.spoil_loss(loss, window.scaler.is_enabled())
             with around_backward():
                 window.scaler.scale(loss).backward()
         total += loss.detach()
-    return total if replica is None else total / dist.get_world_size()
+    return total / num_ranks
 
 
 class WindowRunner:
@@ -192,7 +194,7 @@ class WindowRunner:
 
         Memory that is too short must show now. In a window, it would show in the midst of the averaging, and the other
         ranks would wait for the rest of it. So every rank tries a batch first, and all take the smallest size that fits
-        one of them.
+        one of them. A sharded model takes all ranks for each pass, so there is nothing to try.
 
         Raises:
             torch.OutOfMemoryError: one image does not fit.
@@ -200,12 +202,13 @@ class WindowRunner:
         if ranks.size == 1:
             return
         self._replica = None  # first: two of them would both be at work on the same gradients
-        guard = BufferGuard(model)
-        guard.begin_window()
-        self.gradients(model, self._example(img_size, precision, memory_format), guard)
-        model.zero_grad(set_to_none=True)
-        guard.restore()
-        self.num_parts = max(ranks.gather(self.num_parts))
+        if not ranks.shards:
+            guard = BufferGuard(model)
+            guard.begin_window()
+            self.gradients(model, self._example(img_size, precision, memory_format), guard)
+            model.zero_grad(set_to_none=True)
+            guard.restore()
+            self.num_parts = max(ranks.gather(self.num_parts))
         self._ranks, device = ranks, torch.device(precision.device_type, ranks.local_rank)
         self._replica = ranks.replicate(model, device)
 
@@ -280,7 +283,7 @@ class WindowRunner:
         """All ranks average their gradients, or none does. What may need more memory than before is tried first."""
         assert self._replica is not None
         fits = True
-        if window.attempt:
+        if window.attempt and not self._ranks.shards:
             try:
                 self._accumulate(model, window)
             except torch.OutOfMemoryError:
@@ -300,7 +303,8 @@ class WindowRunner:
 
     def _accumulate(self, model: nn.Module, window: Window) -> Tensor:
         around_backward = (lambda: statistics_kept(model)) if self._recomputes else nullcontext
-        return accumulate_gradients(model, window, self._loss_of, around_backward)
+        num_ranks = self._ranks.size if model is self._replica else 1
+        return accumulate_gradients(model, window, self._loss_of, around_backward, num_ranks)
 
     def _loss_of(
         self, model: nn.Module, images: Tensor, masks: Tensor, uncertainty_weight: Tensor, precision: Precision

@@ -83,6 +83,10 @@ class EpochBatchSampler(Sampler[list[SampleKey]]):
         """Batches of a window that are this process's; at least one."""
         return max(1, -(-len(self.share.of(self.samples_in(window))) // self.batch_size))
 
+    def most_batches_in(self, window: int) -> int:
+        """Batches of a window that the process with the most of them has, which is the first."""
+        return -(-len(Share(0, self.share.world_size).of(self.samples_in(window))) // self.batch_size)
+
     def __len__(self) -> int:
         """Batches in a whole epoch, wherever it is entered."""
         return sum(self.batches_in(window) for window in range(self.num_windows))

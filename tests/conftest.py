@@ -1,6 +1,5 @@
 """Fixtures: a tiny data set, and the command line of a run that takes a second or two."""
 
-import json
 import os
 import signal
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from launching import Launch
 
 import train_ultimate
 from data.synthetic import write_synthetic_dataset
@@ -50,6 +50,23 @@ def tiny_argv(tiny_dataset: Path, tmp_path: Path) -> Argv:
     return build
 
 
+@pytest.fixture(scope="session")
+def odd_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """22 training scenes; at --val-fraction 0.3, 15 to train on and 7 to validate on: numbers that nothing divides."""
+    root = tmp_path_factory.mktemp("ranks") / "tiny"
+    write_synthetic_dataset(root, num_train=22, num_test=3, img_size=64, seed=7)
+    return root
+
+
+@pytest.fixture(scope="session")
+def two_ranks(odd_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """An undisturbed run of two ranks: 2 epochs of 3 windows of 6, 6 and 3 samples."""
+    launch = Launch(odd_dataset, tmp_path_factory.mktemp("two"))
+    code, _, err = launch.run(2, "--accumulation-steps", "3")
+    assert code == 0, err
+    return launch
+
+
 class SignalAt:
     """A signal that arrives as the script makes its nth call of one of its functions, here in this process."""
 
@@ -68,11 +85,6 @@ class SignalAt:
             self.left.discard(self.count)
             os.kill(os.getpid(), self.signal_number)
         return self.original(*args, **options)
-
-
-def read_events(directory: Path, event: str) -> list[dict[str, Any]]:
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [entry for entry in map(json.loads, lines) if entry["event"] == event]
 
 
 def differing_tensors(first: Any, second: Any, name: str = "") -> list[str]:

@@ -8,7 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import Argv, differing_tensors, read_events, tiny_arguments
+from conftest import Argv, differing_tensors, tiny_arguments
+from launching import read_events
 
 import train_ultimate
 from train_ultimate import main

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Argv, SignalAt, differing_tensors, read_events, tiny_arguments
+from conftest import Argv, SignalAt, differing_tensors, tiny_arguments
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from launching import read_events
 from PIL import Image
 from torch import Tensor, nn
 

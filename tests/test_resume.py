@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Argv, SignalAt, differing_tensors, read_events, tiny_arguments
+from conftest import Argv, SignalAt, differing_tensors, tiny_arguments
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from launching import read_events
 from torch import Tensor, nn
 
 import builders

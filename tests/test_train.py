@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, Argv, SignalAt, differing_tensors, needs_shared, read_events, tiny_arguments
+from conftest import SHARED, Argv, SignalAt, differing_tensors, needs_shared, tiny_arguments
+from launching import read_events
 from PIL import Image
 from test_metrics import assert_equals_reference
 from torch import Tensor

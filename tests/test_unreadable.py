@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Argv, SignalAt, differing_tensors, read_events, tiny_arguments
+from conftest import Argv, SignalAt, differing_tensors, tiny_arguments
+from launching import read_events
 
 from data.unreadable import UnreadableDataError, UnreadablePairs, require_few
 from train_ultimate import main

@@ -38,12 +38,14 @@ class Ranks:
         rank: of this process, from 0. The first one prints and writes.
         size: number of processes.
         local_rank: of this process on its machine, which is the number of its GPU.
+        shards: weights and gradients are split over ranks, see ``sharding.shard``; else each rank has all of them.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
         self.rank = rank
         self.size = size
         self.local_rank = local_rank
+        self.shards = False
         self._heartbeat: Heartbeat | None = None
 
     @property
@@ -61,7 +63,8 @@ class Ranks:
 
         Args:
             loss: this rank's part of the window's; they add up.
-            grad_norm: of the averaged gradient, of which every rank has a copy; their mean.
+            grad_norm: of the averaged gradient, of which every rank has a copy: their mean. Where ranks shard, of this
+                one's part of it: the root of the sum of their squares.
             found_inf: the largest counts.
             requests: this rank's, from ``StopRequest``; they add up.
             statistics: BatchNorm's running ones, changed in place to the mean over ranks.
@@ -72,7 +75,8 @@ class Ranks:
         """
         if self.size == 1:
             return loss, grad_norm, found_inf, None
-        numbers = torch.stack([loss.float(), grad_norm.float() / self.size, found_inf.float()])
+        norm = grad_norm.float().square() if self.shards else grad_norm.float() / self.size
+        numbers = torch.stack([loss.float(), norm, found_inf.float()])
         host = torch.tensor([weight, *requests], device=loss.device)
         packed = torch.cat([numbers, host, *(value.flatten().float() * weight for value in statistics)])
         dist.all_reduce(packed)
@@ -81,7 +85,7 @@ class Ranks:
         requested, *means = rest.split(sizes)
         for value, mean in zip(statistics, means, strict=True):
             value.copy_((mean / total).view_as(value))
-        return loss, grad_norm, found_inf.clamp(max=1), requested
+        return loss, grad_norm.sqrt() if self.shards else grad_norm, found_inf.clamp(max=1), requested
 
     def total(self, numbers: Sequence[float]) -> list[float]:
         """Sums over ranks; waits for all of them."""
@@ -134,12 +138,13 @@ class Ranks:
         return values[0]
 
     def replicate(self, module: nn.Module, device: torch.device) -> nn.Module:
-        """The module, averaging its gradients over ranks in the backward pass; for one rank, the module itself.
+        """The module, averaging its gradients over ranks in the backward pass; for one rank, the module itself, and
+        where ranks shard, since a sharded one does.
 
         For the parameters that train now: another is needed when those change. Buffers are not sent around: frozen
         statistics are alike, and ``agree`` sees to those that learn.
         """
-        if self.size == 1:
+        if self.size == 1 or self.shards:
             return module
         devices = [device.index] if device.type == "cuda" else None
         with warnings.catch_warnings():  # torch 2.15 renames the option; what takes its place is not in 2.9

@@ -10,6 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from training.sharding import local
+
 KINDS = ("nan-loss", "inf-grad", "spike", "overflow", "nan-weight", "bad-sample", "kill")
 _SPIKE_FACTOR = 1e4
 _OVERFLOW_FACTOR = 2.0**40
@@ -84,13 +86,15 @@ class Drill:
     def strike(self, parameters: Iterable[nn.Parameter]) -> None:
         """Once an attempt, when its gradients are complete; counts it."""
         self.left -= 1
-        struck = [parameter for parameter in parameters if parameter.grad is not None]
-        for parameter in struck:
-            assert parameter.grad is not None
-            if self.kind == "spike":
-                parameter.grad *= _SPIKE_FACTOR
-        if self.kind == "inf-grad":
-            assert struck[0].grad is not None
-            struck[0].grad[(0,) * struck[0].ndim] = math.inf
-        if self.kind == "nan-weight":
-            struck[0][(0,) * struck[0].ndim] = math.nan
+        struck = [(local(one), local(one.grad)) for one in parameters if one.grad is not None]
+        # What this rank has of a sharded one can be empty.
+        struck = [(weight, gradient) for weight, gradient in struck if weight.numel()]
+        if self.kind == "spike":
+            for _, gradient in struck:
+                gradient *= _SPIKE_FACTOR
+        elif self.kind == "inf-grad":
+            _, gradient = struck[0]
+            gradient[(0,) * gradient.ndim] = math.inf
+        elif self.kind == "nan-weight":
+            weight, _ = struck[0]
+            weight[(0,) * weight.ndim] = math.nan

@@ -2,12 +2,15 @@
 
 import copy
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from training.sharding import load_whole_state, local, split_like
 
 
 def build_optimizer(model: nn.Module, backbone: nn.Module, weight_decay: float) -> torch.optim.AdamW:
@@ -47,7 +50,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         ValueError: the state belongs to other parameters.
     """
     current = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    split = {
+        index: {name: split_like(value, parameters[index]) if value.ndim else value for name, value in moments.items()}
+        for index, moments in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": split})
     for group, hyperparameters in zip(optimizer.param_groups, current, strict=True):
         group.update(hyperparameters)
         for parameter in group["params"]:
@@ -76,13 +84,21 @@ def fresh_moments(optimizer: torch.optim.Optimizer, everywhere: bool) -> None:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no number in them is NaN or infinite: one fused pass and a host sync. Integers are passed over."""
-    return bool(torch.isfinite(get_total_norm([tensor for tensor in tensors if tensor.is_floating_point()])))
+    """Whether no number in them is NaN or infinite: one fused pass and a host sync. Integers are passed over.
+
+    Of tensors that are sharded, this rank's part.
+    """
+    floats = [local(tensor) for tensor in tensors if tensor.is_floating_point()]
+    return bool(torch.isfinite(get_total_norm(floats)))
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """L2 norm over all gradients, a scalar on the device: one fused pass, nothing waits for it."""
-    return get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None], foreach=True)
+    """L2 norm over all gradients, a scalar on the device: one fused pass, nothing waits for it.
+
+    Of gradients that are sharded, this rank's part.
+    """
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    return get_total_norm(gradients, foreach=True)
 
 
 class Ema:
@@ -96,7 +112,15 @@ class Ema:
         self.decay = decay
         self.num_updates = 0
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
-        self._parameters, self._buffers = list(self.module.parameters()), dict(self.module.named_buffers())
+
+    @cached_property
+    def _parameters(self) -> list[Tensor]:
+        """Listed at the first use: by then the module is sharded, if it is to be."""
+        return list(self.module.parameters())
+
+    @cached_property
+    def _buffers(self) -> dict[str, Tensor]:
+        return dict(self.module.named_buffers())
 
     @torch.no_grad()
     def update(self, module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
@@ -124,5 +148,5 @@ class Ema:
         return {"model": self.module.state_dict(), "num_updates": self.num_updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.module.load_state_dict(state["model"])
+        load_whole_state(self.module, state["model"])
         self.num_updates = state["num_updates"]

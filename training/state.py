@@ -11,6 +11,7 @@ from torch import nn
 from training.ladder import Ladder, LossHistory
 from training.optim import Ema, load_optimizer_state
 from training.precision import LossScaler, Precision
+from training.sharding import load_whole_state
 from training.stability import SpikeDetector, StepVerdict, WindowOutcome
 from training.stages import Stage
 
@@ -123,7 +124,7 @@ class TrainState:
             if self.ema is not None and state["ema"] is not None:
                 self.ema.load_state_dict(state["ema"])
             elif self.ema is not None:  # averaging is switched on now: it starts from the weights at hand
-                self.ema.module.load_state_dict(state["model"])
+                load_whole_state(self.ema.module, state["model"])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(line.strip() for line in str(error).splitlines()[:2])[:300]
             raise ValueError(f"the checkpoint's weights do not fit this network ({reason})") from error
@@ -147,7 +148,7 @@ def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
         ValueError: they are those of another network.
     """
     try:
-        model.load_state_dict(weights)
+        load_whole_state(model, weights)
     except RuntimeError as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2])[:300]
         raise ValueError(f"the checkpoint's weights do not fit this network ({reason})") from error

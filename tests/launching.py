@@ -1,0 +1,80 @@
+"""Runs of several processes, started by PyTorch's launcher as a user starts them, talking by gloo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PROGRAM = Path(__file__).with_name("ranks.py")
+LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+
+
+def read_events(directory: Path, event: str) -> list[dict[str, Any]]:
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [entry for entry in map(json.loads, lines) if entry["event"] == event]
+
+
+class Launch:
+    """A run of several processes, or of one, with the samples of each."""
+
+    def __init__(self, dataset: Path, folder: Path) -> None:
+        self.dataset, self.directory, self.samples = dataset, folder / "run", folder / "samples"
+        self.samples.mkdir(parents=True, exist_ok=True)
+
+    def command(self, ranks: int, *flags: str, launcher: tuple[str, ...] = ()) -> list[str]:
+        start = [*LAUNCHER, f"--nproc-per-node={ranks}", *launcher] if ranks > 1 else [sys.executable]
+        return [
+            *(*start, str(PROGRAM), "train", "--dataset-path", str(self.dataset)),
+            *("--checkpoint-dir", str(self.directory), "--val-fraction", "0.3", "--img-size", "64", "--device", "cpu"),
+            *("--backbone", "test_convnext", "--no-pretrained", "--decoder-channels", "16", "--precision", "fp32"),
+            *("--epochs", "2", "--stage1-epochs", "1", "--lr", "0.002", "--num-workers", "0", "--batch-size", "1"),
+            *flags,
+        ]
+
+    def environment(self, signal_at: str = "") -> dict[str, str]:
+        told = {"TEST_SIGNAL": signal_at} if signal_at else {}
+        return {**os.environ, "OMP_NUM_THREADS": "1", "TEST_SAMPLES": str(self.samples), **told}
+
+    def start(
+        self, ranks: int, *flags: str, launcher: tuple[str, ...] = (), signal_at: str = "", told: int = subprocess.PIPE
+    ) -> Any:
+        command = self.command(ranks, *flags, launcher=launcher)
+        pipes: Any = {"stdout": told, "stderr": told, "text": True}
+        return subprocess.Popen(command, env=self.environment(signal_at), start_new_session=True, **pipes)
+
+    def run(self, ranks: int, *flags: str, launcher: tuple[str, ...] = (), signal_at: str = "") -> tuple[int, str, str]:
+        with self.start(ranks, *flags, launcher=launcher, signal_at=signal_at) as process:
+            try:
+                out, err = process.communicate(timeout=240)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+            return process.returncode, out, err
+
+    def applied(self) -> dict[int, float]:
+        """Window of the run -> its loss; of those that came twice, the later."""
+        losses = {(event["epoch"], event["window"]): event["loss"] for event in read_events(self.directory, "window")}
+        return {number: losses[key] for number, key in enumerate(sorted(losses), start=1)}
+
+    def samples_of_epochs(self) -> dict[int, list[int]]:
+        lines = [json.loads(line) for path in self.samples.glob("*.jsonl") for line in path.read_text().splitlines()]
+        epochs: dict[int, list[int]] = {}
+        for line in lines:
+            epochs.setdefault(line["epoch"], []).extend(line["samples"])
+        return epochs
+
+    def final(self, epoch: int = 2) -> dict[str, Any]:
+        return load(self.directory / f"epoch_{epoch:04d}.pth")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What a run computes; without what tells how it was started and how long it took."""
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["config"], checkpoint["epoch_stats"]
+    checkpoint["ladder"].pop("seconds_lost")
+    return checkpoint

@@ -1,0 +1,103 @@
+"""Sharded ranks: the same run from a part of the memory, and checkpoints that anyone can go on from."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import differing_tensors
+from launching import Launch, load, read_events
+from torch import nn
+
+from training.sharding import load_local_state, local_state, split_like, whole_on_first, whole_weights
+
+WINDOWS = ("--accumulation-steps", "3", "--checkpoint-every", "1")
+
+
+def require_same_curves(one: Launch, other: Launch) -> None:
+    """Tolerance: 1e-4 of the loss, 1e-3 of the IoU; sums over shards are added up in another order."""
+    assert one.applied().keys() == other.applied().keys()
+    for number, loss in one.applied().items():
+        assert loss == pytest.approx(other.applied()[number], abs=1e-4)
+    for epoch, expected in zip(read_events(one.directory, "epoch"), read_events(other.directory, "epoch"), strict=True):
+        assert epoch["iou"] == pytest.approx(expected["iou"], abs=1e-3)
+        assert epoch["grad_norm_max"] == pytest.approx(expected["grad_norm_max"], rel=1e-3)
+
+
+def shapes(nested: Any) -> Any:
+    if isinstance(nested, dict):
+        return {key: shapes(value) for key, value in nested.items()}
+    if isinstance(nested, list):
+        return [shapes(value) for value in nested]
+    return tuple(nested.shape) if isinstance(nested, torch.Tensor) else None
+
+
+@pytest.fixture(scope="session")
+def sharded(odd_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    launch = Launch(odd_dataset, tmp_path_factory.mktemp("sharded"))
+    code, _, err = launch.run(2, *WINDOWS, "--shard")
+    assert code == 0, err
+    return launch
+
+
+def test_sharded_ranks_have_the_losses_norms_and_scores_of_replicas(sharded: Launch, two_ranks: Launch) -> None:
+    require_same_curves(sharded, two_ranks)
+
+
+def test_their_checkpoints_are_those_of_one_process(sharded: Launch, two_ranks: Launch) -> None:
+    for name in ("epoch_0002.pth", "best_model.pth"):
+        ours, theirs = load(sharded.directory / name), load(two_ranks.directory / name)
+        assert shapes(ours) == shapes(theirs)
+        for key, weight in ours["model"].items():
+            torch.testing.assert_close(weight, theirs["model"][key], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("ranks", "flags"), [(1, ()), pytest.param(3, ("--shard",), marks=pytest.mark.slow)])
+def test_a_sharded_run_goes_on_unsharded_and_with_other_ranks(
+    ranks: int, flags: tuple[str, ...], two_ranks: Launch, odd_dataset: Path, tmp_path: Path
+) -> None:
+    """Stopped in mid-epoch, in the stage where all weights train: moments of a part of them would show."""
+    launch = Launch(odd_dataset, tmp_path)
+    assert launch.run(2, *WINDOWS, "--shard", signal_at="0:4:SIGTERM")[0] != 0
+    code, out, err = launch.run(ranks, *WINDOWS, "--resume", "auto", *(flags or ("--no-shard",)))
+    assert code == 0, err
+    assert "1 epochs and 2 windows done" in out
+    require_same_curves(launch, two_ranks)
+
+
+def test_a_killed_sharded_run_is_bitwise_the_same_afterwards(
+    sharded: Launch, odd_dataset: Path, tmp_path: Path
+) -> None:
+    launch = Launch(odd_dataset, tmp_path)
+    flags = (*WINDOWS, "--shard", "--resume", "auto")
+    code, _, err = launch.run(2, *flags, launcher=("--max-restarts=1",), signal_at="1:4:SIGKILL")
+    assert code == 0, err
+    assert differing_tensors(launch.final(), sharded.final()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nan-loss", "nan-weight", "bad-sample"])
+def test_a_fault_on_one_sharded_rank_is_answered_by_all_alike(kind: str, odd_dataset: Path, tmp_path: Path) -> None:
+    """The ladder to its upper rungs: hooks, bisection on one rank alone, a rollback to each rank's own part."""
+    launch = Launch(odd_dataset, tmp_path)
+    code, _, err = launch.run(2, *WINDOWS, "--shard", "--drill", f"{kind}@4x9r1")
+    assert code == 0, err
+    incidents = read_events(launch.directory, "incident")
+    assert incidents
+    actions = " ".join(incident["action"] for incident in incidents)
+    expected = {"nan-loss": "skipped", "nan-weight": "rolled back", "bad-sample": "quarantined"}[kind]
+    assert expected in actions
+    if kind == "bad-sample":
+        assert all(len(incident["culprits"]) == 1 for incident in incidents)
+    assert all(torch.isfinite(weight).all() for weight in launch.final()["model"].values())
+
+
+def test_what_is_not_sharded_is_left_as_it_is() -> None:
+    module = nn.Linear(3, 2)
+    state = module.state_dict()
+    assert whole_on_first({"a": [state["weight"], 1]}, is_first=False)["a"][0] is state["weight"]
+    assert split_like(state["weight"], module.weight) is state["weight"]
+    with whole_weights(module):
+        pass
+    load_local_state(module, {name: torch.ones_like(value) for name, value in local_state(module).items()})
+    assert torch.equal(module.weight, torch.ones(2, 3))
