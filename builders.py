@@ -135,6 +135,7 @@ def build_network(args: argparse.Namespace, load_weights: bool) -> CamouflageSeg
         args.decoder_channels,
         args.img_size,
         zooms=args.zoom,
+        scales=args.multi_scale,
         pretrained=load_weights and args.pretrained,
         backbone_weights=Path(args.backbone_weights) if load_weights and args.backbone_weights else None,
         freeze_norm_statistics=args.pretrained or args.backbone_weights is not None,
@@ -288,7 +289,8 @@ def prepare(argv: Sequence[str] | None) -> Run:
         model = on_device(model, device, memory_format)
     if args.gradient_checkpointing and not model.checkpoint_gradients():
         print(f"Warning: timm has no gradient checkpointing for {args.backbone}: only the decoder's will save memory")
-    runner = WindowRunner(min(args.batch_size, len(train_pairs)), recomputes=args.gradient_checkpointing)
+    largest_batch = min(args.batch_size, len(train_pairs))
+    runner = WindowRunner(largest_batch, max(args.multi_scale), recomputes=args.gradient_checkpointing)
     if weights_alone is not None:
         load_weights(model, weights_alone)
     if not all_finite(model.state_dict().values()):

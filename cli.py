@@ -17,6 +17,7 @@ DEMO_DEFAULTS = {
 }  # fmt: skip
 
 ZOOMS = (0.5, 1.0, 1.5)  # of --zoom without factors
+SCALES = (0.75, 1.0, 1.25)  # --multi-scale alone
 
 NOT_RESUMED = ("command", "resume", "checkpoint_dir", "drill")  # these belong to one invocation, not to the run
 FIXED_AT_START = ("backbone", "decoder_channels", "zoom")  # they decide the shapes in a checkpoint
@@ -74,6 +75,7 @@ def parse(argv: Sequence[str] | None, saved: dict[str, Any] | None = None) -> ar
     if args.command not in ("train", "demo"):
         return args
     args.zoom = sorted(set(args.zoom or ZOOMS))
+    args.multi_scale = sorted(set(args.multi_scale or SCALES))
     if args.checkpoint_dir is None:
         beside = str(Path(args.resume).parent) if args.resume not in (None, "auto") else None
         fresh = time.strftime("demo-runs/%Y%m%d-%H%M%S") if args.command == "demo" else "./checkpoints"
@@ -132,6 +134,10 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--zoom", metavar="FACTOR", nargs="*", type=_number(0.25, 4, zero=True), default=[1.0],
          help="let the backbone see each image at these multiples of --img-size, and choose between them place by "
          "place; --zoom alone: 0.5 1 1.5. Time and memory grow with the sum of their squares")
+
+    flag("--multi-scale", metavar="FACTOR", nargs="*", type=_number(0.25, 4, zero=True), default=[1.0],
+         help="in training, let each window be seen at one of these multiples of its size, drawn at random; "
+         "--multi-scale alone: 0.75 1 1.25")
 
     flag = parser.add_argument_group("schedule").add_argument
     flag("--epochs", type=_whole(1), default=140, help="epochs of both stages together")

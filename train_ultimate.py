@@ -37,7 +37,7 @@ from tqdm import tqdm
 from builders import Run, prepare
 from data.dataset import Batch
 from data.loading import sampler_of, to_device, training_loader, validation_loader, windows
-from data.sampler import derive_seed
+from data.sampler import derive_seed, drawn
 from data.unreadable import UnreadableDataError
 from metrics import quick_scores
 from models import CamouflageSegmenter
@@ -150,12 +150,11 @@ def epoch_windows(
     for number, batches in enumerate(windows(loader, progress.epoch, progress.window), start=progress.window):
         for batch in batches:
             run.unreadable.meet({run.recovery.images[index]: reason for index, reason in batch.errors.items()})
-        size = sampler.samples_in(number)
         window = Window(
             number=number,
             global_number=first_global + number + 1,
-            batches=batches if run.share.of(size) else [],
-            total=size,
+            batches=batches if run.share.of(sampler.samples_in(number)) else [],
+            total=sampler.samples_in(number),
             blank=batches[0].blank() if run.ranks.size > 1 else None,
             rounds=sampler.most_batches_in(number) if run.ranks.shards else 0,
             lr=learning_rate(stage, first_of_stage + number, stage.num_epochs * num_windows),
@@ -163,6 +162,7 @@ def epoch_windows(
             precision=run.precision,
             scaler=run.state.scaler,
             memory_format=run.memory_format,
+            scale=drawn(run.args.multi_scale, run.args.seed, first_global + number + 1),
             seed=derive_seed(run.args.seed, first_global + number + 1, *([run.ranks.rank] if run.ranks.rank else [])),
         )
         window = run.recovery.without_quarantined(window, guard.least_batch)

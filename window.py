@@ -39,6 +39,7 @@ class Window:
     total: int | None = None  # samples that count, over all ranks; None: those here are all
     blank: Batch | None = None  # to be run, and not to count, by a rank that has fewer batches than others
     rounds: int = 0  # batches to run at the least, where ranks wait for one another in each
+    scale: float = 1.0  # of the images, as the backbone sees them
     attempt: int = 0  # how often it has been run before
     drill: Drill | None = None  # strikes this attempt
     spoilt_by: str = ""  # the kind of drill that has changed its samples
@@ -110,7 +111,7 @@ class Window:
 
 
 def batch_loss(
-    model: nn.Module, images: Tensor, masks: Tensor, uncertainty_weight: Tensor, precision: Precision
+    model: nn.Module, images: Tensor, masks: Tensor, uncertainty_weight: Tensor, precision: Precision, scale: float
 ) -> Tensor:
     """Forward pass and loss of a batch: what ``--compile`` compiles.
 
@@ -118,7 +119,7 @@ def batch_loss(
         images (B, 3, S, S), masks (B, 1, S, S), uncertainty_weight () -> ()
     """
     with precision.autocast():
-        side_logits = model(images)
+        side_logits = model(images, scale)
     return deep_supervision_loss(side_logits, masks, uncertainty_weight)
 
 
@@ -158,7 +159,7 @@ def accumulate_gradients(
         share = num_ranks * len(images) / window.num_samples_everywhere if counts else 0.0
         is_last = number == len(batches) - 1
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last else nullcontext():
-            loss = loss_of(model, images, masks, uncertainty_weight, window.precision) * share
+            loss = loss_of(model, images, masks, uncertainty_weight, window.precision, window.scale) * share
             if window.drill is not None:
                 loss = window.drill.spoil_loss(loss, window.scaler.is_enabled())
             with around_backward():
@@ -172,17 +173,19 @@ class WindowRunner:
 
     Args:
         batch_size: that the loader makes.
+        largest_scale: of windows.
         recomputes: the model computes activations again in the backward pass, ``checkpoint_gradients``.
 
     Attributes:
         num_parts: that each batch is to go through in; doubled where the device's memory is too short.
     """
 
-    def __init__(self, batch_size: int, recomputes: bool = False) -> None:
+    def __init__(self, batch_size: int, largest_scale: float = 1.0, recomputes: bool = False) -> None:
         self.num_parts = 1
         self._ranks = Ranks()
         self._replica: nn.Module | None = None  # of the model, on each of several ranks
         self._batch_size = batch_size
+        self._largest_scale = largest_scale
         self._recomputes = recomputes
         self._compiled: Callable[..., Tensor] | None = None
         self._compiled_for: Precision | None = None
@@ -272,12 +275,12 @@ class WindowRunner:
                 )
 
     def _example(self, img_size: int, precision: Precision, memory_format: torch.memory_format) -> Window:
-        """A window of one batch of the loader's size, or of the part of it that fits."""
+        """A window of one batch of the loader's size, or of the part of it that fits, at the largest scale."""
         size = self._largest_part
         images, masks = (torch.zeros(size, channels, img_size, img_size, dtype=torch.uint8) for channels in (3, 1))
         batch = Batch(images, masks, torch.arange(size), {})
         scaler = precision.new_scaler(ScalerSettings())
-        return Window(0, 0, [batch], 0.0, 0.0, precision, scaler, memory_format, seed=0)
+        return Window(0, 0, [batch], 0.0, 0.0, precision, scaler, memory_format, seed=0, scale=self._largest_scale)
 
     def _with_others(self, model: nn.Module, window: Window, guard: BufferGuard) -> Tensor:
         """All ranks average their gradients, or none does. What may need more memory than before is tried first."""
@@ -307,11 +310,12 @@ class WindowRunner:
         return accumulate_gradients(model, window, self._loss_of, around_backward, num_ranks)
 
     def _loss_of(
-        self, model: nn.Module, images: Tensor, masks: Tensor, uncertainty_weight: Tensor, precision: Precision
-    ) -> Tensor:
+        self, model: nn.Module, images: Tensor, masks: Tensor, uncertainty_weight: Tensor, precision: Precision,
+        scale: float,
+    ) -> Tensor:  # fmt: skip
         fits = len(images) == self._largest_part and precision == self._compiled_for
         loss_of = self._compiled if self._compiled is not None and fits else batch_loss
-        return loss_of(model, images, masks, uncertainty_weight, precision)
+        return loss_of(model, images, masks, uncertainty_weight, precision, scale)
 
 
 @contextmanager
@@ -366,6 +370,7 @@ def window_to_payload(window: Window, loss_scale: float) -> dict[str, Any]:
         "precision": window.precision.name,
         "loss_scale": loss_scale,
         "seed": window.seed,
+        "scale": window.scale,
     }
 
 
@@ -381,4 +386,5 @@ def window_from_payload(payload: dict[str, Any], device_type: str, memory_format
         scaler=precision.new_scaler(ScalerSettings(init_scale=payload["loss_scale"])),
         memory_format=memory_format,
         seed=payload["seed"],
+        scale=payload.get("scale", 1.0),  # incidents from before there were several have none
     )

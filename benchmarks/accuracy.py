@@ -29,6 +29,7 @@ from unittest import mock
 
 import segmentation_models_pytorch as smp
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,6 +45,7 @@ from data.processes import keep_freed_memory
 from losses import deep_supervision_loss
 from models import CamouflageSegmenter
 from models.backbone import speed_up_depthwise
+from models.zoom import resized
 from train_ultimate import main as command
 from training.precision import Precision, resolve_precision
 from training.runlog import write_json
@@ -74,9 +76,11 @@ class Rival(CamouflageSegmenter):
         self.register_buffer("mean", ours.get_buffer("mean"), persistent=False)
         self.register_buffer("std", ours.get_buffer("std"), persistent=False)
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor, scale: float = 1.0) -> list[Tensor]:
         decoder, head = self.decoder  # type: ignore[misc]
-        return [head(decoder(self.backbone((images - self.get_buffer("mean")) / self.get_buffer("std"))))]
+        normalised = (images - self.get_buffer("mean")) / self.get_buffer("std")
+        logits = head(decoder(self.backbone(resized(normalised, scale))))
+        return [F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)]
 
 
 class Ones(nn.Module):
@@ -226,7 +230,8 @@ def measure(models: list[str], options: argparse.Namespace) -> dict[str, tuple[f
     seconds: dict[str, list[float]] = {model: [] for model in models}
     for round_number in range(options.speed_rounds + 2):
         for model, network in networks.items():
-            taken = step_seconds(network.train(), images, masks, precision)
+            steps = [step_seconds(network.train(), images, masks, precision, scale) for scale in args.multi_scale]
+            taken = statistics.mean(steps)
             if round_number >= 2:
                 seconds[model].append(taken)
     amounts = {}
@@ -239,10 +244,10 @@ def measure(models: list[str], options: argparse.Namespace) -> dict[str, tuple[f
     return amounts
 
 
-def step_seconds(network: nn.Module, images: Tensor, masks: Tensor, precision: Precision) -> float:
+def step_seconds(network: nn.Module, images: Tensor, masks: Tensor, precision: Precision, scale: float) -> float:
     start = time.perf_counter()
     with precision.autocast():
-        side_logits = network(images)
+        side_logits = network(images, scale)
     deep_supervision_loss(side_logits, masks, 0.5).backward()
     network.zero_grad()
     if images.is_cuda:

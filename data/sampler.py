@@ -6,8 +6,9 @@ them, or fewer, sees the same samples in the same windows.
 """
 
 import hashlib
+import random
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,11 @@ def derive_seed(*parts: int) -> int:
     """A 63-bit seed from integers, well mixed (neighbouring epochs and indices give unrelated streams)."""
     digest = hashlib.blake2b(struct.pack(f"<{len(parts)}q", *parts), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def drawn(values: Sequence[float], *parts: int) -> float:
+    """One of the values, as a function of the integers."""
+    return random.Random(derive_seed(*parts)).choice(values)
 
 
 @dataclass(frozen=True)

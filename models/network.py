@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.backbone import Backbone, build_backbone
 from models.decoder import ForegroundBackgroundDecoder
-from models.zoom import ZoomedFeatures, zoomed_side
+from models.zoom import ZoomedFeatures, resized, zoomed_side
 
 
 class CamouflageSegmenter(nn.Module):
@@ -27,7 +27,8 @@ class CamouflageSegmenter(nn.Module):
         zooms: factors of its size at which the backbone sees an image: see ``ZoomedFeatures``.
 
     Shape:
-        images (B, 3, H, W) float RGB in [0, 1]
+        images (B, 3, H, W) float RGB in [0, 1]; and a factor of the size at which the backbone sees them, for training
+        at several: see ``--multi-scale``
         -> side logits, coarse to fine: (B, 1, h_i, w_i); the last one (B, 1, H, W)
     """
 
@@ -47,9 +48,12 @@ class CamouflageSegmenter(nn.Module):
         self.register_buffer("mean", torch.tensor(backbone.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor, scale: float = 1.0) -> list[Tensor]:
         normalised = (images - self.get_buffer("mean")) / self.get_buffer("std")
-        features = self.backbone(normalised) if self.zoom is None else self.zoom(self.backbone, normalised)
+        if self.zoom is None:
+            features = self.backbone(resized(normalised, scale))
+        else:
+            features = self.zoom(self.backbone, normalised, scale)
         side_logits = self.decoder(features)
         finest = F.interpolate(side_logits[-1], size=images.shape[-2:], mode="bilinear", align_corners=False)
         return [*side_logits[:-1], finest]
@@ -85,9 +89,12 @@ class CamouflageSegmenter(nn.Module):
 
 def build_model(
     backbone: str, decoder_channels: int, img_size: int, pretrained: bool = False, backbone_weights: Path | None = None,
-    freeze_norm_statistics: bool = True, zooms: Sequence[float] = (1.0,),
+    freeze_norm_statistics: bool = True, zooms: Sequence[float] = (1.0,), scales: Sequence[float] = (1.0,),
 ) -> CamouflageSegmenter:  # fmt: skip
-    """Build the network and run it once on an empty image; see ``build_backbone`` for the arguments and the errors."""
+    """Build the network and run it on an empty image, at each of the scales that it is to be trained at.
+
+    See ``build_backbone`` for the other arguments and the errors.
+    """
     sides = [zoomed_side(img_size, zoom) for zoom in zooms]
     if len(set(sides)) < len(sides) or (sides == [img_size] and list(zooms) != [1]):
         factors = " ".join(f"{zoom:g}" for zoom in zooms)
@@ -97,10 +104,12 @@ def build_model(
         )
     body = build_backbone(backbone, pretrained, backbone_weights, img_size)
     model = CamouflageSegmenter(body, decoder_channels, freeze_norm_statistics, zooms)
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, img_size, img_size))
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"--backbone {backbone} does not take images of --img-size {img_size} ({reason})") from error
+    for scale in {1.0, *scales}:
+        try:
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, 3, img_size, img_size), scale)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            size = f"--img-size {img_size}" + (f" at --multi-scale {scale:g}" if scale != 1 else "")
+            raise ValueError(f"--backbone {backbone} does not take images of {size} ({reason})") from error
     return model.train()

@@ -27,7 +27,8 @@ class ZoomedFeatures(nn.Module):
         zooms: factors of the image's sides, which become the nearest multiples of 32.
 
     Shape:
-        images (B, 3, H, W), normalised -> the backbone's levels for images of the middle zoom, of two the larger
+        images (B, 3, H, W), normalised, and a factor of all zooms
+        -> the backbone's levels for images of the middle zoom, of two the larger
     """
 
     def __init__(self, in_channels: Sequence[int], channels: int, zooms: Sequence[float]) -> None:
@@ -36,8 +37,8 @@ class ZoomedFeatures(nn.Module):
         widths = in_channels if len(zooms) > 1 else []
         self.selections = nn.ModuleList(ScaleSelection(width, channels, len(zooms)) for width in widths)
 
-    def forward(self, backbone: Backbone, images: Tensor) -> list[Tensor]:
-        pyramids = [backbone(_resized(images, zoom)) for zoom in self.zooms]
+    def forward(self, backbone: Backbone, images: Tensor, scale: float = 1.0) -> list[Tensor]:
+        pyramids = [backbone(resized(images, scale * zoom)) for zoom in self.zooms]
         if len(pyramids) == 1:
             return pyramids[0]
         return [selection(maps) for selection, *maps in zip(self.selections, *pyramids, strict=True)]
@@ -68,8 +69,12 @@ def zoomed_side(side: int, zoom: float) -> int:
     return max(_MULTIPLE, round(side * zoom / _MULTIPLE) * _MULTIPLE)
 
 
-def _resized(images: Tensor, zoom: float) -> Tensor:
-    """Not smoothed before it is made smaller: at half the size, each pixel is the mean of four."""
+def resized(images: Tensor, zoom: float) -> Tensor:
+    """Images with sides of ``zoomed_side``. Not smoothed before: at half the size, each pixel is the mean of four.
+
+    Shape:
+        (B, 3, H, W) -> (B, 3, H', W')
+    """
     if zoom == 1:
         return images
     size = [zoomed_side(side, zoom) for side in images.shape[-2:]]

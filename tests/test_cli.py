@@ -10,6 +10,7 @@ FROZEN = {
     "dataset_path": None, "include_noncam": False, "exclude": None, "img_size": 384, "val_fraction": 0.1,
     "cache": False, "cache_dir": None,
     "backbone": "pvt_v2_b2", "pretrained": True, "backbone_weights": None, "decoder_channels": 64, "zoom": [1.0],
+    "multi_scale": [1.0],
     "epochs": 140, "stage1_epochs": 30, "batch_size": 2, "accumulation_steps": 4, "lr": 0.00025,
     "stage2_lr_scale": 0.5, "backbone_lr_scale": 0.1, "weight_decay": 1e-4, "ema_decay": 0.999,
     "grad_clip": 0.5, "spike_policy": "skip", "max_rollbacks": 3, "drill": [],

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from models import CamouflageSegmenter, build_model
+from models.zoom import zoomed_side
 
 
 def build(name: str = "test_efficientnet", freeze_norm_statistics: bool = True) -> CamouflageSegmenter:
@@ -63,3 +64,18 @@ def test_backbone_that_does_not_take_the_image_size_is_refused_when_built() -> N
 
 def test_normalisation_constants_are_not_in_the_checkpoint() -> None:
     assert not {"mean", "std"} & build().state_dict().keys()
+
+
+@pytest.mark.parametrize("zooms", [[1.0], [1.5], [0.5, 1.0]])
+def test_at_another_scale_the_backbone_sees_another_size_and_logits_keep_theirs(zooms: list[float]) -> None:
+    model = build_model("test_efficientnet", decoder_channels=16, img_size=64, zooms=zooms)
+    seen: list[int] = []
+    model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    images = torch.rand(2, 3, 64, 64)
+    assert model(images)[-1].shape == model(images, 1.5)[-1].shape == (2, 1, 64, 64)
+    assert seen == [zoomed_side(64, zoom * scale) for scale in (1, 1.5) for zoom in zooms]
+
+
+def test_a_scale_that_a_backbone_does_not_take_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not take images of --img-size 64 at --multi-scale 2"):
+        build_model("vit_tiny_patch16_224", decoder_channels=16, img_size=64, scales=(1.0, 2.0))

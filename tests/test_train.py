@@ -32,6 +32,7 @@ from data.dataset import Batch
 from data.loading import to_device, training_loader, validation_loader
 from losses import deep_supervision_loss
 from models import CamouflageSegmenter
+from models.backbone import Backbone
 from train_ultimate import Run, main, prepare, run_stage, train_epoch
 from training.checkpoint import read_checkpoint
 from training.stages import ScalerSettings, Stage
@@ -315,6 +316,26 @@ def test_resume_with_workers_in_another_number_changes_nothing(finished: Path, t
     shutil.copy(finished / "epoch_0003.pth", tmp_path)
     assert main(["train", "--resume", str(tmp_path / "epoch_0003.pth"), "--num-workers", "2"]) == 0
     assert differing_tensors(final_state(tmp_path), final_state(finished)) == []
+
+
+def test_windows_at_several_scales_come_again_after_a_resume(
+    tiny_argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[int]] = [set(), set()]
+    forward = Backbone.forward
+
+    def watched(self: Backbone, images: Tensor) -> list[Tensor]:
+        seen[self.training].add(images.shape[-1])
+        return forward(self, images)
+
+    monkeypatch.setattr(Backbone, "forward", watched)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(tiny_argv("--multi-scale", "0.5", "1", "1.5", "--stage1-epochs", "0", checkpoint_dir=whole)) == 0
+    assert seen[True] == {32, 64, 96}
+    cut.mkdir()
+    shutil.copy(whole / "epoch_0003.pth", cut)
+    assert main(["train", "--resume", "auto", "--checkpoint-dir", str(cut)]) == 0
+    assert differing_tensors(final_state(cut), final_state(whole)) == []
 
 
 def test_fp16_resume_brings_back_the_scale_and_bf16_resume_is_bitwise(tiny_argv: Argv, tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ class TinyNetwork(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Conv2d(4, 1, 1)
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        return [self.head(self.dropout(self.body(images).tanh()))]
+    def forward(self, images: Tensor, scale: float = 1.0) -> list[Tensor]:
+        return [self.head(self.dropout(self.body(images * scale).tanh()))]
 
 
 def batch(first: int, number: int, size: int) -> Batch:
@@ -161,7 +161,7 @@ def test_bad_sample_is_not_finite_in_that_window_and_in_no_other() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_window_from_its_payload_gives_the_same_gradient_bitwise(precision: PrecisionName) -> None:
-    model, original = TinyNetwork(dropout=0.3), window(precision=precision)
+    model, original = TinyNetwork(dropout=0.3), window(precision=precision, scale=1.25)
     again = window_from_payload(window_to_payload(original, loss_scale=8.0), "cpu", torch.channels_last)
     assert all(torch.equal(a, b) for a, b in zip(gradients(model, original), gradients(model, again), strict=True))
     assert again.scaler.is_enabled() == (precision == "fp16")
@@ -237,7 +237,7 @@ class ListOf(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor, scale: float = 1.0) -> list[Tensor]:
         return [self.model(images)]
 
 
