@@ -256,8 +256,12 @@ def num_cores(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def default_num_workers() -> int:
-    """One process for each core but one, at most eight. Of the machine, so never saved."""
-    return min(8, max(1, num_cores() - 1))
+    """One process for each core but one, at most eight; of this rank's cores, where torchrun has started several here.
+
+    Of the machine, so never saved.
+    """
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(8, max(1, num_cores() // ranks_here - 1))
 
 
 def check(args: argparse.Namespace) -> None:

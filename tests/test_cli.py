@@ -29,6 +29,13 @@ def test_flags_and_defaults_are_frozen() -> None:
     assert settings == {**FROZEN, "dataset_path": "somewhere"}
 
 
+def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "num_cores", lambda: 32)
+    assert cli.default_num_workers() == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert cli.default_num_workers() == 3
+
+
 def test_readme_has_every_flag_with_its_default() -> None:
     rows = re.findall(
         r"^\| `(--[a-z0-9-]+)[^`]*` \| ([^|]*) \|",

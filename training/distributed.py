@@ -77,8 +77,9 @@ class Ranks:
             return loss, grad_norm, found_inf, None
         norm = grad_norm.float().square() if self.shards else grad_norm.float() / self.size
         numbers = torch.stack([loss.float(), norm, found_inf.float()])
-        host = torch.tensor([weight, *requests], device=loss.device)
-        packed = torch.cat([numbers, host, *(value.flatten().float() * weight for value in statistics)])
+        # From pinned memory: from any other, the host would wait until the device has come that far.
+        told = torch.tensor([weight, *requests], pin_memory=loss.is_cuda).to(loss.device, non_blocking=True)
+        packed = torch.cat([numbers, told, *(value.flatten().float() * weight for value in statistics)])
         dist.all_reduce(packed)
         (loss, grad_norm, found_inf, total), rest = packed[:4].unbind(), packed[4:]
         sizes = [len(requests), *(value.numel() for value in statistics)]
