@@ -112,10 +112,11 @@ def measure(run: Run, options: argparse.Namespace) -> None:
     slowest = {name: [max(ranks) for ranks in zip(*run.ranks.gather(seconds[name]), strict=True)] for name in kinds}
     medians = {name: statistics.median(values[WARM_UP:]) for name, values in slowest.items()}
     ratios = [a / b for a, b in zip(slowest["together"][WARM_UP:], slowest["alone"][WARM_UP:], strict=True)]
+    medians_ms = {name: 1000 * median for name, median in medians.items()}
     print(
         f"{run.ranks.size} ranks{', sharded' * run.ranks.shards}, {options.backbone}, {options.img_size} px, batch "
-        f"{options.batch_size} a rank, {run.precision.name}, {run.device}: together "
-        f"{1000 * medians['together']:.1f} ms, alone {1000 * medians['alone']:.1f} ms, median ratio {statistics.median(ratios):.3f}; "
+        f"{options.batch_size} a rank, {run.precision.name}, {run.device}: together {medians_ms['together']:.1f} ms, "
+        f"alone {medians_ms['alone']:.1f} ms, median ratio {statistics.median(ratios):.3f}; "
         f"{window_size / medians['together']:.1f} images/s"
     )
 
