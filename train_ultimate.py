@@ -123,7 +123,7 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
         set_learning_rates(state.optimizer, window.lr * state.ladder.lr_factor, stage.backbone_lr_scale)
         gated_step(state.optimizer, skip)
         guard.end_window(skip)
-        window.scaler.update_after(loss)
+        window.scaler.update_after(loss, found_inf)
         state.optimizer.zero_grad(set_to_none=True)
         pending = window, PendingOutcome(loss, grad_norm, found_inf, spike, loss_scale, requests)
         if window.attempt == 0:
@@ -383,7 +383,7 @@ def train(run: Run) -> None:
 
 def rescue(run: Run) -> str:
     """After an error: save what has been trained, unless it struck in the midst of a step; returns what to tell."""
-    if not run.consistent or run.ranks.shards:  # sharded weights take all ranks to be saved
+    if run.ranks.shards or not (run.consistent and run.ranks.is_first):  # what is sharded takes all ranks to be saved
         return ""
     try:
         return f" ({save_and_wait(run)})"
