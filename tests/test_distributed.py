@@ -59,14 +59,17 @@ def test_the_same_weights_have_exactly_the_same_scores_on_any_number_of_ranks(
 
 def test_ranks_meet_whatever_earlier_ones_have_left_behind() -> None:
     """Twice in one store, once with the first gathering's numbers there, once with one of three that has only begun."""
-    store, names = dist.HashStore(), []
+    store, gatherings = dist.HashStore(), []
     for _ in range(2):
         with ThreadPoolExecutor(3) as ranks:
-            late = ranks.submit(lambda: (time.sleep(0.3), meet(store, 2, 3))[1])
-            names.append({meeting.result() for meeting in [*(ranks.submit(meet, store, r, 3) for r in (0, 1)), late]})
+            late = ranks.submit(lambda: (time.sleep(0.3), meet(store, 2, 3, "c"))[1])
+            meetings = [ranks.submit(meet, store, rank, 3, name) for rank, name in enumerate("ab")] + [late]
+            found = [meeting.result() for meeting in meetings]
+        assert all(one == found[0] for one in found)
+        assert found[0][1] == ["a", "b", "c"]
+        gatherings.append(found[0][0])
         store.set("drawn 1", "of a process that was killed")
-    assert all(len(alike) == 1 for alike in names)
-    assert names[0] != names[1]
+    assert gatherings[0] != gatherings[1]
 
 
 def test_only_the_first_rank_prints_and_writes(two_ranks: Launch) -> None:

@@ -7,7 +7,6 @@ for which none of this costs anything.
 
 import hashlib
 import os
-import pickle
 import socket
 import sys
 import threading
@@ -188,43 +187,49 @@ def join(device_type: str, patience: float) -> Ranks:
     try:
         # Two connections to the launcher's store: one that waits must not keep the other from its beat.
         (store, _, _), (beats, _, _) = (next(dist.rendezvous("env://", timeout=LONGEST_WAIT)) for _ in range(2))
-        gathering = meet(store, ranks.rank, ranks.size)
+        myself = f"rank {ranks.rank} (process {os.getpid()} on {socket.gethostname()})"
+        gathering, names = meet(store, ranks.rank, ranks.size, myself)
+        ranks._heartbeat = Heartbeat(dist.PrefixStore(f"beats {gathering}", beats), ranks.rank, names, patience)
         dist.init_process_group(
             backend, store=dist.PrefixStore(f"ranks {gathering}", store), rank=ranks.rank, world_size=ranks.size,
             timeout=LONGEST_WAIT,
         )  # fmt: skip
-        names = ranks.gather(f"rank {ranks.rank} (process {os.getpid()} on {socket.gethostname()})")
-    except (RuntimeError, KeyError, pickle.UnpicklingError) as error:  # torch's errors of this kind are RuntimeErrors
+    except RuntimeError as error:  # torch's errors of this kind are RuntimeErrors
         raise ValueError(f"rank {ranks.rank} of {ranks.size} did not find the others: {error}") from error
-    ranks._heartbeat = Heartbeat(dist.PrefixStore(f"beats {gathering}", beats), ranks.rank, names, patience)
-    ranks.gather(None)  # all have begun to beat
+    ranks.gather(None)  # they can talk
     return ranks
 
 
-def meet(store: dist.Store, rank: int, size: int) -> str:
-    """Wait for all ranks that are started now; returns a name for their gathering that no other one has.
+def meet(store: dist.Store, rank: int, size: int, name: str) -> tuple[str, list[str]]:
+    """Wait for all ranks that are started now; returns what no other gathering of ranks is called, and their names.
 
     The launcher's store outlives processes, with all that they wrote, and how often it has started them again each
-    node counts for itself. So ranks write down numbers drawn afresh, the first one lists those it finds, and a list
-    counts when every rank has seen in it the number that it has drawn: before, some are of processes that have gone.
+    node counts for itself. So ranks write down a number drawn afresh, the first one lists those it finds, and a list
+    counts when every rank has found its own in it: before that, some are of processes that have gone.
+
+    Args:
+        store: of keys and values, shared by all ranks, of any past.
+        rank: of this process.
+        size: number of ranks.
+        name: of this one, for people.
 
     Raises:
         RuntimeError: not all of them come.
     """
-    drawn, listed = uuid.uuid4().hex, [f"drawn {other}" for other in range(size)]
+    drawn, listed = f"{uuid.uuid4().hex} {name}", [f"drawn {other}" for other in range(size)]
     store.set(listed[rank], drawn)
     deadline = time.monotonic() + LONGEST_WAIT.total_seconds()
     while time.monotonic() < deadline:
         if rank == 0 and store.check(listed):
-            store.set("gathering", " ".join(number.decode() for number in store.multi_get(listed)))
-        numbers = store.get("gathering").decode() if store.check(["gathering"]) else ""
-        if drawn in numbers:
-            name = hashlib.sha256(numbers.encode()).hexdigest()[:16]
-            store.set(f"seen {name} {rank}", "")
-            if rank == 0 and store.check([f"seen {name} {other}" for other in range(size)]):
-                store.set(f"complete {name}", "")
-            if store.check([f"complete {name}"]):
-                return name
+            store.set("gathering", "\n".join(written.decode() for written in store.multi_get(listed)))
+        here = store.get("gathering").decode().split("\n") if store.check(["gathering"]) else []
+        if len(here) == size and here[rank] == drawn:
+            gathering = hashlib.sha256("\n".join(here).encode()).hexdigest()[:16]
+            store.set(f"found {gathering} {rank}", "")
+            if rank == 0 and store.check([f"found {gathering} {other}" for other in range(size)]):
+                store.set(f"complete {gathering}", "")
+            if store.check([f"complete {gathering}"]):
+                return gathering, [written.partition(" ")[2] for written in here]
         time.sleep(0.1)
     raise RuntimeError(f"not all of {size} ranks came")
 
