@@ -152,7 +152,7 @@ def in_place_of_ours(model: str) -> Iterator[None]:
 def train_and_evaluate(model: str, seed: int, options: argparse.Namespace) -> None:
     name, *own_flags = model.split()
     directory = directory_of(model, seed, options)
-    done = directory / ("validation.json" if options.validation_only else "test.json")
+    done = directory / scores_file(options)
     if done.exists():
         return
     print(f"== {model}, seed {seed}")
@@ -169,13 +169,18 @@ def train_and_evaluate(model: str, seed: int, options: argparse.Namespace) -> No
             return
         checkpoint, result = str(directory / "best_model.pth"), directory / "unfinished.json"
         flags = ["--checkpoint", checkpoint, "--dataset-path", options.dataset_path, "--json", str(result)]
-        if (code := command(["evaluate", *flags, "--save-predictions", str(directory / "predictions")])) != 0:
+        flags += ["--tta"] if options.tta else ["--save-predictions", str(directory / "predictions")]
+        if (code := command(["evaluate", *flags])) != 0:
             raise SystemExit(code)
     result.rename(done)
 
 
 def directory_of(model: str, seed: int, options: argparse.Namespace) -> Path:
     return options.out / f"{model.replace(' ', '_')}-{seed}"
+
+
+def scores_file(options: argparse.Namespace) -> str:
+    return "validation.json" if options.validation_only else "test-tta.json" if options.tta else "test.json"
 
 
 def side_by_side(options: argparse.Namespace) -> Image.Image:
@@ -203,7 +208,7 @@ def best_epoch(log: Path) -> dict[str, float]:
 def results(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     """Model -> scores of each seed."""
     found: dict[str, list[dict[str, float]]] = {}
-    for path in sorted(options.out.glob("*/validation.json" if options.validation_only else "*/test.json")):
+    for path in sorted(options.out.glob(f"*/{scores_file(options)}")):
         scores = json.loads(path.read_text())
         if not options.validation_only:
             (test_set,) = scores["sets"].values()
@@ -272,6 +277,7 @@ def main() -> None:
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--validation-only", action="store_true", help="the test set is not looked at")
+    parser.add_argument("--tta", action="store_true", help="test scores with mirror images")
     parser.add_argument("--speed-rounds", type=int, default=15)
     parser.add_argument("more", nargs="*", help="after --: more flags of train, for all of them")
     parser.add_argument(
