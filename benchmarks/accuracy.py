@@ -148,9 +148,9 @@ def in_place_of_ours(model: str) -> Iterator[None]:
     def build_trained(settings: Mapping[str, Any], img_size: int) -> CamouflageSegmenter:
         return build(builders.settings_of({**settings, "img_size": img_size}), False)
 
-    with mock.patch.object(builders, "build_network", build):
-        with mock.patch.object(trained, "build_as_trained", build_trained):
-            yield
+    train, use = (builders, "build_network", build), (trained, "build_as_trained", build_trained)
+    with mock.patch.object(*train), mock.patch.object(*use):
+        yield
 
 
 def train_and_evaluate(model: str, seed: int, options: argparse.Namespace) -> None:

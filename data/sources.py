@@ -1,17 +1,22 @@
 """Images to be predicted: found by file, folder or pattern, each with the name its prediction gets."""
 
+import fnmatch
 import glob
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 # What is tried of a folder's files. Those that Pillow cannot read (.heic without a plug-in) are here to be named.
-PHOTOGRAPH_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .bmp .dib .webp .tif .tiff .gif .ppm .pgm .pbm .pnm .tga .jp2 .j2k .jpx .mpo .avif "
-    ".heic .heif".split()
-)
+# fmt: off
+PHOTOGRAPH_SUFFIXES = frozenset((
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".gif",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".j2k", ".jpx", ".avif", ".heic", ".heif",
+))
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ def find_sources(inputs: Iterable[str], output: Path) -> Sources:
     that is named is taken whatever its name.
     """
     found, seen = Sources(), set[Path]()
-    output = output.resolve()
+    output = _real(output)
     for text in inputs:
         for source in _expand(text, output, found.problems):
             if source.absolute in seen:
@@ -88,91 +93,108 @@ def name_predictions(sources: Sequence[Source], suffix: str = ".png") -> list[Pu
 
 def _expand(text: str, output: Path, problems: list[str]) -> Iterator[Source]:
     path = Path(text)
-    if path.is_dir():
-        if path.resolve() == output:
+    if not text:
+        problems.append("an input without a name: an empty variable of the shell?")
+    elif _is_folder(path):
+        if _real(path) == output:
             problems.append(f"{path}: is the folder that predictions are written to")
         else:
             yield from _walk(path, _absolute(path), output, problems)
     elif not glob.has_magic(text) or os.path.lexists(path):  # a[1].jpg may well be a file's name
-        if problem := _problem_of(path):
-            problems.append(problem)
-        else:
-            yield Source(path, _absolute(path.parent), PurePath(path.name))
+        yield from _readable(Source(path, _absolute(path.parent), PurePath(path.name)), problems)
     else:
-        yield from _match(text, output, problems)
+        matches = {source.absolute: source for source in _match(text, output, problems)}
+        if not matches:
+            problems.append(f"{path}: no image matches")
+        yield from matches.values()
 
 
 def _match(pattern: str, output: Path, problems: list[str]) -> Iterator[Source]:
     parts = Path(pattern).parts
     first = next(number for number, part in enumerate(parts) if glob.has_magic(part))
-    root, num_found = _absolute(Path(*parts[:first])), 0
-    for name in sorted(glob.iglob(pattern, recursive=True)):
-        path = Path(name)
-        if path.is_dir():
-            sources: Iterable[Source] = _walk(path, root, output, problems)
-        else:
-            is_written = output in path.resolve().parents
-            sources = [] if is_written or not _is_photograph(path) else _visible(path, root, problems)
-        for source in sources:
-            num_found += 1
-            yield source
-    if not num_found:
-        problems.append(f"{pattern}: no image matches")
+    fixed = Path(*parts[:first])
+    root = _absolute(fixed)
+    if "**" in parts:  # glob's own goes round and round in links that lead back
+
+        def wanted(relative: PurePath) -> bool:
+            whole = relative.parts
+            return any(_fits(whole[:length], parts[first:]) for length in range(1, len(whole) + 1))
+
+        yield from _walk(fixed, root, output, problems, wanted)
+        return
+    for path in map(Path, sorted(glob.iglob(pattern))):  # noqa: PTH207  # Path.glob takes no absolute one
+        if _is_folder(path):
+            yield from _walk(path, root, output, problems)
+        elif _is_photograph(path) and output not in _real(path).parents:
+            yield from _readable(Source(path, root, _absolute(path).relative_to(root)), problems)
 
 
-def _walk(folder: Path, root: Path, output: Path, problems: list[str]) -> Iterator[Source]:
-    """Links to folders after folders, so that what is there twice is found by its own path."""
+def _fits(path: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern:
+        return not path
+    if pattern[0] == "**":
+        return _fits(path, pattern[1:]) or (len(path) > 0 and _fits(path[1:], pattern))
+    return len(path) > 0 and fnmatch.fnmatchcase(path[0], pattern[0]) and _fits(path[1:], pattern[1:])
+
+
+def _walk(
+    folder: Path,
+    root: Path,
+    output: Path,
+    problems: list[str],
+    wanted: Callable[[PurePath], bool] = lambda relative: True,
+) -> Iterator[Source]:
+    """Links to folders come last, so that what is there twice is found by its own path."""
     seen = {output}
-    waiting = [folder]
-    while waiting:
-        here = waiting.pop()
-        real = here.resolve()
-        if real in seen:
+    waiting, links = [folder], deque[Path]()
+    while waiting or links:
+        here = waiting.pop() if waiting else links.popleft()
+        if (real := _real(here)) in seen:
             continue
         seen.add(real)
+        folders: list[Path] = []
         try:
             with os.scandir(here) as scan:
                 entries = sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda one: one.name)
         except OSError as error:
             problems.append(f"{here}: {error.strerror}")
             continue
-        folders = [entry for entry in entries if _is_folder(entry)]
-        for entry in entries:
-            if entry not in folders and _is_photograph(path := here / entry.name):
-                yield from _visible(path, root, problems)
-        waiting[:0] = [here / entry.name for entry in reversed(folders) if entry.is_symlink()]
-        waiting += [here / entry.name for entry in reversed(folders) if not entry.is_symlink()]
+        for path, entry in ((here / entry.name, entry) for entry in entries):
+            if _is_folder(path):
+                (links if entry.is_symlink() else folders).append(path)
+            elif _is_photograph(path) and wanted(relative := _absolute(path).relative_to(root)):
+                yield from _readable(Source(path, root, relative), problems)
+        waiting += reversed(folders)
 
 
-def _visible(path: Path, root: Path, problems: list[str]) -> Iterator[Source]:
-    if problem := _problem_of(path):
-        problems.append(problem)
-    else:
-        yield Source(path, root, _absolute(path).relative_to(root))
-
-
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112  # Path.is_dir raises for what it may not look at
 
 
 def _is_photograph(path: Path) -> bool:
     return path.suffix.lower() in PHOTOGRAPH_SUFFIXES
 
 
-def _problem_of(path: Path) -> str:
-    """Why a file cannot be opened, or never should be: opening a FIFO waits for a writer."""
+def _readable(source: Source, problems: list[str]) -> Iterator[Source]:
+    """The source, unless its file cannot be opened, or never should be: opening a FIFO waits for a writer."""
+    path, problem = source.path, ""
     try:
-        mode = path.stat().st_mode
+        if not stat.S_ISREG(path.stat().st_mode):
+            problem = "not a file but a pipe, socket or device"
+        elif not os.access(path, os.R_OK):
+            problem = "Permission denied"
     except OSError as error:
-        if path.is_symlink():
-            return f"{path}: a link to {os.readlink(path)}, which cannot be read ({error.strerror})"
-        return f"{path}: {error.strerror}"
-    if not stat.S_ISREG(mode):
-        return f"{path}: not a file (a pipe, socket or device)"
-    return "" if os.access(path, os.R_OK) else f"{path}: Permission denied"
+        problem = str(error.strerror)
+        with suppress(OSError):
+            problem = f"a link to {path.readlink()}, which cannot be read ({problem})"
+    if problem:
+        problems.append(f"{path}: {problem}")
+    else:
+        yield source
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises for a link to itself
 
 
 def _absolute(path: Path) -> Path:
