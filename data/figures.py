@@ -64,7 +64,7 @@ def overlay(image: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
         image: (W, H).
         mask: (H, W), True where the object is.
     """
-    width = min(_THICKEST_OUTLINE, max(1, round(max(mask.shape) / 400)))
+    width = min(_THICKEST_OUTLINE, max(1, round(max(mask.shape) / 250)))
     grown = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.BoxBlur(width))) > 0
     pixels = np.array(image)
     pixels[mask] = (pixels[mask] * (1 - _TINT) + np.array(_MARK) * _TINT).round().astype(np.uint8)
