@@ -394,7 +394,7 @@ def rescue(run: Run) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done; 1 a bug; 2 bad usage or input; 3 diverged; 130 / 143 stopped by a signal.
 
-    Of ``check-data``: 1 for findings; of ``evaluate``: 1 for an image that could not be scored.
+    Of ``check-data``: 1 for findings; of ``evaluate`` and ``predict``: 1 for an image that could not be read.
     """
     if (exit_code := commands.run(argv)) is not None:
         return exit_code

@@ -22,7 +22,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,12 +38,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import builders
 import cli
-import inference
 from data.figures import contact_sheet, thumbnail
 from data.layouts import find_subsets
 from data.processes import keep_freed_memory
 from losses import deep_supervision_loss
-from models import CamouflageSegmenter
+from models import CamouflageSegmenter, trained
 from models.backbone import speed_up_depthwise
 from models.zoom import resized
 from train_ultimate import main as command
@@ -145,7 +144,12 @@ def builder_of(model: str) -> Callable[[argparse.Namespace, bool], CamouflageSeg
 @contextlib.contextmanager
 def in_place_of_ours(model: str) -> Iterator[None]:
     build = builder_of(model)
-    with mock.patch.object(builders, "build_network", build), mock.patch.object(inference, "build_network", build):
+
+    def build_trained(settings: Mapping[str, Any], img_size: int) -> CamouflageSegmenter:
+        return build(builders.settings_of({**settings, "img_size": img_size}), False)
+
+    train, use = (builders, "build_network", build), (trained, "build_as_trained", build_trained)
+    with mock.patch.object(*train), mock.patch.object(*use):
         yield
 
 
