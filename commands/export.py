@@ -77,7 +77,7 @@ def export(
         if form == "safetensors":
             difference = _write_folder(unfinished, network, facts, output.name)
         else:
-            write, load = (_write_onnx, _load_onnx) if form == "onnx" else (_write_torch, _load_torch)
+            write, load = (write_onnx, _load_onnx) if form == "onnx" else (_write_torch, _load_torch)
             traced = trace(network, trained.img_size, fixed_size)
             write(traced, unfinished, facts)
             exported = load(unfinished)
@@ -154,7 +154,7 @@ def largest_difference(
     return float(torch.stack(differences).max())
 
 
-def _write_onnx(traced: Traced, path: Path, facts: dict[str, Any]) -> None:
+def write_onnx(traced: Traced, path: Path, facts: dict[str, Any]) -> None:
     """One file. Images and probabilities are named, their open sides, too; facts are in its metadata."""
     import onnx_ir
 
