@@ -239,7 +239,7 @@ def _add_export(commands: "argparse._SubParsersAction[_Parser]") -> None:
     flag("--checkpoint", metavar="FILE", type=Path, required=True,
          help="a checkpoint of train, such as best_model.pth; its averaged weights are exported")
     flag("--format", choices=("onnx", "torch", "safetensors"), required=True,
-         help="onnx: a file for onnxruntime and others; torch: a .pt2 of torch.export, which runs without this program; "
+         help="onnx: a file for onnxruntime and others; torch: a .pt2 of torch.export, runs without this program; "
          "safetensors: a folder for from_pretrained and the Hugging Face hub")
     flag("--output", metavar="PATH", type=Path,
          help="file, or folder for safetensors (default: the checkpoint's name with another ending, beside it)")

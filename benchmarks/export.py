@@ -36,7 +36,7 @@ def runners(
         options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     program, pixels = traced.program.module(), images.numpy()
-    network = ExportedNetwork(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as `evaluate` does
+    network = ExportedNetwork(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as evaluate
     channels_last = images.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return {
         "torch": lambda: network(channels_last),

@@ -1,4 +1,4 @@
-"""``export``: a checkpoint's network for other programs, as ONNX, as torch.export's .pt2, or as a folder for the hub."""
+"""``export``: a checkpoint's network for other programs, as ONNX, as a .pt2 of torch.export, or as a folder."""
 
 import importlib.util
 import math
@@ -214,6 +214,7 @@ def model_card(name: str, facts: dict[str, Any]) -> str:
     """README.md of the folder, with the header that the Hugging Face hub reads."""
     iou, kept = facts["validation_iou"], "the averaged" if facts["averaged_weights"] else "the"
     score = "" if iou is None else f"\nIoU at 0.5 on the validation images of its run: {iou:.4f}.\n"
+    size = facts["img_size"]
     return f"""---
 # license: yours to say, see https://huggingface.co/docs/hub/repositories-licenses
 library_name: train_ultimate
@@ -227,9 +228,9 @@ tags:
 
 # {name}
 
-Finds camouflaged objects in photographs: a {facts["backbone"]} with a coarse-to-fine decoder, trained by `train_ultimate`
-for images of {facts["img_size"]} x {facts["img_size"]} pixels. `model.safetensors` holds {kept} weights after epoch {facts["epoch"]}, `config.json` tells
-which network they are of.
+Finds camouflaged objects in photographs: a {facts["backbone"]} with a coarse-to-fine decoder, for images of
+{size} x {size} pixels. `model.safetensors` holds {kept} weights after epoch {facts["epoch"]} of training by
+`train_ultimate`, `config.json` tells which network they are of.
 {score}
 ## Use
 

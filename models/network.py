@@ -79,7 +79,7 @@ class CamouflageSegmenter(nn.Module):
         return self.backbone.checkpoint_gradients()
 
     def save_pretrained(self, folder: str | Path, config: Mapping[str, Any]) -> None:
-        """Write ``config.json`` and ``model.safetensors``, as ``from_pretrained`` and huggingface_hub's mixin read them.
+        """Write ``config.json`` and ``model.safetensors`` for ``from_pretrained`` and huggingface_hub's mixin.
 
         Args:
             folder: made where it is missing.

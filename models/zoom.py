@@ -73,7 +73,7 @@ def zoomed_side(side: int, zoom: float) -> int:
     ratio = Fraction(zoom).limit_denominator(10_000)
     part, whole = side * ratio.numerator, _MULTIPLE * ratio.denominator
     multiple = (2 * part + whole - 1 + part // whole % 2) // (2 * whole)
-    return _MULTIPLE * torch.sym_max(multiple, 1)
+    return _MULTIPLE * torch.sym_max(multiple, 1)  # type: ignore[return-value]  # an int of an int
 
 
 def resized(images: Tensor, zoom: float) -> Tensor:

@@ -205,7 +205,7 @@ def test_folder_of_a_zoomed_network_saves_and_loads_again(tmp_path: Path) -> Non
 
 
 def test_folder_is_one_that_huggingface_hubs_own_mixin_loads(folder: Path) -> None:
-    class Mixed(PyTorchModelHubMixin, CamouflageSegmenter):
+    class Mixed(PyTorchModelHubMixin, CamouflageSegmenter):  # type: ignore[misc]  # the mixin's methods hide ours
         def __init__(self, backbone: str, decoder_channels: int, img_size: int, zooms: list[float]) -> None:
             body = build_backbone(backbone, pretrained=False, weights_file=None, img_size=img_size)
             CamouflageSegmenter.__init__(self, body, decoder_channels, True, zooms)
@@ -240,7 +240,7 @@ def test_folders_that_are_not_whole_are_refused(folder: Path, tmp_path: Path) ->
         CamouflageSegmenter.from_pretrained(tmp_path / "net")
     weights.write_bytes(whole)
     config.write_text(json.dumps({**settings, "decoder_channels": 32}))
-    with pytest.raises(ValueError, match="do not fit the network of its config.json"):
+    with pytest.raises(ValueError, match=r"do not fit the network of its config\.json"):
         CamouflageSegmenter.from_pretrained(tmp_path / "net")
     config.write_text(json.dumps({"architectures": ["ViT"]}))
     with pytest.raises(ValueError, match="not of a network of this program: it has no backbone"):
