@@ -34,9 +34,12 @@ def runners(
         write_onnx(traced, path, {})
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        # Or its threads would turn in a loop, waiting for more, on the cores that the next one is to run on.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     program, pixels = traced.program.module(), images.numpy()
-    network = ExportedNetwork(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as evaluate
+    # As `evaluate` runs it.
+    network = ExportedNetwork(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     channels_last = images.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return {
         "torch": lambda: network(channels_last),
@@ -58,8 +61,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     images = torch.rand(options.batch_size, 3, options.img_size, options.img_size)
     print(
-        f"{options.img_size} px, batch {options.batch_size}, {options.threads} threads, fp32, torch {torch.__version__}, "
-        f"onnxruntime {onnxruntime.__version__}, medians of {options.rounds}"
+        f"{options.img_size} px, batch {options.batch_size}, {options.threads} threads, fp32, "
+        f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, medians of {options.rounds}"
     )
     for name in options.backbone:
         compared = runners(name, options.img_size, options.zoom, images, options.threads)
