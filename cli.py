@@ -68,12 +68,13 @@ def parse(argv: Sequence[str] | None, saved: dict[str, Any] | None = None) -> ar
     )
     _add_evaluate(commands)
     _add_predict(commands)
+    _add_export(commands)
     check_data = commands.add_parser("check-data", help="list what is wrong with a data set, file by file")
     _add_check_data_flags(check_data)
     args = parser.parse_args(argv)
     if args.command == "evaluate":
         _check_evaluate(args)
-    if args.command == "predict" and args.img_size is not None:
+    if args.command in ("predict", "export") and args.img_size is not None:
         _check_img_size(args.img_size)
     if args.command not in ("train", "demo"):
         return args
@@ -258,6 +259,26 @@ def _add_machine_flags(parser: _Parser, work: str) -> None:
     flag("--precision", choices=("auto", "fp16", "bf16", "fp32"), default="auto", help="of the forward pass")
     flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one")
     flag("--num-workers", type=_whole(0), help=f"processes that {work} (default: CPU cores, at most 8); 0: this one")
+    # fmt: on
+
+
+def _add_export(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser(
+        "export", usage="%(prog)s --checkpoint FILE --format FORMAT [flags]",
+        help="write a checkpoint's network for other programs",
+    )  # fmt: skip
+    # fmt: off
+    flag = parser.add_argument
+    flag("--checkpoint", metavar="FILE", type=Path, required=True,
+         help="a checkpoint of train, such as best_model.pth; its averaged weights are exported")
+    flag("--format", choices=("onnx", "torch", "safetensors"), required=True,
+         help="onnx: a file for onnxruntime and others; torch: a .pt2 of torch.export, runs without this program; "
+         "safetensors: a folder for from_pretrained and the Hugging Face hub")
+    flag("--output", metavar="PATH", type=Path,
+         help="file, or folder for safetensors (default: the checkpoint's name with another ending, beside it)")
+    flag("--img-size", type=_whole(32), help="side of the network's input (default: as it was trained)")
+    flag("--fixed-size", action=argparse.BooleanOptionalAction, default=False,
+         help="onnx, torch: images of --img-size alone, for compilers that want to know; any number of them still")
     # fmt: on
 
 

@@ -2,11 +2,14 @@
 
 import difflib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import timm.data
+import timm.layers.padding
 import timm.models
 import torch
 from torch import Tensor, nn
@@ -24,6 +27,7 @@ class Backbone(nn.Module):
     Attributes:
         channels: channels of each level.
         mean, std: the input normalisation its weights were trained with, per RGB channel of values in [0, 1].
+        fixed_size: it takes images of the one size it was built for.
 
     Shape:
         images (B, 3, H, W), normalised -> list of (B, C_i, H / stride_i, W / stride_i)
@@ -36,6 +40,8 @@ class Backbone(nn.Module):
         # Swin and its kin return (B, H, W, C). Told by timm: shapes alone cannot tell 96 channels from a height of 96.
         self.channels_last_features = "NHWC" in str(getattr(body, "output_fmt", ""))
         self.channels: list[int] = body.feature_info.channels()[-_MAX_LEVELS:]
+        config = getattr(body, "pretrained_cfg", None) or getattr(getattr(body, "model", None), "pretrained_cfg", {})
+        self.fixed_size = bool(config.get("fixed_input_size"))
         data_config = timm.data.resolve_model_data_config(body)
         self.mean: tuple[float, ...] = data_config["mean"]
         self.std: tuple[float, ...] = data_config["std"]
@@ -79,6 +85,27 @@ def speed_up_depthwise(module: nn.Module) -> None:
         if depthwise and (layer.kernel_size, layer.stride) != ((3, 3), (1, 1)):
             kind = type(layer)
             layer.__class__ = type(kind.__name__, (_InFp32OnCpu, kind), {})  # type: ignore[assignment]  # a kind of it
+
+
+@contextmanager
+def padding_for_multiples() -> Iterator[None]:
+    """Within, timm's "same" padding of a side that its stride divides is what it comes to then: a number.
+
+    For exports with sizes that are left open, multiples of 32. What timm computes, divided with fractions and rounded
+    up layer after layer, takes torch.export minutes to make sense of.
+    """
+    original = timm.layers.padding.get_same_padding
+
+    def padding(side: int, kernel_size: int, stride: int, dilation: int) -> Any:
+        if side % stride == 0:
+            return max((kernel_size - 1) * dilation + 1 - stride, 0)
+        return original(side, kernel_size, stride, dilation)
+
+    timm.layers.padding.get_same_padding = padding
+    try:
+        yield
+    finally:
+        timm.layers.padding.get_same_padding = original
 
 
 def build_backbone(name: str, pretrained: bool, weights_file: Path | None, img_size: int) -> Backbone:

@@ -1,8 +1,8 @@
 """The network: input normalisation, backbone (at one zoom or several), decoder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.backbone import Backbone, build_backbone
 from models.decoder import ForegroundBackgroundDecoder
+from models.folder import read_network, write_network
 from models.zoom import ZoomedFeatures, resized, zoomed_side
 
 
@@ -44,6 +45,7 @@ class CamouflageSegmenter(nn.Module):
         self.zoom = ZoomedFeatures(backbone.channels, decoder_channels, zooms) if list(zooms) != [1] else None
         self.decoder = ForegroundBackgroundDecoder(backbone.channels, decoder_channels)
         self.freeze_norm_statistics = freeze_norm_statistics
+        self.config: dict[str, Any] = {}  # of ``from_pretrained``
         self.backbone_frozen = False
         self.register_buffer("mean", torch.tensor(backbone.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std).view(1, 3, 1, 1), persistent=False)
@@ -75,6 +77,46 @@ class CamouflageSegmenter(nn.Module):
         """
         self.decoder.checkpoints_gradients = True
         return self.backbone.checkpoint_gradients()
+
+    def save_pretrained(self, folder: str | Path, config: Mapping[str, Any]) -> None:
+        """Write ``config.json`` and ``model.safetensors`` for ``from_pretrained`` and huggingface_hub's mixin.
+
+        Args:
+            folder: made where it is missing.
+            config: backbone, decoder_channels and img_size, as given to ``build_model``; and whatever else is to be
+                told there.
+        """
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        zooms = [1.0] if self.zoom is None else self.zoom.zooms
+        mean, std = (self.get_buffer(name).flatten().tolist() for name in ("mean", "std"))
+        write_network(Path(folder), {**config, "zooms": zooms, "mean": mean, "std": std}, self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **hub_options: Any) -> "CamouflageSegmenter":
+        """A trained network from a folder that ``train_ultimate.py export --format safetensors`` has written.
+
+        Args:
+            source: the folder, or else "owner/name" on the Hugging Face hub.
+            hub_options: revision, token, cache_dir, local_files_only: see ``huggingface_hub.hf_hub_download``.
+
+        Returns:
+            the network in evaluation mode on the CPU, with the weights bit for bit; ``config`` is what ``config.json``
+            says: ``config["img_size"]`` the side of the images it was trained with.
+
+        Raises:
+            ValueError: neither is there, or its weights do not fit the network it describes.
+        """
+        config, weights = read_network(source, **hub_options)
+        model = build_model(config["backbone"], config["decoder_channels"], config["img_size"], zooms=config["zooms"])
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = " ".join(line.strip() for line in str(error).splitlines()[:2])[:300]
+            raise ValueError(f"{source}: its weights do not fit the network of its config.json ({reason})") from error
+        for name in ("mean", "std"):  # as it was trained, whatever the timm of today says
+            model.get_buffer(name).copy_(torch.tensor(config[name]).view(1, 3, 1, 1))
+        model.config = config
+        return model.eval()
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

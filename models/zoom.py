@@ -4,6 +4,7 @@ Shapes: B batch, c a level's channels, h w its height and width at one of the zo
 """
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -65,8 +66,14 @@ class ScaleSelection(nn.Module):
 
 
 def zoomed_side(side: int, zoom: float) -> int:
-    """In pixels: the nearest multiple of 32."""
-    return max(_MULTIPLE, round(side * zoom / _MULTIPLE) * _MULTIPLE)
+    """In pixels: the nearest multiple of 32, of two the even multiple.
+
+    In whole numbers alone, for the sake of exports: there a side may be a symbol, which does not round.
+    """
+    ratio = Fraction(zoom).limit_denominator(10_000)
+    part, whole = side * ratio.numerator, _MULTIPLE * ratio.denominator
+    multiple = (2 * part + whole - 1 + part // whole % 2) // (2 * whole)
+    return _MULTIPLE * torch.sym_max(multiple, 1)  # type: ignore[return-value]  # an int of an int
 
 
 def resized(images: Tensor, zoom: float) -> Tensor:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from models import backbone as backbone_module
-from models.backbone import build_backbone, speed_up_depthwise
+from models.backbone import build_backbone, padding_for_multiples, speed_up_depthwise
 
 
 def test_channels_last_features_are_turned_where_shapes_cannot_tell() -> None:
@@ -143,3 +143,13 @@ def test_fp32_is_as_it_was_and_state_and_copies_keep_their_names() -> None:
         assert [str(module) for module in model.modules()] == [str(module) for module in plain.modules()]
         assert model.state_dict().keys() == plain.state_dict().keys()
         assert all(torch.equal(a, b) for a, b in zip(model.eval()(images), plain.eval()(images), strict=True))
+
+
+def test_padding_for_multiples_is_timms_own_and_gone_afterwards() -> None:
+    padding = timm.layers.padding
+    original = padding.get_same_padding
+    cases = [(side, k, s, d) for side in (7, 16, 32, 96) for k in (1, 3, 5) for s in (1, 2, 4) for d in (1, 2)]
+    expected = [original(*case) for case in cases]
+    with padding_for_multiples():
+        assert [padding.get_same_padding(*case) for case in cases] == expected
+    assert padding.get_same_padding is original

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 from conftest import differing_tensors
-from launching import LAUNCHER, Launch, load, read_events
+from launching import LAUNCHER, Launch, read_events
 
 pytestmark = pytest.mark.slow
 
@@ -155,9 +155,6 @@ class Run(Launch):
         assert self.num_windows() == done
         self.hosts.heal()
 
-    def final(self) -> dict[str, Any]:
-        return load(self.directory / f"epoch_{EPOCHS:04d}.pth")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _namespaces() -> None:
@@ -191,7 +188,7 @@ def one_host(odd_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     launch = Launch(odd_dataset, tmp_path_factory.mktemp("one-host"))
     code, _, err = launch.run(2, *FLAGS)
     assert code == 0, err
-    return load(launch.directory / f"epoch_{EPOCHS:04d}.pth")
+    return launch.final(EPOCHS)
 
 
 def test_two_hosts_compute_bitwise_what_one_does(
@@ -200,7 +197,7 @@ def test_two_hosts_compute_bitwise_what_one_does(
     run = Run(hosts, odd_dataset, tmp_path)
     run.begin()
     assert run.exit_codes() == [0, 0], run.told(0) + run.told(1)
-    assert differing_tensors(run.final(), one_host) == []
+    assert differing_tensors(run.final(EPOCHS), one_host) == []
 
 
 def test_a_cut_shorter_than_the_rank_timeout_delays_the_run_and_nothing_else(
@@ -214,7 +211,7 @@ def test_a_cut_shorter_than_the_rank_timeout_delays_the_run_and_nothing_else(
     assert run.events("resume") == []
     assert run.num_windows() == EPOCHS * 8
     assert "error:" not in run.told(0) + run.told(1)
-    assert differing_tensors(run.final(), one_host) == []
+    assert differing_tensors(run.final(EPOCHS), one_host) == []
 
 
 def test_a_cut_longer_than_the_rank_timeout_ends_the_ranks_and_the_launchers_start_them_again(
@@ -231,7 +228,7 @@ def test_a_cut_longer_than_the_rank_timeout_ends_the_ranks_and_the_launchers_sta
     assert "error: the launcher's store has not answered for" in run.told(1)
     assert run.exit_codes() == [0, 0], run.told(0) + run.told(1)
     assert run.events("resume")
-    assert differing_tensors(run.final(), one_host) == []
+    assert differing_tensors(run.final(EPOCHS), one_host) == []
 
 
 def test_after_a_cut_that_a_launcher_gives_up_in_the_same_command_goes_on(
@@ -245,7 +242,7 @@ def test_after_a_cut_that_a_launcher_gives_up_in_the_same_command_goes_on(
         run.rendezvous = {}
         run.begin(*LONGER_THAN_CUT)
         assert run.exit_codes() == [0, 0], run.told(0) + run.told(1)
-    assert differing_tensors(run.final(), one_host) == []
+    assert differing_tensors(run.final(EPOCHS), one_host) == []
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -258,7 +255,7 @@ def test_a_rank_killed_on_either_host_is_started_again_with_the_other(
     assert run.exit_codes() == [0, 0], run.told(0) + run.told(1)
     assert f"error: rank {rank} (process" in run.told(1 - rank)
     assert run.events("resume")
-    assert differing_tensors(run.final(), one_host) == []
+    assert differing_tensors(run.final(EPOCHS), one_host) == []
 
 
 def test_a_host_that_loses_power_is_named_and_takes_part_again_once_it_is_back(
@@ -278,4 +275,4 @@ def test_a_host_that_loses_power_is_named_and_takes_part_again_once_it_is_back(
     run.launchers[1] = run.launch(1, *SHORTER_THAN_CUT)
     assert run.exit_codes() == [0, 0], run.told(0) + run.told(1)
     assert run.events("resume")
-    assert differing_tensors(run.final(), one_host) == []
+    assert differing_tensors(run.final(EPOCHS), one_host) == []

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from models import build_model
-from models.zoom import ScaleSelection, ZoomedFeatures
+from models.zoom import ScaleSelection, ZoomedFeatures, zoomed_side
 
 SIZES = ((24, 16), (40, 8), (112, 4), (320, 2))
 
@@ -36,6 +36,14 @@ def test_image_is_seen_at_each_zoom_with_sides_that_any_backbone_takes(
     levels = ZoomedFeatures([8, 8], channels=8, zooms=zooms)(backbone, torch.rand(1, 3, *size))  # type: ignore[arg-type]
     assert backbone.seen == seen
     assert [tuple(level.shape) for level in levels] == [(1, 8, middle[0] // s, middle[1] // s) for s in (4, 8)]
+
+
+@pytest.mark.parametrize(
+    ("side", "zoom", "zoomed"), [(64, 1.5, 96), (224, 1.25, 288), (32, 0.25, 32), (64, 1.25, 64), (192, 1.25, 256)]
+)
+def test_sides_are_the_nearest_multiples_of_32_and_of_two_the_even_one(side: int, zoom: float, zoomed: int) -> None:
+    assert zoomed_side(side, zoom) == zoomed
+    assert type(zoomed_side(side, zoom)) is int
 
 
 def test_each_place_takes_a_mean_of_the_three() -> None:

@@ -1,0 +1,303 @@
+"""``export``: what other programs load computes what the network does."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED, differing_tensors, needs_shared, tiny_arguments
+from huggingface_hub import PyTorchModelHubMixin
+from PIL import Image
+from torch import Tensor
+
+import cli
+from builders import build_network
+from commands import export as export_module
+from commands.export import ExportedNetwork, trace
+from data.dataset import load_image
+from inference import load_network
+from models import CamouflageSegmenter, build_model
+from models.backbone import build_backbone
+from train_ultimate import main
+from training.checkpoint import read_checkpoint, write_checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("trained")
+    assert main(tiny_arguments(tiny_dataset, directory, "--epochs", "2", "--stage1-epochs", "1")) == 0
+    return directory / "epoch_0002.pth"
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hub") / "net"
+    assert main(["export", "--checkpoint", str(checkpoint), "--format", "safetensors", "--output", str(folder)]) == 0
+    return folder
+
+
+def network_of(checkpoint: Path) -> CamouflageSegmenter:
+    return load_network(checkpoint, "cpu", "fp32", None).model
+
+
+def untrained(path: Path, *flags: str, weights: Path | None = None) -> Path:
+    """A checkpoint as ``train`` would begin with it."""
+    given = ["--no-pretrained"] if weights is None else ["--backbone-weights", str(weights)]
+    args = cli.parse(["train", "--dataset-path", "somewhere", *given, *flags])
+    model = build_network(args, load_weights=True)
+    progress = {"epoch": 0, "window": 0, "best_epoch": 0, "best_iou": -1.0}
+    saved = {"config": {"settings": vars(args)}, "model": model.state_dict(), "ema": None, "progress": progress}
+    write_checkpoint(path, saved)
+    return path
+
+
+def run_onnx(path: Path, images: Tensor) -> Tensor:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def failing(argv: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
+    assert main(["export", *argv]) == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize("zoom", [[], ["--zoom"]])
+def test_torch_export_computes_the_same_for_any_number_and_size_of_images(zoom: list[str], tmp_path: Path) -> None:
+    flags = ["--backbone", "test_efficientnet", "--decoder-channels", "16", "--img-size", "128", *zoom]
+    path = untrained(tmp_path / "net.pth", *flags)
+    assert main(["export", "--checkpoint", str(path), "--format", "torch"]) == 0
+    module = torch.export.load(tmp_path / "net.pt2").module()
+    network = ExportedNetwork(network_of(path))
+    for shape in ((1, 3, 128, 128), (4, 3, 192, 160), (2, 3, 160, 256)):
+        images = torch.rand(shape)
+        with torch.inference_mode():
+            torch.testing.assert_close(module(images), network(images), rtol=0, atol=1e-5)
+
+
+def test_torch_export_runs_without_this_program(checkpoint: Path, tmp_path: Path) -> None:
+    exported = tmp_path / "net.pt2"
+    assert main(["export", "--checkpoint", str(checkpoint), "--format", "torch", "--output", str(exported)]) == 0
+    images = torch.rand(2, 3, 64, 96)
+    torch.save(images, tmp_path / "images.pt")
+    code = (
+        "import torch; images = torch.load('images.pt'); "
+        "torch.save(torch.export.load('net.pt2').module()(images).detach(), 'probabilities.pt')"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    with torch.inference_mode():
+        expected = ExportedNetwork(network_of(checkpoint))(images)
+    torch.testing.assert_close(torch.load(tmp_path / "probabilities.pt"), expected, rtol=0, atol=1e-5)
+
+
+def test_onnx_is_one_file_with_named_dimensions_and_the_networks_probabilities(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    exported = tmp_path / "net.onnx"
+    assert main(["export", "--checkpoint", str(checkpoint), "--format", "onnx", "--output", str(exported)]) == 0
+    assert "Checked with onnxruntime: within" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [exported]
+    graph = onnx.load(exported).graph
+    named = {
+        value.name: [side.dim_param or side.dim_value for side in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
+    assert named == {"images": ["batch", 3, "height", "width"], "probabilities": ["batch", 1, "height", "width"]}
+    metadata = {entry.key: entry.value for entry in onnx.load(exported).metadata_props}
+    assert (metadata["backbone"], metadata["img_size"]) == ("test_efficientnet", "64")
+    images = torch.rand(3, 3, 96, 160)
+    with torch.inference_mode():
+        expected = ExportedNetwork(network_of(checkpoint))(images)
+    torch.testing.assert_close(run_onnx(exported, images), expected, rtol=0, atol=1e-5)
+
+
+def test_convolutions_that_leave_bf16_are_plain_ones_when_exported() -> None:
+    model = build_model("tf_efficientnet_lite0", decoder_channels=16, img_size=64).eval()
+    graph = trace(model, 64, fixed_size=True).program.graph
+    assert not [node for node in graph.nodes if "autocast" in str(node.target) or "_to_copy" in str(node.target)]
+
+
+def test_backbone_of_one_size_leaves_only_the_number_of_images_open(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--backbone", "test_vit", "--decoder-channels", "16", "--img-size", "160"]
+    path = untrained(tmp_path / "net.pth", *flags)
+    assert main(["export", "--checkpoint", str(path), "--format", "torch"]) == 0
+    assert "Images: any number, all of 160 x 160 pixels (its backbone takes one size)" in capsys.readouterr().out
+    assert torch.export.load(tmp_path / "net.pt2").module()(torch.rand(3, 3, 160, 160)).shape == (3, 1, 160, 160)
+
+
+def test_what_computes_something_else_is_not_kept(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = export_module._load_torch
+    monkeypatch.setattr(export_module, "_load_torch", lambda path: lambda images: load(path)(images) + 2e-4)
+    exported = tmp_path / "net.pt2"
+    exported.write_text("of an earlier export")
+    argv = ["--checkpoint", str(checkpoint), "--format", "torch", "--output", str(exported)]
+    assert "differs by 0.0002 in probabilities, more than 0.0001: not kept" in failing(argv, capsys, code=1)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["of an earlier export"]
+
+
+def test_what_cannot_be_checked_is_said(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript")
+    find = export_module.importlib.util.find_spec
+    argv = ["--checkpoint", str(checkpoint), "--format", "onnx", "--fixed-size", "--output", str(tmp_path / "net.onnx")]
+    monkeypatch.setattr(export_module.importlib.util, "find_spec", lambda n: None if n == "onnxruntime" else find(n))
+    assert main(["export", *argv]) == 0
+    assert "Not checked: onnxruntime is not installed" in capsys.readouterr().out
+    monkeypatch.setattr(export_module.importlib.util, "find_spec", lambda n: None if n == "onnxscript" else find(n))
+    assert "needs onnxscript: pip install onnx onnxscript onnxruntime" in failing(argv, capsys)
+
+
+def test_mistakes_are_told_before_anything_is_computed(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--checkpoint", str(checkpoint), "--format"]
+    assert "--format torch writes a file that ends in .pt2" in failing([*argv, "torch", "--output", "a.pth"], capsys)
+    assert "there is no folder" in failing([*argv, "torch", "--output", str(tmp_path / "no/a.pt2")], capsys)
+    assert "there is no folder" in failing([*argv, "safetensors", "--output", str(tmp_path / "no/a")], capsys)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/README.md").write_text("edited")
+    assert "is there already" in failing([*argv, "safetensors", "--output", str(tmp_path / "mine")], capsys)
+    assert "--img-size 100 is not a multiple of 32" in failing([*argv, "onnx", "--img-size", "100"], capsys)
+    weights = tmp_path / "weights.pth"
+    torch.save(read_checkpoint(checkpoint)["model"], weights)
+    assert "holds weights alone" in failing(["--checkpoint", str(weights), "--format", "safetensors"], capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "weights.pth"]
+
+
+def test_folder_gives_back_the_averaged_weights_bit_for_bit(checkpoint: Path, folder: Path) -> None:
+    model = CamouflageSegmenter.from_pretrained(folder)
+    assert not model.training
+    average = read_checkpoint(checkpoint)["ema"]["model"]
+    assert differing_tensors(dict(model.state_dict()), dict(average)) == []
+    images = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        expected = network_of(checkpoint).to(memory_format=torch.contiguous_format)(images)  # type: ignore[call-overload]
+        assert torch.equal(model(images)[-1], expected[-1])
+    assert (model.config["img_size"], model.config["backbone"]) == (64, "test_efficientnet")
+
+
+def test_folder_of_a_zoomed_network_saves_and_loads_again(tmp_path: Path) -> None:
+    model = build_model("test_efficientnet", decoder_channels=16, img_size=64, zooms=[0.5, 1, 1.5])
+    model.get_buffer("mean").fill_(0.4)  # normalisation is what it was trained with, not what timm says today
+    model.save_pretrained(tmp_path / "a", {"backbone": "test_efficientnet", "decoder_channels": 16, "img_size": 64})
+    again = CamouflageSegmenter.from_pretrained(tmp_path / "a")
+    again.save_pretrained(tmp_path / "b", again.config)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    images = torch.rand(1, 3, 64, 96)
+    assert torch.equal(CamouflageSegmenter.from_pretrained(tmp_path / "b")(images)[-1], model.eval()(images)[-1])
+
+
+def test_folder_is_one_that_huggingface_hubs_own_mixin_loads(folder: Path) -> None:
+    class Mixed(PyTorchModelHubMixin, CamouflageSegmenter):  # type: ignore[misc]  # the mixin's methods hide ours
+        def __init__(self, backbone: str, decoder_channels: int, img_size: int, zooms: list[float]) -> None:
+            body = build_backbone(backbone, pretrained=False, weights_file=None, img_size=img_size)
+            CamouflageSegmenter.__init__(self, body, decoder_channels, True, zooms)
+
+    mixed = Mixed.from_pretrained(str(folder))
+    ours = CamouflageSegmenter.from_pretrained(folder)
+    assert differing_tensors(dict(mixed.state_dict()), dict(ours.state_dict())) == []
+
+
+def test_network_comes_from_the_hubs_cache_by_its_name(folder: Path, tmp_path: Path) -> None:
+    """Laid out as huggingface_hub keeps what it has downloaded."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--someone--net"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    options: dict[str, Any] = {"cache_dir": tmp_path, "local_files_only": True}
+    model = CamouflageSegmenter.from_pretrained("someone/net", **options)
+    assert model.config["backbone"] == "test_efficientnet"
+    with pytest.raises(ValueError, match="someone/other: no such folder, and nothing to be had from the Hugging Face"):
+        CamouflageSegmenter.from_pretrained("someone/other", **options)
+    with pytest.raises(ValueError, match="no such folder, and nothing to be had"):
+        CamouflageSegmenter.from_pretrained("not/a/name", **options)
+
+
+def test_folders_that_are_not_whole_are_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "net")
+    config, weights = tmp_path / "net/config.json", tmp_path / "net/model.safetensors"
+    whole, settings = weights.read_bytes(), json.loads(config.read_text())
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="damaged"):
+        CamouflageSegmenter.from_pretrained(tmp_path / "net")
+    weights.write_bytes(whole)
+    config.write_text(json.dumps({**settings, "decoder_channels": 32}))
+    with pytest.raises(ValueError, match=r"do not fit the network of its config\.json"):
+        CamouflageSegmenter.from_pretrained(tmp_path / "net")
+    config.write_text(json.dumps({"architectures": ["ViT"]}))
+    with pytest.raises(ValueError, match="not of a network of this program: it has no backbone"):
+        CamouflageSegmenter.from_pretrained(tmp_path / "net")
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"no model\.safetensors there"):
+        CamouflageSegmenter.from_pretrained(tmp_path / "net")
+
+
+def test_model_card_has_the_hubs_header_and_its_code_runs(folder: Path) -> None:
+    card = (folder / "README.md").read_text()
+    header = card.split("---\n")[1]
+    assert "library_name: train_ultimate" in header
+    assert "pipeline_tag: image-segmentation" in header
+    assert not re.search("^license:", header, flags=re.MULTILINE)  # for the user to say
+    code = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)[0].replace("PATH", str(folder))
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.slow
+def test_readme_commands_run(checkpoint: Path, tmp_path: Path) -> None:
+    """The section's, one after the other, in a folder with its checkpoint and a photograph."""
+    pytest.importorskip("onnxruntime")
+    section = (ROOT / "README.md").read_text().split("## Use it elsewhere")[1].split("\n## ")[0]
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(checkpoint, tmp_path / "checkpoints/best_model.pth")
+    photograph = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
+    Image.fromarray(photograph).save(tmp_path / "photograph.jpg")
+    blocks = re.findall(r"```(python|)\n(.*?)```", section, flags=re.DOTALL)
+    lines = [line for language, block in blocks if not language for line in block.splitlines()]
+    assert len(lines) == 3
+    for line in lines:
+        argv = line.removeprefix("python train_ultimate.py ").split()
+        subprocess.run([sys.executable, str(ROOT / "train_ultimate.py"), *argv], cwd=tmp_path, check=True)
+    scripts = [block for language, block in blocks if language == "python"]
+    assert len(scripts) == 3
+    for script in scripts:
+        environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, env=environment)
+
+
+@needs_shared
+@pytest.mark.slow
+def test_onnx_agrees_with_torch_on_photographs_at_three_sizes(tmp_path: Path) -> None:
+    weights = SHARED / "weights/tf_efficientnet_lite0.safetensors"
+    flags = ["--backbone", "tf_efficientnet_lite0", "--img-size", "224", "--zoom", "1.25"]
+    path = untrained(tmp_path / "net.pth", *flags, weights=weights)
+    assert main(["export", "--checkpoint", str(path), "--format", "onnx"]) == 0
+    network = ExportedNetwork(network_of(path))
+    photographs = sorted((SHARED / "data/CAMO/TestDataset/Imgs").iterdir())[:20]
+    worst = {}
+    for size in (160, 224, 352):
+        images = torch.stack([load_image(photograph, size) for photograph in photographs]).float() / 255
+        with torch.inference_mode():
+            expected = torch.cat([network(part) for part in images.split(5)])
+        got = torch.cat([run_onnx(tmp_path / "net.onnx", part) for part in images.split(5)])
+        assert expected.std() > 0.01  # there is something to agree on
+        worst[size] = (got - expected).abs().max().item()
+    print(f"largest difference by size: {worst}")
+    assert max(worst.values()) <= 1e-4
