@@ -181,9 +181,7 @@ def _learning_rate_chart(runs: Sequence[tuple[RunHistory, str]]) -> Chart | None
     layout["yaxis"] |= {"exponentformat": "e", "rangemode": "tozero"}
     description = "Of the decoder and of the backbone, which is frozen in stage 1."
     title = "Learning rates"
-    return Chart(
-        "learning-rates", title, description, {"data": traces, "layout": layout}, Table(title, columns, rows)
-    )
+    return Chart("learning-rates", title, description, {"data": traces, "layout": layout}, Table(title, columns, rows))
 
 
 def _scale_chart(runs: Sequence[tuple[RunHistory, str]]) -> Chart | None:
@@ -207,7 +205,10 @@ def _window_chart(
         smooth = _running_mean(values) if mean and len(values) > 2 * _MEAN_OVER else None
         chosen = thin(values)
         shown = name if len(runs) > 1 else axis
-        x, where = [points[i].number for i in chosen], [f"epoch {points[i].epoch}, window {points[i].window}" for i in chosen]
+        x, where = (
+            [points[i].number for i in chosen],
+            [f"epoch {points[i].epoch}, window {points[i].window}" for i in chosen],
+        )
         hover = f"{shown} %{{y:.4g}}<br>%{{text}}<extra></extra>"
         colour = COLOURS[index % len(COLOURS)]
         line = _line(x, values[chosen], shown, colour, hover=hover)
@@ -357,4 +358,4 @@ def _rounded(value: float) -> float | None:
 
 
 def _text(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else "–"
+    return f"{value:.4g}" if math.isfinite(value) else "-"

@@ -273,7 +273,9 @@ def unique_names(runs: Sequence[RunHistory]) -> list[str]:
 
 def differing_settings(runs: Sequence[RunHistory]) -> dict[str, list[Any]]:
     """Setting -> its value in each run, of those that are not the same in all; versions and devices, too."""
-    facts = [{**run.settings, **{k: v for k, v in run.config.items() if not isinstance(v, dict | list)}} for run in runs]
+    facts = [
+        {**run.settings, **{k: v for k, v in run.config.items() if not isinstance(v, dict | list)}} for run in runs
+    ]
     keys = dict.fromkeys(key for each in facts for key in each)
     ignored = ("command", "checkpoint_dir", "resume")
     return {
