@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from reporting.history import RunHistory, WindowPoint, number
 MOST_POINTS = 3000  # of a line; more do not show on any screen and make the page slow
 _TABLE_ROWS = 40  # of the table behind a chart of windows
 _MEAN_OVER = 50  # windows
-_HEIGHT = 340  # pixels
+_HEIGHT, _LEGEND_LINE = 320, 12  # pixels; the second for each line of the legend, of which a phone has as many as names
 # Each at least 3:1 against white and against the dark paper.
 COLOURS = ("#3b82f6", "#d97706", "#0d9488", "#a855f7", "#db2777", "#65a30d", "#0891b2", "#b45309")
 INCIDENT, CHECKPOINT, LIMIT = "#ef4444", "#16a34a", "#8b8f98"
@@ -102,9 +102,11 @@ def _epoch_chart(
     if not rows:
         return None
     layout = _layout("epoch", ", ".join(series.values()) if len(series) == 1 else "score")
+    if key == "throughput":
+        layout["yaxis"]["rangemode"] = "tozero"
     layout["xaxis"] |= {"tickformat": "d", **({"dtick": 1} if len(rows) <= 12 * len(runs) else {})}
     columns = [*(["run"] if len(runs) > 1 else []), "epoch", *series.values()]
-    return Chart(key, title, description, {"data": traces, "layout": layout}, Table(title, columns, rows))
+    return Chart(key, title, description, _figure(traces, layout), Table(title, columns, rows))
 
 
 def _saved_epochs(run: RunHistory) -> list[Trace]:
@@ -150,7 +152,7 @@ def _norm_chart(runs: Sequence[tuple[RunHistory, str]]) -> Chart | None:
         hover = "spike limit %{y:.3g}<extra></extra>"
         x = [numbers[index] for index in chosen]
         traces.append(_line(x, limits[chosen], "spike limit", INCIDENT, "dot", hover=hover))
-    return chart
+    return replace(chart, figure=_figure(traces, chart.figure["layout"]))
 
 
 def _learning_rate_chart(runs: Sequence[tuple[RunHistory, str]]) -> Chart | None:
@@ -181,7 +183,7 @@ def _learning_rate_chart(runs: Sequence[tuple[RunHistory, str]]) -> Chart | None
     layout["yaxis"] |= {"exponentformat": "e", "rangemode": "tozero"}
     description = "Of the decoder and of the backbone, which is frozen in stage 1."
     title = "Learning rates"
-    return Chart("learning-rates", title, description, {"data": traces, "layout": layout}, Table(title, columns, rows))
+    return Chart("learning-rates", title, description, _figure(traces, layout), Table(title, columns, rows))
 
 
 def _scale_chart(runs: Sequence[tuple[RunHistory, str]]) -> Chart | None:
@@ -230,7 +232,7 @@ def _window_chart(
     if log:
         layout["yaxis"] |= {"type": "log", "exponentformat": "power", "dtick": 1 if _decades(traces) > 1 else "D2"}
     columns = [*(["run"] if len(runs) > 1 else []), "windows", "epochs", "least", "mean", "largest", "not finite"]
-    return Chart(key, title, description, {"data": traces, "layout": layout}, Table(title, columns, rows))
+    return Chart(key, title, description, _figure(traces, layout), Table(title, columns, rows))
 
 
 def _incident_marks(run: RunHistory) -> tuple[list[Trace], list[dict[str, Any]]]:
@@ -310,7 +312,7 @@ def _layout(x_title: str, y_title: str, annotations: Sequence[dict[str, Any]] = 
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "hovermode": "closest",
-        "showlegend": True,
+        "showlegend": False,
         "legend": {"orientation": "h", "x": 0, "y": -0.22, "yanchor": "top"},
         "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#80848c"},
         "xaxis": {**axis, "title": {"text": x_title, "standoff": 6}},
@@ -318,6 +320,13 @@ def _layout(x_title: str, y_title: str, annotations: Sequence[dict[str, Any]] = 
         "yaxis2": {"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True},
         "annotations": list(annotations),
     }
+
+
+def _figure(traces: list[Trace], layout: dict[str, Any]) -> dict[str, Any]:
+    """With a legend where there is more than one thing to tell apart, and room for it."""
+    if len(traces) > 1:
+        layout |= {"showlegend": True, "height": _HEIGHT + _LEGEND_LINE * len(traces)}
+    return {"data": traces, "layout": layout}
 
 
 def _running_mean(values: FloatArray) -> FloatArray:

@@ -14,6 +14,8 @@ from reporting.pictures import Gallery
 _VERSIONS = ("git_commit", "python", "torch", "torchvision", "timm", "numpy", "pillow")
 _SAMPLES_SHOWN = 12  # of an incident's window, and of unreadable images
 
+_NO_SCALE = '<p class="soft">Loss scale: 1 in every window, as it is without fp16; no chart of it.</p>'
+
 _STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --raised: #f4f5f7; --ink: #1b1e24; --soft: #565c66;
   --line: #d9dce1; --link: #1d5fd1; --bad: #c02626; }
@@ -43,7 +45,7 @@ nav ul { display: flex; flex-wrap: wrap; gap: 0.25rem 1.25rem; list-style: none;
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 1.5rem; }
 figure { margin: 0; min-width: 0; }
 .charts > figure { border: 1px solid var(--line); border-radius: 0.5rem; padding: 0.8rem; }
-.chart { min-height: 340px; width: 100%; }
+.chart { min-height: 320px; width: 100%; }
 .chart a { cursor: pointer; }
 .scroll { overflow-x: auto; max-height: 26rem; }
 details { margin: 0.5rem 0; }
@@ -221,7 +223,8 @@ def _charts(charts: Sequence[Chart]) -> str:
         f"<details><summary>Data table: {escape(chart.title.lower())}</summary>{_table(chart.table)}</details></figure>"
         for chart in charts
     )
-    return _section("charts", "Charts", f'<div class="charts">{figures}</div>')
+    scale = "" if any(chart.key == "loss-scale" for chart in charts) else _NO_SCALE
+    return _section("charts", "Charts", f'<div class="charts">{figures}</div>{scale}')
 
 
 def _table(table: Table) -> str:
