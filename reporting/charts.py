@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reporting.history import RunHistory, WindowPoint, number
+from reporting.history import BEST, RunHistory, WindowPoint, number
 
 MOST_POINTS = 3000  # of a line; more do not show on any screen and make the page slow
 _TABLE_ROWS = 40  # of the table behind a chart of windows
 _MEAN_OVER = 50  # windows
+_MOST_TRIANGLES, _MOST_TICKS = 30, 120  # marks of checkpoints; more than the first are drawn as thin ticks
 _HEIGHT, _LEGEND_LINE = 320, 12  # pixels; the second for each line of the legend, of which a phone has as many as names
 # Each at least 3:1 against white and against the dark paper.
 COLOURS = ("#3b82f6", "#d97706", "#0d9488", "#a855f7", "#db2777", "#65a30d", "#0891b2", "#b45309")
@@ -135,7 +136,14 @@ def _norm_chart(runs: Sequence[tuple[RunHistory, str]]) -> Chart | None:
         "window is skipped or clipped, as --spike-policy says."
     )
     chart = _window_chart(
-        runs, "gradient-norm", "Gradient norm by window", "norm", lambda p: p.grad_norm, description, log=True
+        runs,
+        "gradient-norm",
+        "Gradient norm by window",
+        "norm",
+        lambda p: p.grad_norm,
+        description,
+        mean=True,
+        log=True,
     )
     if chart is None or len(runs) > 1:
         return chart
@@ -173,7 +181,7 @@ def _learning_rate_chart(runs: Sequence[tuple[RunHistory, str]]) -> Chart | None
         for span in _spans(run):
             first, last = run.points[span[0]], run.points[span[-1]]
             run_column = [name] if len(runs) > 1 else []
-            rates = [_text(values[i]) for values in (decoder, backbone) for i in (span[0], span[-1])]
+            rates = [_text(float(values[i])) for values in (decoder, backbone) for i in (span[0], span[-1])]
             rows.append([*run_column, f"{first.number} to {last.number}", *rates])
     if not rows:
         return None
@@ -248,7 +256,7 @@ def _incident_marks(run: RunHistory) -> tuple[list[Trace], list[dict[str, Any]]]
     x, folders, texts = (list(column) for column in zip(*incidents, strict=True))
     marks = _marks(x, texts, "incidents", "triangle-down", INCIDENT, 0.97)
     marks["customdata"] = [f"incident-{folder}" for folder in folders]
-    reach = 0.04 * max(1, run.points[-1].number - run.points[0].number)  # closer ones share a link to the first
+    reach = 0.08 * max(1, run.points[-1].number - run.points[0].number)  # closer ones share a link to the first
     groups: list[list[int]] = []
     for index, at in enumerate(x):
         if groups and at - x[groups[-1][0]] < reach:
@@ -266,21 +274,24 @@ def _incident_marks(run: RunHistory) -> tuple[list[Trace], list[dict[str, Any]]]
 
 
 def _saved_windows(run: RunHistory) -> list[Trace]:
-    saved = sorted((at, file) for file, at in run.saved.items() if not math.isnan(at) and file != "best_model.pth")
+    saved = sorted((at, file) for file, at in run.saved.items() if not math.isnan(at) and file != BEST)
     if not saved:
         return []
-    chosen = sorted({*range(0, len(saved), max(1, len(saved) // MOST_POINTS)), len(saved) - 1})
+    chosen = sorted({*range(0, len(saved), -(-len(saved) // _MOST_TICKS)), len(saved) - 1})
     x, files = zip(*(saved[index] for index in chosen), strict=True)
     return [_marks(list(x), list(files), "checkpoints", "triangle-up", CHECKPOINT, 0.02)]
 
 
 def _marks(x: Sequence[float], texts: Sequence[str], name: str, symbol: str, colour: str, height: float) -> Trace:
     """Marks at a height of the chart, from 0 to 1, whatever its values are: on an axis of their own."""
+    marker: dict[str, Any] = {"symbol": symbol, "size": 11, "color": colour}
+    if symbol == "triangle-up" and len(x) > _MOST_TRIANGLES:
+        marker |= {"symbol": "line-ns", "size": 8, "line": {"width": 1, "color": colour}}
     wrapped = ["<br>".join(_wrapped(text)) for text in texts]
     return {
         "type": "scatter", "mode": "markers", "name": name, "x": list(x), "y": [height] * len(x), "yaxis": "y2",
         "text": wrapped, "hovertemplate": "%{text}<extra></extra>",
-        "marker": {"symbol": symbol, "size": 11, "color": colour},
+        "marker": marker,
     }  # fmt: skip
 
 

@@ -106,9 +106,19 @@ class RunHistory:
         points = []
         for (epoch, window), event in sorted(self.windows.items()):
             counted = whole(event, "global_window", before[epoch] + window)
-            numbers = (number(event, key) for key in ("loss", "grad_norm", "loss_scale", "lr"))
-            applied = event.get("verdict") == "applied"
-            points.append(WindowPoint(counted, whole(event, "stage"), epoch, window, *numbers, applied))
+            points.append(
+                WindowPoint(
+                    number=counted,
+                    stage=whole(event, "stage"),
+                    epoch=epoch,
+                    window=window,
+                    loss=number(event, "loss"),
+                    grad_norm=number(event, "grad_norm"),
+                    loss_scale=number(event, "loss_scale"),
+                    lr=number(event, "lr"),
+                    applied=event.get("verdict") == "applied",
+                )
+            )
         return points
 
     @cached_property

@@ -13,20 +13,18 @@ from torch import Tensor
 from data.dataset import load_image, load_mask
 from data.layouts import Pair
 from data.loading import unit_range
-from reporting.history import number, whole
+from reporting.history import number
 from training.precision import Precision
 from training.runlog import Listener
 from training.state import TrainState
 
 NO_TENSORBOARD = "TensorBoard: not installed, so nothing is written for it (pip install tensorboard)"
 NO_PLOTLY_TO_TRAIN = "Report: plotly is not installed, so no report.html is written at the end (pip install plotly)"
-_EPOCH_SCALARS = {
-    "loss": "loss", "iou": "iou", "dice": "dice", "mae": "mae", "s_measure": "s_measure",
-    "grad_norm_avg": "gradient norm, mean", "grad_norm_max": "gradient norm, largest", "lr": "lr, decoder",
-    "backbone_lr": "lr, backbone", "images_per_second": "images per second", "skipped": "windows skipped",
-    "overflows": "overflows",
-}  # fmt: skip
-_WINDOW_SCALARS = {"loss": "loss", "grad_norm": "gradient norm", "loss_scale": "loss scale", "lr": "lr, decoder"}
+_EPOCH_SCALARS = (
+    "epoch", "loss", "iou", "dice", "mae", "s_measure", "grad_norm_avg", "grad_norm_max", "lr", "backbone_lr",
+    "images_per_second", "skipped", "overflows", "unreadable",
+)  # fmt: skip
+_WINDOW_SCALARS = ("loss", "grad_norm", "loss_scale", "lr")
 _FLUSH_SECONDS = 30
 _NUM_SAMPLES = 4
 
@@ -118,9 +116,8 @@ class TensorBoardCurves:
             self._window = fields
         elif event == "epoch":
             self._write_window()
-            for key, name in _EPOCH_SCALARS.items():
-                self._writer.add_scalar(f"epoch/{name}", number(fields, key), self._step)
-            self._writer.add_scalar("epoch/number", whole(fields, "epoch"), self._step)
+            for key in _EPOCH_SCALARS:
+                self._writer.add_scalar(f"epoch/{key}", number(fields, key), self._step)
             self._write_samples()
             self._writer.flush()
         elif event == "incident":
@@ -136,8 +133,8 @@ class TensorBoardCurves:
         if fields is None:
             return
         self._step = fields["global_window"]
-        for key, name in _WINDOW_SCALARS.items():
-            self._writer.add_scalar(f"window/{name}", number(fields, key), self._step)
+        for key in _WINDOW_SCALARS:
+            self._writer.add_scalar(f"window/{key}", number(fields, key), self._step)
 
     def _write_samples(self) -> None:
         samples = self._samples() if self._samples is not None else None

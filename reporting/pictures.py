@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,7 +140,7 @@ def _predicted(file: Path, title: str, pairs: Sequence[tuple[str, Pair]], few: b
     worst = ranked[: min(SHOWN, -(-len(ranked) // 2))]
     best = ranked[max(len(worst), len(ranked) - SHOWN) :]
     examples = [
-        _example(*pairs[index], rank, *kept[index])
+        _example(pairs[index], rank, kept[index])
         for rank, chosen in (("worst", worst), ("best", best[::-1]))
         for _, index in chosen
     ]
@@ -152,7 +151,8 @@ def _predicted(file: Path, title: str, pairs: Sequence[tuple[str, Pair]], few: b
     return Gallery(title, note, examples)
 
 
-def _example(name: str, pair: Pair, rank: str, scores: dict[str, float], prediction: NDArray[np.uint8]) -> Example:
+def _example(named: tuple[str, Pair], rank: str, predicted: tuple[dict[str, float], NDArray[np.uint8]]) -> Example:
+    (name, pair), (scores, prediction) = named, predicted
     mask = decode_mask(pair.mask)
     photograph = decode_image(pair.image).resize(mask.shape[::-1], Image.Resampling.BILINEAR)
     errors, false_alarm, missed = error_map(photograph, mask, prediction)
@@ -162,9 +162,9 @@ def _example(name: str, pair: Pair, rank: str, scores: dict[str, float], predict
         f"prediction, IoU {scores['iou']:.3f}",
         f"error map: {false_alarm:.1%} of the image is a false alarm, {missed:.1%} is missed",
     )
-    pixels: tuple[Any, ...] = (np.asarray(photograph), mask.astype(np.uint8) * 255, prediction, errors)
+    pixels: tuple[NDArray[np.uint8], ...] = (np.asarray(photograph), mask.astype(np.uint8) * 255, prediction, errors)
     images = (thumbnail(source) for source in pixels)
-    panels = [_panel(*texts, image) for *texts, image in zip(_TITLES, alt, images, strict=True)]
+    panels = [_panel(title, text, image) for title, text, image in zip(_TITLES, alt, images, strict=True)]
     return Example(name, rank, scores, panels)
 
 
@@ -183,7 +183,7 @@ def error_map(
     """
     grey = np.asarray(photograph.convert("L"), dtype=np.float32)[..., None] * 0.35
     wrong = np.abs(prediction.astype(np.float32) / 255 - mask)[..., None]
-    colour = np.where(mask[..., None], np.float32(_MISS), np.float32(_FALSE_ALARM))
+    colour = np.where(mask[..., None], np.array(_MISS, np.float32), np.array(_FALSE_ALARM, np.float32))
     pixels = (grey * (1 - wrong) + colour * wrong).round().astype(np.uint8)
     found = prediction >= 128
     return pixels, float((found & ~mask).mean()), float((~found & mask).mean())
