@@ -265,11 +265,12 @@ def _incident_marks(run: RunHistory) -> tuple[list[Trace], list[dict[str, Any]]]
             groups.append([index])
     annotations = []
     for group in groups:
-        first, last = (int(folders[group[position]]) for position in (0, -1))
+        first, last = (folders[group[position]].lstrip("0") for position in (0, -1))
         label = str(first) if first == last else f"{first}, …"
-        link = f'<a href="#incident-{folders[group[0]]}" target="_self">{label}</a>'
+        entry = f"incident-{folders[group[0]]}"
+        link = f'<a href="#{entry}" target="_self">{label}</a>'
         place = {"x": x[group[0]], "y": 1.0, "yref": "paper", "yanchor": "bottom", "showarrow": False}
-        annotations.append({"text": link, **place, "font": {"color": INCIDENT, "size": 13}})
+        annotations.append({"name": entry, "text": link, **place, "font": {"color": INCIDENT, "size": 13}})
     return [marks], annotations
 
 

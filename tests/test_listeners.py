@@ -1,5 +1,6 @@
 """TensorBoard's events of a run, read back by TensorBoard itself."""
 
+import io
 import json
 import resource
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Argv, SignalAt, differing_tensors
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from reporting.listeners import TensorBoardCurves
@@ -77,7 +79,8 @@ def test_listeners_do_not_change_the_weights(
 
 
 def test_a_full_disk_costs_a_warning_and_no_traceback(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    curves = TensorBoardCurves(tmp_path / "tensorboard", 0, lambda: (torch.rand(4, 3, 64, 64),) * 3)
+    noise = torch.rand(4, 3, 64, 64)
+    curves = TensorBoardCurves(tmp_path / "tensorboard", 0, lambda: (noise, noise, noise))
     log = RunLog(tmp_path)
     log.listeners.append(curves)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -129,9 +132,8 @@ def test_tensorboard_serves_scalars_and_images(tiny_argv: Argv, tmp_path: Path, 
             series = fetch(port, "scalars/scalars", run="tensorboard", tag="window/loss")
             assert [step for _, step, _ in json.loads(series)] == list(range(1, 17))
             (image, *_) = json.loads(fetch(port, "images/images", run="tensorboard", tag="validation/prediction"))
-            assert image["width"] == 128
-            picture = fetch(port, f"images/individualImage?{image['query']}")
-            assert picture.startswith(b"\x89PNG")
+            picture = Image.open(io.BytesIO(fetch(port, f"images/individualImage?{image['query']}")))
+            assert (picture.format, picture.size) == ("PNG", (128, 64))  # two of 64 pixels, side by side
         finally:
             server.send_signal(signal.SIGTERM)
 
