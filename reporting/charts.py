@@ -131,10 +131,12 @@ def _loss_chart(runs: Sequence[tuple[RunHistory, str]]) -> Chart | None:
 
 
 def _norm_chart(runs: Sequence[tuple[RunHistory, str]]) -> Chart | None:
-    description = (
-        "Before clipping, on a logarithmic scale. Above the spike limit, recomputed here from the norms before it, a "
-        "window is skipped or clipped, as --spike-policy says."
-    )
+    description = "Before clipping, on a logarithmic scale."
+    if len(runs) == 1 and runs[0][0].settings.get("spike_policy") != "off":
+        description += (
+            " Above the spike limit, recomputed here from the norms before it, a window is skipped or clipped, "
+        )
+        description += "as --spike-policy says."
     chart = _window_chart(
         runs,
         "gradient-norm",

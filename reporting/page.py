@@ -14,6 +14,7 @@ from reporting.pictures import Gallery
 _VERSIONS = ("git_commit", "python", "torch", "torchvision", "timm", "numpy", "pillow")
 _SAMPLES_SHOWN = 12  # of an incident's window, and of unreadable images
 
+_RIGHT = ' class="number"'
 _NO_SCALE = '<p class="soft">Loss scale: 1 in every window, as it is without fp16; no chart of it.</p>'
 
 _STYLE = """
@@ -47,13 +48,13 @@ figure { margin: 0; min-width: 0; }
 .charts > figure { border: 1px solid var(--line); border-radius: 0.5rem; padding: 0.8rem; }
 .chart { min-height: 320px; width: 100%; }
 .chart a { cursor: pointer; }
-.scroll { overflow-x: auto; max-height: 26rem; }
+.scroll { overflow: auto; max-height: 26rem; margin: 0.5rem 0 1rem; }
 details { margin: 0.5rem 0; }
 summary { cursor: pointer; color: var(--link); padding: 0.2rem 0; }
 table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding: 0.25rem 0; }
 th, td { text-align: left; vertical-align: top; padding: 0.2rem 1rem 0.2rem 0; border-bottom: 1px solid var(--line); }
-td.number { text-align: right; white-space: nowrap; overflow-wrap: normal; }
+.number { text-align: right; white-space: nowrap; overflow-wrap: normal; }
 thead th { overflow-wrap: normal; vertical-align: bottom; }
 .incident { border-left: 4px solid var(--bad); background: var(--raised); border-radius: 0.25rem;
   padding: 0.6rem 0.9rem; margin: 0.75rem 0; }
@@ -228,7 +229,7 @@ def _charts(charts: Sequence[Chart]) -> str:
         f'<figure aria-labelledby="{chart.key}-title"><h3 id="{chart.key}-title">{escape(chart.title)}</h3>'
         f"<figcaption>{escape(chart.description)}</figcaption>"
         f'<div class="chart" id="chart-{chart.key}" role="group" aria-label="Chart: {escape(chart.title)}"></div>'
-        f"<details><summary>Data table: {escape(chart.title.lower())}</summary>{_table(chart.table)}</details></figure>"
+        f"<details><summary>Data table: {escape(chart.title)}</summary>{_table(chart.table)}</details></figure>"
         for chart in charts
     )
     scale = "" if any(chart.key == "loss-scale" for chart in charts) else _NO_SCALE
@@ -237,11 +238,18 @@ def _charts(charts: Sequence[Chart]) -> str:
 
 def _table(table: Table) -> str:
     """Scrolls by itself where it is too large, by keyboard, too."""
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
+    numeric = [all(map(_is_number, column)) for column in zip(*table.rows, strict=True)]  # those columns align
+    head = "".join(
+        f'<th scope="col"{_RIGHT if right else ""}>{escape(column)}</th>'
+        for right, column in zip([False, *numeric[1:]], table.columns, strict=True)
+    )
     rows = "".join(
         "<tr>"
         + f'<th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td{_alignment(cell)}>{escape(cell)}</td>" for cell in row[1:])
+        + "".join(
+            f"<td{_RIGHT if right else ''}>{escape(cell)}</td>"
+            for right, cell in zip(numeric[1:], row[1:], strict=True)
+        )
         + "</tr>"
         for row in table.rows
     )
@@ -252,12 +260,12 @@ def _table(table: Table) -> str:
     )
 
 
-def _alignment(cell: str) -> str:
+def _is_number(cell: str) -> bool:
     try:
         float(cell)
     except ValueError:
-        return ' class="number"' if cell == "-" else ""
-    return ' class="number"'
+        return cell == "-"
+    return True
 
 
 def _incidents(run: RunHistory, several: bool) -> str:
