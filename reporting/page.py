@@ -238,7 +238,7 @@ def _charts(charts: Sequence[Chart]) -> str:
 
 def _table(table: Table) -> str:
     """Scrolls by itself where it is too large, by keyboard, too."""
-    numeric = [all(map(_is_number, column)) for column in zip(*table.rows, strict=True)]  # those columns align
+    numeric = [all(_is_number(row[index]) for row in table.rows) for index in range(len(table.columns))]
     head = "".join(
         f'<th scope="col"{_RIGHT if right else ""}>{escape(column)}</th>'
         for right, column in zip([False, *numeric[1:]], table.columns, strict=True)
