@@ -62,6 +62,7 @@ thead th { overflow-wrap: normal; vertical-align: bottom; }
 .facts { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: 0.15rem 1rem; margin: 0.5rem 0; }
 .facts dt { color: var(--soft); }
 .facts dd { margin: 0; min-width: 0; }
+@media (max-width: 30rem) { .facts { grid-template-columns: 1fr; } .facts dd { margin-bottom: 0.4rem; } }
 code, pre { font-family: ui-monospace, monospace; font-size: 0.88em; }
 pre { background: var(--raised); border-radius: 0.25rem; padding: 0.6rem; white-space: pre-wrap; margin: 0.5rem 0; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem 1.5rem; }
