@@ -67,12 +67,15 @@ def parse(argv: Sequence[str] | None, saved: dict[str, Any] | None = None) -> ar
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one"
     )
     _add_evaluate(commands)
+    _add_predict(commands)
     _add_report(commands)
     check_data = commands.add_parser("check-data", help="list what is wrong with a data set, file by file")
     _add_check_data_flags(check_data)
     args = parser.parse_args(argv)
     if args.command == "evaluate":
         _check_evaluate(args)
+    if args.command == "predict" and args.img_size is not None:
+        _check_img_size(args.img_size)
     if args.command not in ("train", "demo"):
         return args
     args.zoom = sorted(set(args.zoom or ZOOMS))
@@ -217,13 +220,45 @@ def _add_evaluate(commands: "argparse._SubParsersAction[_Parser]") -> None:
     flag("--json", metavar="FILE", help="everything: scores, curves, groups, and each image's scores")
     flag("--save-predictions", metavar="DIR", help="8-bit PNGs at the masks' sizes, in one folder a set")
     flag("--contact-sheet", metavar="FILE", help="a picture of the 24 worst: image, mask, prediction")
+    # fmt: on
+    _add_machine_flags(parser, "score")
 
+
+def _add_predict(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser(
+        "predict", usage="%(prog)s --checkpoint FILE INPUT... --output DIR [flags]",
+        help="find the objects in photographs; no masks needed",
+    )  # fmt: skip
+    # fmt: off
+    parser.add_argument("inputs", metavar="INPUT", nargs="+",
+                        help="an image; a folder, with all below it; or a quoted pattern such as 'frames/**/*.jpg'")
+    flag = parser.add_argument_group("what to write").add_argument
+    flag("--output", metavar="DIR", required=True,
+         help="where PNGs go, at the photographs' sizes, in the input folder's sub-folders: probabilities x 255")
+    flag("--threshold", metavar="P", type=_number(0, 1),
+         help="write masks instead, 255 from this probability on, else 0")
+    flag("--overlay", action=argparse.BooleanOptionalAction, default=False,
+         help="beside them, in DIR/overlays, JPEGs of the photographs with the objects (probability from --threshold "
+         "on, or else 0.5) tinted and outlined")
+
+    flag = parser.add_argument_group("network").add_argument
+    flag("--checkpoint", metavar="FILE", required=True,
+         help="a checkpoint of train, such as best_model.pth; its averaged weights are used")
+    flag("--tta", action=argparse.BooleanOptionalAction, default=False,
+         help="average the logits of each image and its mirror image: a little better at twice the time")
+    _add_machine_flags(parser, "decode and write")
+    # fmt: on
+
+
+def _add_machine_flags(parser: _Parser, work: str) -> None:
+    """Of the commands that use a trained network."""
+    # fmt: off
     flag = parser.add_argument_group("machine").add_argument
     flag("--img-size", type=_whole(32), help="side of the network's input (default: as it was trained)")
     flag("--batch-size", type=_whole(1), default=8, help="images that go through the network at once")
     flag("--precision", choices=("auto", "fp16", "bf16", "fp32"), default="auto", help="of the forward pass")
     flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one")
-    flag("--num-workers", type=_whole(0), help="processes that score (default: CPU cores, at most 8); 0: this one")
+    flag("--num-workers", type=_whole(0), help=f"processes that {work} (default: CPU cores, at most 8); 0: this one")
     # fmt: on
 
 

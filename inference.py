@@ -1,6 +1,6 @@
 """From a checkpoint to predictions: the network as it was validated, and the field's way from logits to grey levels."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from builders import build_network, memory_format_of, on_device, settings_of
-from data.evaluation import images_to_score
+from builders import memory_format_of, on_device, settings_of
+from data.evaluation import PreparedBatch, images_to_predict, images_to_score
 from data.layouts import Pair
 from data.loading import unit_range
 from metrics import ByteArray
 from models import CamouflageSegmenter
+from models.trained import network_of
 from training.checkpoint import read_checkpoint
 from training.precision import Precision, resolve_device, resolve_precision
-from training.state import load_weights
 
 
 @dataclass(frozen=True)
@@ -55,36 +55,64 @@ def load_network(
         ValueError: no checkpoint of this program, one that holds weights alone, or weights that fit no other size.
     """
     checkpoint = read_checkpoint(path)
-    if "config" not in checkpoint:
-        raise ValueError(
-            f"{path}: holds weights alone and does not tell which network they are of; "
-            f"use a checkpoint of a run, such as best_model.pth"
-        )
+    model = network_of(checkpoint, path, img_size)
     settings = settings_of(checkpoint["config"]["settings"])
-    settings.img_size = img_size or settings.img_size
-    device = resolve_device(device_name)
-    memory_format = memory_format_of(settings)
-    model = on_device(build_network(settings, load_weights=False), device, memory_format)
-    average = checkpoint.get("ema")
-    load_weights(model, checkpoint["model"] if average is None else average["model"])
+    device, memory_format = resolve_device(device_name), memory_format_of(settings)
     return TrainedNetwork(
-        model.eval(), settings.img_size, device, resolve_precision(precision_name, device), memory_format, tta
+        on_device(model, device, memory_format),
+        img_size or settings.img_size,
+        device,
+        resolve_precision(precision_name, device),
+        memory_format,
+        tta,
     )
 
 
-@torch.inference_mode()
 def predict_pairs(
     network: TrainedNetwork, pairs: Sequence[Pair], batch_size: int, num_workers: int
 ) -> Iterator[tuple[int, ByteArray | str]]:
     """For each pair, in order: its index, and the prediction at its mask's size, or why there is none."""
     loader = images_to_score(pairs, network.img_size, batch_size, num_workers, network.device.type == "cuda")
-    for batch in loader:
-        images = unit_range(batch.images.to(network.device, non_blocking=True), network.memory_format)
-        logits = network.logits(images)
+    return _predict(network, loader, [pair.image for pair in pairs], grey_levels)
+
+
+def predict_images(
+    network: TrainedNetwork, images: Sequence[Path], batch_size: int, num_workers: int, threshold: float | None = None
+) -> Iterator[tuple[int, ByteArray | str]]:
+    """For each image, in order: its index, and the prediction at its own size, upright, or why there is none.
+
+    The prediction is the probability times 255, or with a threshold 255 where the probability reaches it, else 0.
+    """
+    loader = images_to_predict(images, network.img_size, batch_size, num_workers, network.device.type == "cuda")
+    return _predict(network, loader, images, lambda logits, size: probability_levels(logits, size, threshold))
+
+
+@torch.inference_mode()
+def _predict(
+    network: TrainedNetwork,
+    batches: Iterable[PreparedBatch],
+    images: Sequence[Path],
+    levels: Callable[[Tensor, tuple[int, int]], ByteArray],
+) -> Iterator[tuple[int, ByteArray | str]]:
+    for batch in batches:
+        inputs = unit_range(batch.images.to(network.device, non_blocking=True), network.memory_format)
+        logits = network.logits(inputs)
         for index, size, error, image_logits in zip(batch.indices, batch.sizes, batch.errors, logits, strict=True):
-            if not error and not torch.isfinite(image_logits).all():  # a host sync, as is grey_levels
-                error = f"{pairs[index].image}: the network's output is not finite; try --precision fp32"
-            yield index, error or grey_levels(image_logits, size)
+            if not error and not torch.isfinite(image_logits).all():  # a host sync, as are both kinds of levels
+                error = f"{images[index]}: the network's output is not finite; try --precision fp32"
+            yield index, error or levels(image_logits, size)
+
+
+def probability_levels(logits: Tensor, size: tuple[int, int], threshold: float | None = None) -> ByteArray:
+    """Logits of one image, (1, h, w), as probabilities times 255, (H, W), or as a mask of 0 and 255.
+
+    Resized as logits, bilinearly; then the logistic function. Nothing is stretched: an image without an object stays
+    dark. In place, for the sake of large photographs. A host sync.
+    """
+    probabilities = _resized(logits, size).sigmoid_()
+    if threshold is not None:
+        return (probabilities >= threshold).to(torch.uint8).mul_(255).cpu().numpy()
+    return probabilities.mul_(255).round_().to(torch.uint8).cpu().numpy()
 
 
 def grey_levels(logits: Tensor, size: tuple[int, int]) -> ByteArray:
@@ -93,8 +121,12 @@ def grey_levels(logits: Tensor, size: tuple[int, int]) -> ByteArray:
     The field's way: resized as logits, bilinearly; then the logistic function; then stretched from the least to the
     largest value. A host sync.
     """
-    resized = F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0, 0]
-    probabilities = resized.sigmoid()
+    probabilities = _resized(logits, size).sigmoid_()
     low, high = probabilities.aminmax()
     stretched = torch.where(high > low, (probabilities - low) / (high - low), probabilities)
     return (stretched * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def _resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """(1, h, w) -> (H, W), in memory of its own."""
+    return F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0, 0]

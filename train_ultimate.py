@@ -123,7 +123,7 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
         set_learning_rates(state.optimizer, window.lr * state.ladder.lr_factor, stage.backbone_lr_scale)
         gated_step(state.optimizer, skip)
         guard.end_window(skip)
-        window.scaler.update_after(loss)
+        window.scaler.update_after(loss, found_inf)
         state.optimizer.zero_grad(set_to_none=True)
         pending = window, PendingOutcome(loss, grad_norm, found_inf, spike, loss_scale, requests)
         if window.attempt == 0:
@@ -383,7 +383,7 @@ def train(run: Run) -> None:
 
 def rescue(run: Run) -> str:
     """After an error: save what has been trained, unless it struck in the midst of a step; returns what to tell."""
-    if not run.consistent or run.ranks.shards:  # sharded weights take all ranks to be saved
+    if run.ranks.shards or not (run.consistent and run.ranks.is_first):  # what is sharded takes all ranks to be saved
         return ""
     try:
         return f" ({save_and_wait(run)})"
@@ -394,7 +394,7 @@ def rescue(run: Run) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done; 1 a bug; 2 bad usage or input; 3 diverged; 130 / 143 stopped by a signal.
 
-    Of ``check-data``: 1 for findings; of ``evaluate``: 1 for an image that could not be scored.
+    Of ``check-data``: 1 for findings; of ``evaluate`` and ``predict``: 1 for an image that could not be read.
     """
     if (exit_code := commands.run(argv)) is not None:
         return exit_code
@@ -402,32 +402,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(run, int):
         return run
     exit_code, message = 0, ""
-    try:
-        with run.stop:
+    with run.stop:  # to the end of what is done about an error: launchers send SIGTERM as soon as one rank has failed
+        try:
             train(run)
             run.store.wait()
             if run.store.failure is not None:  # a last attempt, for what has been trained since the last good file
                 message = save_and_wait(run)
                 exit_code = 0 if run.store.failure is None else 1
-    except StoppedError as stopped:
-        exit_code, message = stopped.exit_code, str(stopped) if run.ranks.is_first else ""
-    except torch.OutOfMemoryError:
-        way_out = "--gradient-checkpointing, a smaller --img-size or --backbone needs less"
-        exit_code, message = 1, f"out of memory with the smallest batches; {way_out}. Go on with: {resume_command(run)}"
-        message += rescue(run)
-    except UnreadableDataError as error:
-        exit_code, message = 2, f"{error}; then go on with: {resume_command(run)}{rescue(run)}"
-    except KeyboardInterrupt:
-        exit_code, message = 130, f"stopped at once. Go on from the newest checkpoint with: {resume_command(run)}"
-    except Exception as error:
-        if lost := run.ranks.lost():
-            exit_code, message = 1, f"{lost} has ended ({str(error).splitlines()[0]}){rescue(run)}"
-        else:
-            traceback.print_exc()
-            exit_code, message = 1, f"unexpected, see above. Go on with: {resume_command(run)}{rescue(run)}"
-    progress, ladder = run.state.progress, run.state.ladder
+        except StoppedError as stopped:
+            exit_code, message = stopped.exit_code, str(stopped) if run.ranks.is_first else ""
+        except torch.OutOfMemoryError:
+            exit_code, way_out = 1, "--gradient-checkpointing, a smaller --img-size or --backbone needs less"
+            message = (
+                f"out of memory with the smallest batches; {way_out}. Go on with: {resume_command(run)}{rescue(run)}"
+            )
+        except UnreadableDataError as error:
+            exit_code, message = 2, f"{error}; then go on with: {resume_command(run)}{rescue(run)}"
+        except KeyboardInterrupt:
+            exit_code, message = 130, f"stopped at once. Go on from the newest checkpoint with: {resume_command(run)}"
+        except Exception as error:
+            exit_code, reason = 1, next(iter(str(error).splitlines()), type(error).__name__)
+            if lost := run.ranks.lost():
+                message = f"{lost} has ended ({reason}){rescue(run)}"
+            else:
+                traceback.print_exc()
+                message = f"unexpected, see above. Go on with: {resume_command(run)}{rescue(run)}"
+    progress, ladder, unreadable = run.state.progress, run.state.ladder, list(run.unreadable.reasons)
     best = {"best_iou": progress.best_iou, "best_epoch": progress.best_epoch}
-    unreadable = list(run.unreadable.reasons)
     run.log.event("run_end", exit_code=exit_code, **best, recovery=ladder.summary(), unreadable=unreadable)
     if run.lock is not None:
         unlock_directory(run.lock)
@@ -436,9 +437,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if exit_code:
         print(*([f"error: {message}"] if message else []), file=sys.stderr, end="\n" if message else "")
     else:
-        directory = run.store.directory
         print(f"Done: validation IoU {progress.best_iou:.4f}, reached at epoch {progress.best_epoch}")
-        print(f"Weights: {directory / 'best_model.pth'}, curves: {directory / 'metrics.jsonl'}")
+        print(f"Weights: {run.store.best_path}, curves: {run.store.directory / 'metrics.jsonl'}")
     run.log.close()
     return exit_code
 

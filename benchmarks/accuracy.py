@@ -22,7 +22,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,12 +38,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import builders
 import cli
-import inference
 from data.figures import contact_sheet, thumbnail
 from data.layouts import find_subsets
 from data.processes import keep_freed_memory
 from losses import deep_supervision_loss
-from models import CamouflageSegmenter
+from models import CamouflageSegmenter, trained
 from models.backbone import speed_up_depthwise
 from models.zoom import resized
 from train_ultimate import main as command
@@ -145,14 +144,19 @@ def builder_of(model: str) -> Callable[[argparse.Namespace, bool], CamouflageSeg
 @contextlib.contextmanager
 def in_place_of_ours(model: str) -> Iterator[None]:
     build = builder_of(model)
-    with mock.patch.object(builders, "build_network", build), mock.patch.object(inference, "build_network", build):
+
+    def build_trained(settings: Mapping[str, Any], img_size: int) -> CamouflageSegmenter:
+        return build(builders.settings_of({**settings, "img_size": img_size}), False)
+
+    train, use = (builders, "build_network", build), (trained, "build_as_trained", build_trained)
+    with mock.patch.object(*train), mock.patch.object(*use):
         yield
 
 
 def train_and_evaluate(model: str, seed: int, options: argparse.Namespace) -> None:
     name, *own_flags = model.split()
     directory = directory_of(model, seed, options)
-    done = directory / ("validation.json" if options.validation_only else "test.json")
+    done = directory / scores_file(options)
     if done.exists():
         return
     print(f"== {model}, seed {seed}")
@@ -169,13 +173,18 @@ def train_and_evaluate(model: str, seed: int, options: argparse.Namespace) -> No
             return
         checkpoint, result = str(directory / "best_model.pth"), directory / "unfinished.json"
         flags = ["--checkpoint", checkpoint, "--dataset-path", options.dataset_path, "--json", str(result)]
-        if (code := command(["evaluate", *flags, "--save-predictions", str(directory / "predictions")])) != 0:
+        flags += ["--tta"] if options.tta else ["--save-predictions", str(directory / "predictions")]
+        if (code := command(["evaluate", *flags])) != 0:
             raise SystemExit(code)
     result.rename(done)
 
 
 def directory_of(model: str, seed: int, options: argparse.Namespace) -> Path:
     return options.out / f"{model.replace(' ', '_')}-{seed}"
+
+
+def scores_file(options: argparse.Namespace) -> str:
+    return "validation.json" if options.validation_only else "test-tta.json" if options.tta else "test.json"
 
 
 def side_by_side(options: argparse.Namespace) -> Image.Image:
@@ -203,7 +212,7 @@ def best_epoch(log: Path) -> dict[str, float]:
 def results(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     """Model -> scores of each seed."""
     found: dict[str, list[dict[str, float]]] = {}
-    for path in sorted(options.out.glob("*/validation.json" if options.validation_only else "*/test.json")):
+    for path in sorted(options.out.glob(f"*/{scores_file(options)}")):
         scores = json.loads(path.read_text())
         if not options.validation_only:
             (test_set,) = scores["sets"].values()
@@ -272,6 +281,7 @@ def main() -> None:
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--validation-only", action="store_true", help="the test set is not looked at")
+    parser.add_argument("--tta", action="store_true", help="test scores with mirror images")
     parser.add_argument("--speed-rounds", type=int, default=15)
     parser.add_argument("more", nargs="*", help="after --: more flags of train, for all of them")
     parser.add_argument(

@@ -63,7 +63,7 @@ def gated(run: Run, guard: BufferGuard) -> Callable[[Run, Window], None]:
         skip = should_skip(loss, grad_norm, found_inf, spike)
         gated_step(state.optimizer, skip)
         guard.end_window(skip)
-        window.scaler.update_after(loss)
+        window.scaler.update_after(loss, found_inf)
         state.optimizer.zero_grad(set_to_none=True)
         pending.append(PendingOutcome(loss, grad_norm, found_inf, spike, loss_scale))
 

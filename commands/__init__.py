@@ -52,6 +52,10 @@ def _run(args: argparse.Namespace) -> int | None:
         from commands.check_data import check_data
 
         return check_data(args.dataset_path, args.json, args.write_exclude, num_workers, args.include_noncam)
+    if args.command == "predict":
+        from commands.predict import predict
+
+        return predict(args, num_workers)
     from commands.evaluate import evaluate
 
     return evaluate(args, num_workers)

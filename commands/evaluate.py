@@ -6,9 +6,7 @@ Images stream through: a network (or files) on one side, processes that score on
 import argparse
 import heapq
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from data.layouts import (
     split_of,
     superclass_of,
 )
-from data.processes import process_pool
+from data.processes import map_in_order
 from metrics import ByteArray, ImageScores, MeanScores, score_image
 from training.runlog import environment, write_json
 
@@ -40,7 +38,6 @@ _COLUMNS = {  # as papers print them
 }  # fmt: skip
 _GROUP_COLUMNS = ("s_measure", "weighted_f", "mae", "mean_e", "mean_f", "iou", "dice")  # means of image scores
 _NUM_WORST = 24
-_QUEUED_PER_PROCESS = 4
 
 
 @dataclass(frozen=True)
@@ -172,18 +169,9 @@ def scored_cases(cases: Iterable[Case | str], num_processes: int) -> Iterator[tu
         cases: or the reason why there is none, which is passed on.
         num_processes: 0: here.
     """
-    if num_processes == 0:
-        for case in cases:
-            yield (_NO_CASE, case) if isinstance(case, str) else (case, score_case(case))
-        return
-    under_way: deque[tuple[Case, Future[Scored | str] | str]] = deque()
-    with process_pool(num_processes, "scores", "try fewer with --num-workers") as pool:
-        for case in cases:
-            under_way.append((_NO_CASE, case) if isinstance(case, str) else (case, pool.submit(score_case, case)))
-            if len(under_way) > _QUEUED_PER_PROCESS * num_processes:
-                yield _result(*under_way.popleft())
-        while under_way:
-            yield _result(*under_way.popleft())
+    way_out = "try fewer with --num-workers"
+    for case, scored in map_in_order(_scored, cases, num_processes, "scores", way_out):
+        yield (_NO_CASE if isinstance(case, str) else case), scored
 
 
 def score_case(case: Case) -> Scored | str:
@@ -210,8 +198,8 @@ def score_case(case: Case) -> Scored | str:
 _NO_CASE = Case("", Path(), None, Path())
 
 
-def _result(case: Case, result: "Future[Scored | str] | str") -> tuple[Case, Scored | str]:
-    return case, result if isinstance(result, str) else result.result()
+def _scored(case: Case | str) -> Scored | str:
+    return case if isinstance(case, str) else score_case(case)
 
 
 def _cases_of_checkpoint(

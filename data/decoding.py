@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from photograph import fixed_size, upright_rgb
+
 BoolArray = NDArray[np.bool_]
 UInt8Array = NDArray[np.uint8]
 
@@ -21,7 +23,7 @@ def decode_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as file:
-            return to_rgb(ImageOps.exif_transpose(file))
+            return upright_rgb(file)
     except Exception as error:  # Pillow's plug-ins raise anything for a damaged file, TypeError included
         raise ValueError(decode_message(path, error)) from error
 
@@ -77,8 +79,7 @@ def fixed_size_image(path: Path, size: int) -> UInt8Array:
     Raises:
         ValueError: the file cannot be decoded.
     """
-    image = decode_image(path).resize((size, size), Image.Resampling.BILINEAR)
-    return np.ascontiguousarray(np.array(image).transpose(2, 0, 1))
+    return fixed_size(decode_image(path), size)
 
 
 def fixed_size_mask(path: Path, size: int) -> UInt8Array:
@@ -135,12 +136,3 @@ def image_size(path: Path) -> tuple[int, int]:
 def decode_message(path: Path, error: Exception) -> str:
     reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error) or type(error).__name__
     return f"{path}: cannot be decoded ({reason})"
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded image of any mode as RGB; transparency is dropped."""
-    if image.mode.startswith(("I", "F")):  # 16-bit grey: convert("RGB") would clip it to white
-        values = np.array(image, dtype=np.float64)
-        scale = 257 if values.max(initial=0) > 255 else 1
-        image = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")

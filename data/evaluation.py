@@ -2,56 +2,73 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.dataset import load_image
-from data.decoding import image_size
+from data.decoding import decode_image, image_size
 from data.layouts import Pair
 from data.loading import begin_loader_process
+from photograph import fixed_size
 
 
 @dataclass(frozen=True)
-class ImageToScore:
+class PreparedImage:
     image: Tensor  # (3, S, S) uint8 RGB; zeros where there is an error
     index: int
-    size: tuple[int, int]  # (H, W) of the mask
+    size: tuple[int, int]  # (H, W) that the prediction is to have
     error: str  # empty, or why image or mask cannot be read
 
 
-class BatchToScore(NamedTuple):
+class PreparedBatch(NamedTuple):
     images: Tensor  # (B, 3, S, S) uint8 RGB
     indices: list[int]
     sizes: list[tuple[int, int]]
     errors: list[str]
 
 
-class _ImagesToScore(Dataset[ImageToScore]):
-    def __init__(self, pairs: Sequence[Pair], img_size: int) -> None:
-        self.pairs = list(pairs)
+class _Images(Dataset[PreparedImage]):
+    """Predictions get the sizes of the masks, or where there are none, of the images."""
+
+    def __init__(self, images: Sequence[Path], masks: Sequence[Path] | None, img_size: int) -> None:
+        self.images = list(images)
+        self.masks = masks
         self.img_size = img_size
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.images)
 
-    def __getitem__(self, index: int) -> ImageToScore:
-        pair = self.pairs[index]
+    def __getitem__(self, index: int) -> PreparedImage:
         try:
-            return ImageToScore(load_image(pair.image, self.img_size), index, image_size(pair.mask), "")
+            image = decode_image(self.images[index])
+            size = (image.height, image.width) if self.masks is None else image_size(self.masks[index])
+            return PreparedImage(torch.from_numpy(fixed_size(image, self.img_size)), index, size, "")
         except ValueError as error:
             blank = torch.zeros(3, self.img_size, self.img_size, dtype=torch.uint8)
-            return ImageToScore(blank, index, (1, 1), str(error))
+            return PreparedImage(blank, index, (1, 1), str(error))
 
 
 def images_to_score(
     pairs: Sequence[Pair], img_size: int, batch_size: int, num_workers: int, pin_memory: bool
-) -> DataLoader[BatchToScore]:
-    """Batches of every pair's image, once and in order."""
-    loader: DataLoader[BatchToScore] = DataLoader(
-        _ImagesToScore(pairs, img_size),  # type: ignore[arg-type]  # a loader is typed by its samples, not its batches
+) -> DataLoader[PreparedBatch]:
+    """Batches of every pair's image, once and in order, with the sizes of the masks."""
+    images = _Images([pair.image for pair in pairs], [pair.mask for pair in pairs], img_size)
+    return _loader(images, batch_size, num_workers, pin_memory)
+
+
+def images_to_predict(
+    images: Sequence[Path], img_size: int, batch_size: int, num_workers: int, pin_memory: bool
+) -> DataLoader[PreparedBatch]:
+    """Batches of every image, once and in order, with their own sizes, upright."""
+    return _loader(_Images(images, None, img_size), batch_size, num_workers, pin_memory)
+
+
+def _loader(images: _Images, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader[PreparedBatch]:
+    loader: DataLoader[PreparedBatch] = DataLoader(
+        images,  # type: ignore[arg-type]  # a loader is typed by its samples, not its batches
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_collate,
@@ -61,8 +78,8 @@ def images_to_score(
     return loader
 
 
-def _collate(samples: Sequence[ImageToScore]) -> BatchToScore:
-    return BatchToScore(
+def _collate(samples: Sequence[PreparedImage]) -> PreparedBatch:
+    return PreparedBatch(
         images=torch.stack([sample.image for sample in samples]),
         indices=[sample.index for sample in samples],
         sizes=[sample.size for sample in samples],

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from data.decoding import decode_image
 
@@ -13,6 +13,9 @@ _PANEL = (220, 165)  # width and height in pixels
 _GAP, _CAPTION = 6, 22
 _COLUMNS = 2  # rows of panels side by side
 _INK, _PAPER = (20, 20, 20), (245, 245, 242)
+_MARK = (255, 0, 144)  # of objects: hardly an animal hides in it
+_TINT = 0.35  # share of it within the object
+_THICKEST_OUTLINE = 8  # pixels
 
 
 def thumbnail(source: Path | NDArray[np.uint8]) -> Image.Image:
@@ -52,3 +55,18 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], titles: Seq
             corner = x + (_PANEL[0] - panel.width) // 2, top + _CAPTION + (_PANEL[1] - panel.height) // 2
             sheet.paste(panel, corner)
     return sheet
+
+
+def overlay(image: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
+    """An RGB photograph with the object tinted, and outlined on its outside, so that the smallest can be seen.
+
+    Args:
+        image: (W, H).
+        mask: (H, W), True where the object is.
+    """
+    width = min(_THICKEST_OUTLINE, max(1, round(max(mask.shape) / 250)))
+    grown = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.BoxBlur(width))) > 0
+    pixels = np.array(image)
+    pixels[mask] = (pixels[mask] * (1 - _TINT) + np.array(_MARK) * _TINT).round().astype(np.uint8)
+    pixels[grown & ~mask] = _MARK
+    return Image.fromarray(pixels)

@@ -3,6 +3,7 @@
 import itertools
 import signal
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from data.processes import keep_freed_memory
 from data.sampler import EpochBatchSampler, SampleKey, Share
 from data.transforms import augment_batch
 from data.unreadable import UnreadableDataError
+
+_HELD_BACK = (signal.SIGINT, signal.SIGTERM)
 
 
 def training_loader(
@@ -99,7 +102,7 @@ def _loader(
     num_workers: int,
     pin_memory: bool,
 ) -> DataLoader[Batch]:
-    loader: DataLoader[Batch] = DataLoader(
+    return _Loader(
         dataset,  # type: ignore[arg-type]  # a loader is typed by its samples, not by what collate makes of them
         batch_sampler=batch_sampler,  # type: ignore[arg-type]  # keys are SampleKey, not int
         num_workers=num_workers,
@@ -109,7 +112,17 @@ def _loader(
         worker_init_fn=begin_loader_process,
         generator=torch.Generator(),  # its own: otherwise every epoch draws a seed from the stream that dropout uses
     )
-    return loader
+
+
+class _Loader(DataLoader[Batch]):
+    """Starts its processes with signals held back: until they are told what to do with one, it would kill them."""
+
+    def __iter__(self) -> Any:  # torch types an iterator of its own
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def begin_loader_process(_worker: int) -> None:
@@ -120,4 +133,5 @@ def begin_loader_process(_worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
     keep_freed_memory()

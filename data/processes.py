@@ -7,11 +7,17 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from typing import TypeVar
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_QUEUED_PER_PROCESS = 4
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -42,6 +48,32 @@ def process_pool(num_processes: int, work: str, way_out: str) -> Iterator[Proces
         raise ValueError(f"{killed}; {way_out}") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def map_in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], num_processes: int, work: str, way_out: str
+) -> Iterator[tuple[Item, Result]]:
+    """Each item with what the function makes of it in another process, in order, few of them under way at a time.
+
+    Args:
+        function: at a module's top level.
+        items: taken as there is room for them.
+        num_processes: 0: this one.
+        work, way_out: see ``process_pool``.
+    """
+    if num_processes == 0:
+        yield from ((item, function(item)) for item in items)
+        return
+    under_way: deque[tuple[Item, Future[Result]]] = deque()
+    with process_pool(num_processes, work, way_out) as pool:
+        for item in items:
+            under_way.append((item, pool.submit(function, item)))
+            if len(under_way) > _QUEUED_PER_PROCESS * num_processes:
+                done, future = under_way.popleft()
+                yield done, future.result()
+        while under_way:
+            done, future = under_way.popleft()
+            yield done, future.result()
 
 
 def keep_freed_memory() -> None:

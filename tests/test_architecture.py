@@ -44,6 +44,10 @@ def test_imports_point_one_way(path: Path) -> None:
         assert not foreign, f"{path.relative_to(ROOT)} imports {foreign}"
 
 
+def test_what_data_and_models_share_imports_nothing_of_the_program() -> None:
+    assert not imports(ROOT / "photograph.py") & (PACKAGES | ENTRY_POINTS | {"inference", "photograph"})
+
+
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_below_the_entry_points_sees_the_command_line(path: Path) -> None:
     if owner(path) in PACKAGES | {"recovery", "window"}:

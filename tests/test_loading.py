@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,21 @@ def test_to_device_scales_to_unit_range(pairs: list[Pair]) -> None:
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(images.mul(255).round().to(torch.uint8), batch.images)
     assert set(masks.unique().tolist()) == {0.0, 1.0}
+
+
+def test_a_signal_at_the_birth_of_a_loader_process_does_not_end_it(tiny_dataset: Path) -> None:
+    """As ``timeout`` and Slurm send it, to the whole group, while an epoch begins."""
+    program = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from pathlib import Path
+from data.layouts import find_subsets
+from data.loading import training_loader, windows
+pairs = [pair for subset in find_subsets(Path({str(tiny_dataset)!r})) for pair in subset.pairs]
+loader = training_loader(pairs, 64, 2, 0, num_workers=1, pin_memory=False)
+os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
+assert sum(len(batch.images) for window in windows(loader, 0, 0) for batch in window) == len(pairs)
+del loader  # ends its processes
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 0, result.stderr

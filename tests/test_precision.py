@@ -100,8 +100,21 @@ def test_overflow_halves_the_scale_and_a_loss_that_is_not_finite_leaves_it_alone
     scaler.scale(weight.sum()).backward()
     weight.grad = torch.full((3,), float("inf"))
     scaler.unscale_(optimizer)
-    scaler.update_after(torch.tensor(loss))
+    scaler.update_after(torch.tensor(loss), torch.tensor(1.0))
     assert scaler.get_scale() == scale
     scaler.scale(weight.sum())  # the next window begins as usual
     scaler.unscale_(optimizer)
-    scaler.update_after(torch.tensor(1.0))
+    scaler.update_after(torch.tensor(1.0), torch.tensor(1.0))
+
+
+def test_an_overflow_that_only_another_rank_has_seen_halves_the_scale_here_too() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    scaler = Precision("fp16", "cpu").new_scaler(ScalerSettings(init_scale=1024.0))
+    for agreed, scale in ((0.0, 1024.0), (1.0, 512.0)):
+        scaler.scale(weight.sum()).backward()
+        scaler.unscale_(optimizer)
+        loss = torch.tensor(1.0)
+        assert scaler.found_inf(optimizer, loss) == 0
+        scaler.update_after(loss, torch.tensor(agreed))
+        assert scaler.get_scale() == scale

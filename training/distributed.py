@@ -5,12 +5,13 @@ Gradients are averaged by DistributedDataParallel; here is everything else. A ru
 for which none of this costs anything.
 """
 
+import hashlib
 import os
-import pickle
 import socket
 import sys
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -183,20 +184,54 @@ def join(device_type: str, patience: float) -> Ranks:
     if device_type == "cuda":
         torch.cuda.set_device(ranks.local_rank)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives processes, with all they wrote
     try:
         # Two connections to the launcher's store: one that waits must not keep the other from its beat.
         (store, _, _), (beats, _, _) = (next(dist.rendezvous("env://", timeout=LONGEST_WAIT)) for _ in range(2))
+        myself = f"rank {ranks.rank} (process {os.getpid()} on {socket.gethostname()})"
+        gathering, names = meet(store, ranks.rank, ranks.size, myself)
+        ranks._heartbeat = Heartbeat(dist.PrefixStore(f"beats {gathering}", beats), ranks.rank, names, patience)
         dist.init_process_group(
-            backend, store=dist.PrefixStore(f"ranks {attempt}", store), rank=ranks.rank, world_size=ranks.size,
+            backend, store=dist.PrefixStore(f"ranks {gathering}", store), rank=ranks.rank, world_size=ranks.size,
             timeout=LONGEST_WAIT,
         )  # fmt: skip
-        names = ranks.gather(f"rank {ranks.rank} (process {os.getpid()} on {socket.gethostname()})")
-    except (RuntimeError, KeyError, pickle.UnpicklingError) as error:  # torch's errors of this kind are RuntimeErrors
+    except RuntimeError as error:  # torch's errors of this kind are RuntimeErrors
         raise ValueError(f"rank {ranks.rank} of {ranks.size} did not find the others: {error}") from error
-    ranks._heartbeat = Heartbeat(dist.PrefixStore(f"beats {attempt}", beats), ranks.rank, names, patience)
-    ranks.gather(None)  # all have begun to beat
+    ranks.gather(None)  # they can talk
     return ranks
+
+
+def meet(store: dist.Store, rank: int, size: int, name: str) -> tuple[str, list[str]]:
+    """Wait for all ranks that are started now; returns what no other gathering of ranks is called, and their names.
+
+    The launcher's store outlives processes, with all that they wrote, and how often it has started them again each
+    node counts for itself. So ranks write down a number drawn afresh, the first one lists those it finds, and a list
+    counts when every rank has found its own in it: before that, some are of processes that have gone.
+
+    Args:
+        store: of keys and values, shared by all ranks, of any past.
+        rank: of this process.
+        size: number of ranks.
+        name: of this one, for people.
+
+    Raises:
+        RuntimeError: not all of them come.
+    """
+    drawn, listed = f"{uuid.uuid4().hex} {name}", [f"drawn {other}" for other in range(size)]
+    store.set(listed[rank], drawn)
+    deadline = time.monotonic() + LONGEST_WAIT.total_seconds()
+    while time.monotonic() < deadline:
+        if rank == 0 and store.check(listed):
+            store.set("gathering", "\n".join(written.decode() for written in store.multi_get(listed)))
+        here = store.get("gathering").decode().split("\n") if store.check(["gathering"]) else []
+        if len(here) == size and here[rank] == drawn:
+            gathering = hashlib.sha256("\n".join(here).encode()).hexdigest()[:16]
+            store.set(f"found {gathering} {rank}", "")
+            if rank == 0 and store.check([f"found {gathering} {other}" for other in range(size)]):
+                store.set(f"complete {gathering}", "")
+            if store.check([f"complete {gathering}"]):
+                return gathering, [written.partition(" ")[2] for written in here]
+        time.sleep(0.1)
+    raise RuntimeError(f"not all of {size} ranks came")
 
 
 class Heartbeat:

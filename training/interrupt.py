@@ -11,8 +11,9 @@ _REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class StopRequest:
     """While entered, remembers the first SIGINT or SIGTERM instead of dying of it; a second one acts at once.
 
-    Where several processes train together, a request to any of them is one to all, and all must act on it at the same
-    window: then what counts is not what this process has received, but what all have been told in ``hear``.
+    Where several processes train together, a second one changes nothing, and a request to any of them is one to all,
+    and all must act on it at the same window: then what counts is not what this process has received, but what all have
+    been told in ``hear``.
 
     Args:
         alone: no other process takes part.
@@ -55,7 +56,7 @@ class StopRequest:
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         self._received.add(number)
-        if number != signal.SIGUSR1:
+        if number != signal.SIGUSR1 and self.alone:  # of several, launchers tell each a second time what it knows
             self.__exit__()
         if self.alone:
             self._act(number)

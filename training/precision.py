@@ -88,13 +88,20 @@ class LossScaler(torch.amp.GradScaler):
             assert self._scale is not None
             self._scale.clamp_(min=1.0)
 
-    def update_after(self, loss: Tensor) -> None:
+    def update_after(self, loss: Tensor, found_inf: Tensor) -> None:
         """``update()``, except where the loss is not finite: it is computed unscaled and says nothing about the scale.
 
         Decided on the device; nothing waits.
+
+        Args:
+            loss: of the window.
+            found_inf: 1 for an overflow. What ranks agree on, since of sharded gradients each sees its own part alone.
         """
         if not self.is_enabled():
             return
+        for state in self._per_optimizer_states.values():
+            for flag in state["found_inf_per_device"].values():
+                flag.copy_(found_inf)
         assert self._scale is not None
         assert self._growth_tracker is not None
         scale, growth_tracker = self._scale.clone(), self._growth_tracker.clone()

@@ -1,0 +1,147 @@
+"""``predict``: what a checkpoint sees in photographs that need no masks, as PNGs and as pictures for people.
+
+Images stream through: processes that decode, the network, and processes that write.
+"""
+
+import argparse
+import itertools
+import os
+import sys
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from commands.output import print_lines
+from data.decoding import decode_image
+from data.figures import overlay
+from data.processes import map_in_order
+from data.sources import Source, find_sources, name_predictions
+from metrics import ByteArray
+
+_OBJECT = 128  # from this level on a probability is one half or more
+_JPEG_QUALITY = 90
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One to be written."""
+
+    levels: ByteArray  # (H, W)
+    image: Path
+    save_as: Path
+    overlay: Path | None
+
+
+def predict(args: argparse.Namespace, num_processes: int) -> int:
+    """Write a prediction of every image that can be read, name the others on stderr.
+
+    Args:
+        args: of the command line.
+        num_processes: beside this one, half to decode and half to write; 0: none.
+
+    Returns:
+        the exit code: 0, or 1 where something that was asked for could not be read or written.
+
+    Raises:
+        ValueError, OSError: no image at all, a checkpoint or an output folder that is not usable.
+    """
+    output = Path(args.output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output}: is a file; name a folder")
+    sources = find_sources(args.inputs, output)
+    if not sources.images:
+        print_lines((f"Not predicted: {problem}" for problem in sources.problems), to_stderr=True)
+        raise ValueError("no image found; give files, folders or patterns")
+    names = [output / name for name in name_predictions(sources.images)]
+    folder = output / _unused_name("overlays", {name.relative_to(output).parts[0] for name in names})
+    overlays = [folder / name.relative_to(output).with_suffix(".jpg") if args.overlay else None for name in names]
+    folders = {path.parent for path in (*names, *overlays) if path is not None}
+    _require_apart(sources.images, folders, output)
+
+    from inference import load_network, predict_images  # torch: not for mistakes that show without it
+
+    network = load_network(Path(args.checkpoint), args.device, args.precision, args.img_size, args.tta)
+    for parent in {path.parent for path in [*names, *overlays] if path is not None}:
+        parent.mkdir(parents=True, exist_ok=True)
+    tta = ", with mirror images" if network.tta else ""
+    print_lines(
+        [f"Network: {args.checkpoint}, {network.img_size} px, {network.precision.name} on {network.device}{tta}"]
+    )
+    images = [source.path for source in sources.images]
+    num_loaders, num_writers = (num_processes + 1) // 2, max(1, num_processes // 2) if num_processes else 0
+
+    def predictions() -> Iterator[Prediction | str]:
+        for index, levels in predict_images(network, images, args.batch_size, num_loaders, args.threshold):
+            failed = isinstance(levels, str)
+            yield levels if failed else Prediction(levels, images[index], names[index], overlays[index])
+
+    failures = list(sources.problems)
+    print_lines((f"Not predicted: {problem}" for problem in failures), to_stderr=True)
+    with warnings.catch_warnings(), tqdm(total=len(images), unit="image", disable=None) as bar:
+        warnings.simplefilter("ignore")  # Pillow's, about metadata and very large images: they are read all the same
+        way_out = "try fewer with --num-workers"
+        for _, problem in map_in_order(save_prediction, predictions(), num_writers, "writes predictions", way_out):
+            bar.update()
+            if problem:
+                failures.append(problem)
+                with bar.external_write_mode(file=sys.stderr):
+                    print_lines([f"Not predicted: {problem}"], to_stderr=True)
+    what = (
+        "probabilities x 255" if args.threshold is None else f"masks, 255 from a probability of {args.threshold:g} on"
+    )
+    num_written = len(images) - len(failures) + len(sources.problems)
+    told = [f"{num_written} PNG{'s' if num_written != 1 else ''} in {output} ({what})"]
+    told += [f"as many overlays in {folder}"] if args.overlay else []
+    told += [f"{sources.num_repeated} named more than once, predicted once"] if sources.num_repeated else []
+    told += [f"{len(failures)} not predicted, named above"] if failures else []
+    print_lines([f"Predicted: {'; '.join(told)}"])
+    return 1 if failures else 0
+
+
+def save_prediction(prediction: Prediction | str) -> str:
+    """Write what belongs to one image, or nothing of it; why that cannot be done, or why there is no prediction."""
+    if isinstance(prediction, str):
+        return prediction
+    try:
+        if prediction.overlay is not None:
+            marked = overlay(decode_image(prediction.image), prediction.levels >= _OBJECT)
+            _save(marked, prediction.overlay, quality=_JPEG_QUALITY)
+        _save(Image.fromarray(prediction.levels), prediction.save_as)
+    except (OSError, ValueError) as error:
+        return f"{prediction.image}: prediction cannot be saved ({error})"
+    return ""
+
+
+def _save(image: Image.Image, path: Path, **options: int) -> None:
+    """Under its name only when it is whole; a link of that name is replaced, and what it led to stays."""
+    unfinished = path.with_name(f".{os.getpid()}.unfinished")  # a suffix could make a long name too long
+    try:
+        image.save(unfinished, "PNG" if path.suffix == ".png" else "JPEG", **options)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _unused_name(name: str, used: Collection[str]) -> str:
+    used = {other.casefold() for other in used}
+    return next(one for number in itertools.count(1) if (one := f"{name}-{number}" if number > 1 else name) not in used)
+
+
+def _require_apart(sources: Sequence[Source], folders: Collection[Path], output: Path) -> None:
+    """Predictions and photographs in one folder: the next run would take the one for the other, or overwrite them.
+
+    Raises:
+        ValueError: an image, or the file that it is a link to, is in a folder that would be written to.
+    """
+    written_to = {os.path.realpath(folder) for folder in folders}
+    for source in sources:
+        of_link, of_file = os.path.realpath(source.path.parent), Path(os.path.realpath(source.path)).parent
+        if of_link in written_to or str(of_file) in written_to:
+            raise ValueError(
+                f"--output {output}: {source.path} is in a folder that predictions would be written to; "
+                "name another folder"
+            )

@@ -1,0 +1,124 @@
+"""``load_model``: a trained network in another program."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_arguments
+from PIL import Image
+
+from data.decoding import decode_image
+from inference import load_network, probability_levels
+from models import load_model
+from models.trained import network_of
+from train_ultimate import main
+from training.checkpoint import read_checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("trained")
+    assert main(tiny_arguments(tiny_dataset, directory, "--epochs", "2", "--zoom", "0.5", "1")) == 0
+    return directory / "best_model.pth"
+
+
+def test_averaged_weights_in_evaluation_mode_and_a_transform_of_the_training_size(checkpoint: Path) -> None:
+    model, transform = load_model(str(checkpoint), device="cpu")
+    average = read_checkpoint(checkpoint)["ema"]["model"]
+    assert all(torch.equal(model.state_dict()[name], weight) for name, weight in average.items())
+    assert not any(module.training for module in model.modules())
+    assert transform.img_size == 64
+    assert transform.device == torch.device("cpu")
+
+
+def test_without_an_average_the_weights_themselves(checkpoint: Path, tmp_path: Path) -> None:
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save({**state, "ema": None}, tmp_path / "raw.pth")
+    model, _ = load_model(tmp_path / "raw.pth")
+    assert all(torch.equal(model.state_dict()[name], weight) for name, weight in state["model"].items())
+
+
+def test_photographs_of_any_mode_and_size_make_a_batch_in_the_unit_range(checkpoint: Path) -> None:
+    _, transform = load_model(checkpoint)
+    grey, deep = Image.new("L", (3, 200), 128), Image.fromarray(np.full((5, 9), 65535, dtype=np.uint16))
+    one, several = transform(grey), transform([grey, deep, Image.new("CMYK", (1, 1)), Image.new("RGBA", (64, 64))])
+    assert (one.shape, several.shape, several.dtype) == ((1, 3, 64, 64), (4, 3, 64, 64), torch.float32)
+    assert torch.equal(several[0], one[0])
+    assert one.unique().tolist() == [pytest.approx(128 / 255)]
+    assert several[1].unique().tolist() == [1]
+
+
+def test_float_photographs_in_the_unit_range_are_not_black(checkpoint: Path) -> None:
+    _, transform = load_model(checkpoint)
+    values = np.array([[0.25, 0.5], [0.75, np.nan]], dtype=np.float32)
+    assert transform(Image.fromarray(values)).amax() == pytest.approx(191 / 255)
+    assert transform(Image.fromarray(values * 200)).amax() == pytest.approx(150 / 255)
+
+
+def test_it_says_what_the_commands_say(checkpoint: Path, tiny_dataset: Path) -> None:
+    image = next((tiny_dataset / "TestDataset" / "Imgs").iterdir())
+    model, transform = load_model(checkpoint)
+    network = load_network(checkpoint, "cpu", "fp32", img_size=None)
+    with torch.inference_mode():
+        inputs = transform(Image.open(image))
+        here, there = model(inputs)[-1][0], network.logits(inputs)[0]
+    assert torch.equal(transform(decode_image(image)), inputs)
+    a, b = (probability_levels(logits, (50, 70)).astype(int) for logits in (here, there))
+    assert abs(a - b).max() <= 1  # another memory layout, another order of sums
+
+
+def test_the_example_in_the_readme_runs(checkpoint: Path, tmp_path: Path) -> None:
+    section = (ROOT / "README.md").read_text().split("### From Python")[1].split("\n#")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    assert len(code.splitlines()) == 10
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best_model.pth").write_bytes(checkpoint.read_bytes())
+    photograph = Image.new("RGB", (90, 40), (80, 120, 60))
+    exif = photograph.getexif()
+    exif[0x0112] = 6
+    photograph.save(tmp_path / "photograph.jpg", exif=exif)
+    code += "print(tuple(probability.shape), bool((probability >= 0).all() and (probability <= 1).all()))\n"
+    paths = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=tmp_path,
+        env=paths,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == "(90, 40) True\n"
+
+
+def test_what_is_no_checkpoint_of_a_run_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load_model(tmp_path / "nowhere.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(ValueError, match=r"text.pth: not a readable checkpoint"):
+        load_model(tmp_path / "text.pth")
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save(state["model"], tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"weights.pth: holds weights alone"):
+        load_model(tmp_path / "weights.pth")
+    state["config"]["settings"]["decoder_channels"] = 8
+    with pytest.raises(ValueError, match="do not fit its network"):
+        network_of(state, "changed.pth")
+
+
+def test_nothing_in_the_file_is_executed(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"model": Trap(), "config": {}}, tmp_path / "trap.pth")
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        load_model(tmp_path / "trap.pth")
+    assert not (tmp_path / "executed").exists()
