@@ -32,6 +32,7 @@ from data.synthetic import write_synthetic_dataset
 from data.unreadable import UnreadablePairs, require_few
 from models import CamouflageSegmenter, build_model
 from recovery import Recovery
+from reporting.listeners import SamplePredictions, listeners_of
 from training.checkpoint import CheckpointStore, find_checkpoint, lock_directory
 from training.distributed import Ranks, join
 from training.drill import Drill
@@ -330,12 +331,23 @@ def prepare(argv: Sequence[str] | None) -> Run:
         state.progress.best_iou = -1.0
     store.last_window = state.progress.global_window
     log = RunLog(directory if ranks.is_first else None)
+    if ranks.is_first:
+        # Weights that are sharded are whole on no rank alone: no images then.
+        samples = SamplePredictions(state, val_pairs, args.img_size, device, memory_format, precision)
+        done = state.progress.global_window
+        log.listeners += listeners_of(directory, done, None if ranks.shards else samples)
     store.on_saved = lambda name: log.event("checkpoint", file=name)
     incidents = directory / "incidents"
     images = names[: len(train_pairs)]
     recovery = Recovery(state, images, config["settings"], incidents, log, precision, args.max_rollbacks, ranks)
     packages = environment(Path(__file__), ("torch", "torchvision", "timm", "numpy", "pillow"))
-    facts = {"command": shlex.join(sys.argv), "device": str(device), **config, **packages}
+    facts = {
+        "command": shlex.join(sys.argv),
+        "device": str(device),
+        "training_pairs": len(train_pairs),
+        **config,
+        **packages,
+    }
     if ranks.is_first:
         write_json(directory / "config.json", facts)
     log.event("run_start" if checkpoint is None else "resume", **facts, progress=asdict(state.progress))

@@ -69,6 +69,7 @@ def parse(argv: Sequence[str] | None, saved: dict[str, Any] | None = None) -> ar
     _add_evaluate(commands)
     _add_predict(commands)
     _add_export(commands)
+    _add_report(commands)
     check_data = commands.add_parser("check-data", help="list what is wrong with a data set, file by file")
     _add_check_data_flags(check_data)
     args = parser.parse_args(argv)
@@ -280,6 +281,19 @@ def _add_export(commands: "argparse._SubParsersAction[_Parser]") -> None:
     flag("--fixed-size", action=argparse.BooleanOptionalAction, default=False,
          help="onnx, torch: images of --img-size alone, for compilers that want to know; any number of them still")
     # fmt: on
+
+
+def _add_report(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser("report", help="curves, incidents and pictures of a run, or of several, as one page")
+    parser.add_argument("directories", metavar="DIR", nargs="+", type=Path, help="a run's --checkpoint-dir")
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path,
+        help="the page to write (default: report.html in the run's folder; of several runs, in the current one)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--epochs", metavar="N", nargs="+", type=_whole(1), default=[],
+        help="show validation images as predicted after these epochs (default: the best one)",
+    )  # fmt: skip
 
 
 def _check_evaluate(args: argparse.Namespace) -> None:

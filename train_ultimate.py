@@ -187,7 +187,7 @@ def settle_window(
         state.ema.update(state.model, guard.at_start)
     where = {"stage": stage.number, "epoch": state.progress.epoch + 1, "window": window.number + 1}
     tried = {"attempt": window.attempt + 1, "precision": window.precision.name}
-    run.log.event("window", **where, **tried, lr=stats.lr, **asdict(outcome))
+    run.log.event("window", **where, **tried, global_window=window.global_number, lr=stats.lr, **asdict(outcome))
     try:
         again = run.recovery.answer(window, outcome, guard)
     except RecoverySpentError:
@@ -430,7 +430,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress, ladder, unreadable = run.state.progress, run.state.ladder, list(run.unreadable.reasons)
     best = {"best_iou": progress.best_iou, "best_epoch": progress.best_epoch}
     run.log.event("run_end", exit_code=exit_code, **best, recovery=ladder.summary(), unreadable=unreadable)
-    run.log.close()
     if run.lock is not None:
         unlock_directory(run.lock)
     run.ranks.close(done=exit_code == 0)
@@ -440,6 +439,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print(f"Done: validation IoU {progress.best_iou:.4f}, reached at epoch {progress.best_epoch}")
         print(f"Weights: {run.store.best_path}, curves: {run.store.directory / 'metrics.jsonl'}")
+    run.log.close()
     return exit_code
 
 

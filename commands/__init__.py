@@ -47,6 +47,10 @@ def _run(args: argparse.Namespace) -> int | None:
         from commands.export import export
 
         return export(args.checkpoint, args.format, args.output, args.img_size, args.fixed_size)
+    if args.command == "report":
+        from commands.report import report
+
+        return report(args.directories, args.output, args.epochs)
     num_workers = min(8, cli.num_cores()) if args.num_workers is None else args.num_workers
     if args.command == "check-data":
         from commands.check_data import check_data

@@ -2,6 +2,7 @@
 
 import itertools
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -134,4 +135,7 @@ def begin_loader_process(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
+    # Told what the thread that hands over tensors meets when the main process ends amid that. What goes wrong with a
+    # batch goes another way, to the main process.
+    sys.excepthook = lambda *_: None
     keep_freed_memory()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from launching import Launch
 
+import builders
 import train_ultimate
 from data.synthetic import write_synthetic_dataset
 
@@ -19,6 +20,18 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs photographs
 Argv = Callable[..., list[str]]
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, most of all on a busy machine
+
+
+@pytest.fixture(autouse=True)
+def _without_followers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process write no report and nothing for TensorBoard, a second each, where that is not the matter."""
+    if "followed" not in request.fixturenames:
+        monkeypatch.setattr(builders, "listeners_of", lambda *_: [])
+
+
+@pytest.fixture
+def followed() -> None:
+    """Runs of this test write their report, and for TensorBoard."""
 
 
 @pytest.fixture(scope="session")

@@ -7,13 +7,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"data", "models", "losses", "metrics", "training"}
-ENTRY_POINTS = {"train_ultimate", "cli", "commands", "builders", "recovery", "window"}
+ENTRY_POINTS = {"train_ultimate", "cli", "commands", "reporting", "builders", "recovery", "window"}
 
 
 def modules() -> list[Path]:
     return [
         *ROOT.glob("*.py"),
-        *(path for package in ("data", "models", "training", "commands") for path in (ROOT / package).glob("*.py")),
+        *(
+            path
+            for package in ("data", "models", "training", "commands", "reporting")
+            for path in (ROOT / package).glob("*.py")
+        ),
     ]
 
 

@@ -63,7 +63,7 @@ def finished(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def test_run_leaves_the_files_and_events_of_the_design(finished: Path) -> None:
     epochs = [f"epoch_{epoch:04d}.pth" for epoch in range(1, 5)]
-    expected = ["best_model.pth", "config.json", *epochs, "metrics.jsonl"]
+    expected = ["best_model.pth", "config.json", *epochs, "metrics.jsonl", "report.html", "tensorboard"]
     assert sorted(path.name for path in finished.iterdir()) == expected
     events = read_events(finished, "epoch")
     assert [(event["stage"], event["epoch"]) for event in events] == [(1, 1), (1, 2), (2, 3), (2, 4)]

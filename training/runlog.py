@@ -7,10 +7,20 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+
+class Listener(Protocol):
+    """Is told what the log is told. Whatever it raises costs a warning, and it is told no more."""
+
+    def event(self, event: str, fields: dict[str, Any]) -> None: ...
+
+    def close(self) -> None:
+        """The run has ended, and all of its lines are written."""
+        ...
 
 
 class RunLog:
@@ -21,10 +31,14 @@ class RunLog:
 
     Args:
         directory: of the run; None for one of several processes that is not the one to write.
+
+    Attributes:
+        listeners: told of each event after it is written; none where nothing is.
     """
 
     def __init__(self, directory: Path | None) -> None:
         self._file: FileIO | None = None
+        self.listeners: list[Listener] = []
         if directory is None:
             return
         path = directory / "metrics.jsonl"
@@ -45,10 +59,21 @@ class RunLog:
             if not self._has_failed:
                 print(f"Warning: {self._file.name}: cannot be written ({error}); training goes on, its events are lost")
             self._has_failed = True
+        self._tell(lambda listener: listener.event(event, fields))
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+            self._tell(lambda listener: listener.close())
+
+    def _tell(self, call: Callable[[Listener], None]) -> None:
+        for listener in list(self.listeners):
+            try:
+                call(listener)
+            except Exception as error:  # a full disk, a bug in what draws: none of it is worth a run
+                self.listeners.remove(listener)
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                print(f"Warning: {type(listener).__name__} gives up ({reason}); training goes on without it")
 
 
 def environment(program: Path, packages: Sequence[str]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from training import spikes
+
 
 class StepVerdict(StrEnum):
     """What became of a window (one optimizer step's worth of batches)."""
@@ -59,12 +61,10 @@ class SpikeDetector:
     the variance a little.
     """
 
-    CLIP_SIGMAS, SKIP_SIGMAS, LIMIT_SIGMAS = 2.5, 3.8, 3.0
-    DECAY = 0.99
-    WARMUP_WINDOWS = 64  # before this, the comparison with the largest norm so far
-    LEAST_WINDOWS = 4  # before this, nothing is a spike
-    LEAST_DEVIATION = 0.05
-    FACTOR_OVER_LARGEST = 10.0
+    CLIP_SIGMAS, SKIP_SIGMAS, LIMIT_SIGMAS = spikes.CLIP_SIGMAS, spikes.SKIP_SIGMAS, spikes.LIMIT_SIGMAS
+    DECAY = spikes.DECAY
+    WARMUP_WINDOWS, LEAST_WINDOWS = spikes.WARMUP_WINDOWS, spikes.LEAST_WINDOWS
+    LEAST_DEVIATION, FACTOR_OVER_LARGEST = spikes.LEAST_DEVIATION, spikes.FACTOR_OVER_LARGEST
 
     def __init__(self, policy: Literal["skip", "clip", "off"], device: torch.device) -> None:
         self.policy = policy

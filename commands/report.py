@@ -1,0 +1,91 @@
+"""``report DIR``: a run, or several on top of each other, as one HTML file that can be read offline."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from commands.output import print_lines, require_writable
+from reporting.charts import charts_of
+from reporting.history import RunHistory, read_run, unique_names
+from reporting.page import render
+from reporting.pictures import Gallery, galleries
+from training.runlog import write_text
+
+REPORT = "report.html"
+NO_PLOTLY = "plotly is not installed, and reports need it for their charts: pip install plotly"
+
+
+def report(directories: Sequence[Path], output: Path | None, epochs: Sequence[int]) -> int:
+    """Write the page and say where it is.
+
+    Args:
+        directories: of the runs; several are compared.
+        output: file to write; None: ``report.html`` in the run's folder, or here for several runs.
+        epochs: from 1, whose validation images are shown; none: the best one.
+
+    Raises:
+        ValueError, OSError: a folder holds no run, plotly is missing, or the file cannot be written.
+    """
+    begun = time.monotonic()
+    if output is not None:
+        require_writable(output)
+    runs = [read_run(directory) for directory in directories]
+    if output is None:
+        output = directories[0] / REPORT if len(runs) == 1 else Path(REPORT)
+        require_writable(output)
+    pictures = [_galleries(run, epochs) for run in runs]
+    write_report(runs, pictures, output)
+    size, seconds = output.stat().st_size / 2**20, time.monotonic() - begun
+    notes = [f"{run.directory}: {run.state}" for run in runs if run.end is None]
+    notes += [f"{run.directory}: {gallery.note}" for run, own in zip(runs, pictures, strict=True) for gallery in own
+              if not gallery.examples]  # fmt: skip
+    print_lines([*notes, f"Report: {output} ({size:.1f} MB, {seconds:.1f} s)"])
+    return 0
+
+
+def _galleries(run: RunHistory, epochs: Sequence[int]) -> list[Gallery]:
+    """A checkpoint that cannot be used costs the pictures, not the report."""
+    try:
+        return galleries(run, epochs)
+    except (ValueError, OSError, RuntimeError) as error:
+        return [Gallery("Validation images", f"No pictures: {str(error).splitlines()[0]}", [])]
+
+
+def write_report(runs: Sequence[RunHistory], pictures: Sequence[Sequence[Gallery]], output: Path) -> None:
+    """Write the page of these runs, in one step.
+
+    Raises:
+        ValueError: plotly is not installed.
+        OSError: the file cannot be written.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise ValueError(NO_PLOTLY) from error
+    names = unique_names(runs)
+    page = render(runs, names, charts_of(runs, names), pictures, get_plotlyjs())
+    try:
+        write_text(output, page)
+    except OSError:
+        output.with_name(f".{output.name}.unfinished").unlink(missing_ok=True)
+        raise
+
+
+def write_final_report(directory: Path, with_pictures: bool) -> str:
+    """The report at a run's end, from what is at hand in seconds; returns the line to print. Never raises an Exception.
+
+    Args:
+        directory: of the run.
+        with_pictures: of a few validation images.
+    """
+    try:
+        run = read_run(directory)
+        try:
+            own = galleries(run, [], few=True) if with_pictures else []
+        except Exception as error:  # the charts do not need them
+            own = [Gallery("Validation images", f"No pictures: {str(error).splitlines()[0]}", [])]
+        write_report([run], [own], directory / REPORT)
+    except Exception as error:
+        again = f"later: python train_ultimate.py report {directory}"
+        return f"Warning: no report written ({str(error) or type(error).__name__}); {again}"
+    return f"Report: {directory / REPORT}"
