@@ -20,7 +20,10 @@ from data.sampler import Share
 from training.distributed import Ranks, meet
 
 
-@pytest.mark.parametrize(("ranks", "flags"), [(1, ("--accumulation-steps", "6")), (3, ("--accumulation-steps", "2"))])
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [(1, ("--accumulation-steps", "6")), pytest.param(3, ("--accumulation-steps", "2"), marks=pytest.mark.slow)],
+)
 def test_any_number_of_ranks_has_the_losses_and_scores_of_two(
     ranks: int, flags: tuple[str, ...], two_ranks: Launch, odd_dataset: Path, tmp_path: Path
 ) -> None:
@@ -39,6 +42,7 @@ def test_any_number_of_ranks_has_the_losses_and_scores_of_two(
     assert all(sorted(samples) == list(range(15)) for samples in launch.samples_of_epochs().values())
 
 
+@pytest.mark.slow
 def test_the_same_weights_have_exactly_the_same_scores_on_any_number_of_ranks(
     odd_dataset: Path, tmp_path: Path
 ) -> None:
@@ -185,6 +189,7 @@ def children_of(process: int) -> list[int]:
     return [int(child) for child in listed if b"ranks.py" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
+@pytest.mark.slow
 def test_a_rank_that_falls_silent_is_named_and_the_others_end(odd_dataset: Path, tmp_path: Path) -> None:
     launch = Launch(odd_dataset, tmp_path)
     flags = ("--accumulation-steps", "2", "--rank-timeout", "5", "--epochs", "200")

@@ -52,6 +52,7 @@ def test_their_checkpoints_are_those_of_one_process(sharded: Launch, two_ranks: 
             torch.testing.assert_close(weight, theirs["model"][key], rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "flags"), [(1, ()), pytest.param(3, ("--shard",), marks=pytest.mark.slow)])
 def test_a_sharded_run_goes_on_unsharded_and_with_other_ranks(
     ranks: int, flags: tuple[str, ...], two_ranks: Launch, odd_dataset: Path, tmp_path: Path
@@ -65,6 +66,7 @@ def test_a_sharded_run_goes_on_unsharded_and_with_other_ranks(
     require_same_curves(launch, two_ranks)
 
 
+@pytest.mark.slow
 def test_a_killed_sharded_run_is_bitwise_the_same_afterwards(
     sharded: Launch, odd_dataset: Path, tmp_path: Path
 ) -> None:
