@@ -1,10 +1,10 @@
 """From the command line to a run that is ready to train: settings, data, network, state, folder."""
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from data.unreadable import UnreadablePairs, require_few
 from models import CamouflageSegmenter, build_model
 from recovery import Recovery
 from reporting.listeners import SamplePredictions, listeners_of
+from reporting.terminal import OnlyWarnings
 from training.checkpoint import CheckpointStore, find_checkpoint, lock_directory
 from training.distributed import Ranks, join
 from training.drill import Drill
@@ -82,6 +83,26 @@ class Run:
     def save_is_due(self) -> bool:
         since = self.state.progress.global_window - self.store.last_window
         return self.stop.save or 0 < self.args.checkpoint_every <= since
+
+    @property
+    def hides_bars(self) -> bool | None:
+        """None: where standard error is no terminal."""
+        return True if self.args.quiet or self.args.json_logs or not self.ranks.is_first else None
+
+    def last_lines(self) -> list[str]:
+        """What came of it, where it is, and the next command."""
+        progress, best = self.state.progress, self.store.best_path
+        is_synthetic = self.args.dataset_path == "synthetic"
+        data = self.store.directory / "synthetic" if is_synthetic else Path(self.args.dataset_path)
+        ends = ["predict", "--checkpoint", str(best), "PHOTOGRAPHS", "--output", "found", "--overlay"]
+        with suppress(ValueError, OSError):  # the data set may have gone
+            if any(subset.split == "test" for subset in find_subsets(data)):
+                ends = ["evaluate", "--checkpoint", str(best), "--dataset-path", str(data)]
+        return [
+            f"Done: validation IoU {progress.best_iou:.4f}, reached at epoch {progress.best_epoch}",
+            f"Weights: {best}, curves: {self.store.directory / 'metrics.jsonl'}",
+            f"Next: {shlex.join(['python', sys.argv[0], *ends])}",
+        ]
 
     @property
     def precision_in_use(self) -> Precision:
@@ -243,8 +264,9 @@ def prepare(argv: Sequence[str] | None) -> Run:
     args = cli.parse(argv)
     device = resolve_device(args.device)
     ranks = join(device.type, args.rank_timeout)
-    if not ranks.is_first:
-        sys.stdout = open(os.devnull, "w")  # for as long as the process lives: one tells for all
+    json_to = sys.stdout if args.json_logs else None
+    if args.quiet or args.json_logs or not ranks.is_first:  # for as long as the process lives: one rank tells for all
+        sys.stdout = OnlyWarnings(passes=ranks.is_first)
     directory = Path(args.checkpoint_dir)
     source, checkpoint = ranks.from_first(lambda: find_checkpoint(args.resume, directory))
     weights_alone = checkpoint["model"] if checkpoint is not None and "config" not in checkpoint else None
@@ -330,7 +352,7 @@ def prepare(argv: Sequence[str] | None) -> Run:
     if not has_best:  # of another folder, or set aside: the best of what follows is the best
         state.progress.best_iou = -1.0
     store.last_window = state.progress.global_window
-    log = RunLog(directory if ranks.is_first else None)
+    log = RunLog(directory if ranks.is_first else None, echo=json_to)
     if ranks.is_first:
         # Weights that are sharded are whole on no rank alone: no images then.
         samples = SamplePredictions(state, val_pairs, args.img_size, device, memory_format, precision)

@@ -19,7 +19,8 @@ DEMO_DEFAULTS = {
 ZOOMS = (0.5, 1.0, 1.5)  # of --zoom without factors
 SCALES = (0.75, 1.0, 1.25)  # --multi-scale alone
 
-NOT_RESUMED = ("command", "resume", "checkpoint_dir", "drill")  # these belong to one invocation, not to the run
+# These belong to one invocation, not to the run.
+NOT_RESUMED = ("command", "resume", "checkpoint_dir", "drill", "quiet", "json_logs")
 FIXED_AT_START = ("backbone", "decoder_channels", "zoom")  # they decide the shapes in a checkpoint
 # Of no use once a checkpoint brings the weights and the list of images to validate on.
 ONLY_AT_START = ("pretrained", "backbone_weights", "val_fraction")
@@ -191,6 +192,10 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
          "network that is too large for one GPU with all of them; slower")
     flag("--augment-on", choices=("loader", "device"), default="loader",
          help="where training images are augmented; device: where the processes that load them cannot keep up")
+    flag("--quiet", action=argparse.BooleanOptionalAction, default=False,
+         help="tell warnings, incidents and errors alone, on standard error")
+    flag("--json-logs", action=argparse.BooleanOptionalAction, default=False,
+         help="print the lines of metrics.jsonl as they are written, instead of text; warnings go to standard error")
     flag("--channels-last", action=argparse.BooleanOptionalAction, default=True,
          help="the memory layout convolutions prefer")
     flag("--compile", action=argparse.BooleanOptionalAction, default=False,

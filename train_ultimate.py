@@ -80,7 +80,7 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
     pending: tuple[Window, PendingOutcome] | None = None
     start = time.perf_counter()
     bar = tqdm(desc=f"Epoch {progress.epoch + 1}/{run.args.epochs}", total=num_windows, initial=progress.window,
-               unit="window", disable=None if run.ranks.is_first else True)  # fmt: skip
+               unit="window", disable=run.hides_bars)  # fmt: skip
     while True:
         now = time.perf_counter()
         guard.begin_window()
@@ -437,8 +437,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if exit_code:
         print(*([f"error: {message}"] if message else []), file=sys.stderr, end="\n" if message else "")
     else:
-        print(f"Done: validation IoU {progress.best_iou:.4f}, reached at epoch {progress.best_epoch}")
-        print(f"Weights: {run.store.best_path}, curves: {run.store.directory / 'metrics.jsonl'}")
+        print(*run.last_lines(), sep="\n")
     run.log.close()
     return exit_code
 

@@ -16,8 +16,8 @@ FROZEN = {
     "grad_clip": 0.5, "spike_policy": "skip", "max_rollbacks": 3, "drill": [],
     "precision": "auto", "seed": 42, "deterministic": False,
     "resume": None, "checkpoint_dir": "./checkpoints", "keep_checkpoints": 3, "checkpoint_every": 0,
-    "device": "auto", "rank_timeout": 60.0, "shard": False, "augment_on": "loader", "channels_last": True,
-    "compile": False, "gradient_checkpointing": False,
+    "device": "auto", "rank_timeout": 60.0, "shard": False, "quiet": False, "json_logs": False,
+    "augment_on": "loader", "channels_last": True, "compile": False, "gradient_checkpointing": False,
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 
 class Listener(Protocol):
@@ -31,13 +31,15 @@ class RunLog:
 
     Args:
         directory: of the run; None for one of several processes that is not the one to write.
+        echo: gets the same lines, until it is closed.
 
     Attributes:
         listeners: told of each event after it is written; none where nothing is.
     """
 
-    def __init__(self, directory: Path | None) -> None:
+    def __init__(self, directory: Path | None, echo: TextIO | None = None) -> None:
         self._file: FileIO | None = None
+        self._echo = echo
         self.listeners: list[Listener] = []
         if directory is None:
             return
@@ -59,12 +61,20 @@ class RunLog:
             if not self._has_failed:
                 print(f"Warning: {self._file.name}: cannot be written ({error}); training goes on, its events are lost")
             self._has_failed = True
+        self._say(line)
         self._tell(lambda listener: listener.event(event, fields))
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._tell(lambda listener: listener.close())
+
+    def _say(self, line: str) -> None:
+        if self._echo is not None:
+            try:
+                print(line, file=self._echo, flush=True)
+            except (OSError, ValueError):  # whoever read it has gone
+                self._echo = None
 
     def _tell(self, call: Callable[[Listener], None]) -> None:
         for listener in list(self.listeners):
