@@ -78,7 +78,9 @@ def test_ranks_meet_whatever_earlier_ones_have_left_behind() -> None:
 
 def test_only_the_first_rank_prints_and_writes(two_ranks: Launch) -> None:
     files = {path.name for path in two_ranks.directory.iterdir()}
-    assert files == {"epoch_0001.pth", "epoch_0002.pth", "best_model.pth", "config.json", "metrics.jsonl"}
+    checkpoints = {"epoch_0001.pth", "epoch_0002.pth", "best_model.pth"}
+    assert files == {*checkpoints, "config.json", "metrics.jsonl", "report.html", "tensorboard"}
+    assert len(list((two_ranks.directory / "tensorboard").iterdir())) == 1
     assert len(read_events(two_ranks.directory, "run_start")) == 1
 
 
