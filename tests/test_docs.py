@@ -1,0 +1,93 @@
+"""The commands of README and docs: each is one that the program takes, and each that can be run here is run."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+import builders
+import cli
+from data.synthetic import write_synthetic_dataset
+from train_ultimate import main
+
+ROOT = Path(__file__).parents[1]
+SMALL = shlex.split(
+    "--backbone test_efficientnet --no-pretrained --decoder-channels 16 --img-size 64 --epochs 2 --stage1-epochs 1 "
+    "--batch-size 2 --accumulation-steps 2 --num-workers 0 --val-fraction 0.2"
+)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(launcher, arguments of the program) of each line in a block that starts the program."""
+    found = []
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for block in re.findall(r"^```[a-z]*\n(.*?)^```", path.read_text(), flags=re.DOTALL | re.MULTILINE):
+            for line in block.replace("\\\n", " ").splitlines():
+                launcher, program, rest = line.partition("train_ultimate.py ")
+                if program and not line.startswith("train_ultimate.py"):
+                    found.append((launcher, shlex.split(rest.rstrip(" &"))))
+    return found
+
+
+def test_every_command_is_one_that_the_program_takes() -> None:
+    found = commands()
+    assert len(found) > 25
+    for _, arguments in found:
+        assert cli.parse(arguments).command == arguments[0]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the documents take for granted: data sets, photographs, another method's predictions, finished runs."""
+    scenes, data = tmp_path / "scenes", tmp_path / "data"
+    write_synthetic_dataset(scenes, num_train=12, num_test=3, img_size=64, seed=3)
+    train, test = scenes / "TrainDataset", scenes / "TestDataset"
+
+    def copy(source: Path, images: Path, masks: Path, name: str = "{}") -> None:
+        for kind, target in (("Imgs", images), ("GT", masks)):
+            target.mkdir(parents=True)
+            for path in (source / kind).iterdir():
+                shutil.copy(path, target / (name.format(path.stem) + path.suffix))
+
+    camouflaged = "COD10K-CAM-1-Aquatic-1-BatFish-{}"
+    copy(train, data / "COD10K-v3/Train/Image", data / "COD10K-v3/Train/GT_Object", camouflaged)
+    copy(train, data / "CAMO/TrainDataset/Imgs", data / "CAMO/TrainDataset/GT")
+    for name in ("CAMO", "NC4K"):
+        copy(test, data / "TestDataset" / name / "Imgs", data / "TestDataset" / name / "GT")
+    copy(train, tmp_path / "own/images", tmp_path / "own/masks")
+    shutil.copytree(test / "Imgs", tmp_path / "photos")
+    shutil.copytree(test / "GT", tmp_path / "video/night")
+    shutil.copytree(test / "GT", tmp_path / "results/SINet-V2/CAMO")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(builders, "SYNTHETIC_TRAIN_IMAGES", 40)
+    monkeypatch.setattr(builders, "SYNTHETIC_TEST_IMAGES", 3)
+    for name in ("a", "b", "c"):
+        assert main(["train", "--dataset-path", "own", "--checkpoint-dir", f"runs/{name}", *SMALL]) == 0
+    return tmp_path
+
+
+def made_small(arguments: list[str]) -> list[str]:
+    """The same run of a small network. Drills strike in its third window, but for one that would kill the test, too."""
+    without_kill = re.sub(r"--drill kill@\d+", "", shlex.join(arguments))
+    return [*shlex.split(re.sub(r"@\d+", "@3", without_kill)), *SMALL]
+
+
+@pytest.mark.slow
+def test_every_command_works(folder: Path) -> None:
+    """In the order of the documents, each document's runs in its own place; small networks and few epochs instead."""
+    num_runs = 0
+    for launcher, arguments in commands():
+        if not launcher.startswith("python"):  # torchrun: see test_distributed and test_two_hosts
+            continue
+        is_run = arguments[0] in ("train", "demo")
+        if is_run and "--resume" not in arguments and "--checkpoint-dir" not in arguments:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        arguments = made_small(arguments) if is_run else arguments
+        expected = {0, 1} if arguments[0] == "check-data" else {0}
+        assert main(arguments) in expected, shlex.join(arguments)
+        num_runs += 1
+    assert num_runs > 20
+    for path in ("compared.html", "runs/drill/report.html", "runs/drill/incidents/000001", "found", "exclude.txt"):
+        assert (folder / path).exists()
