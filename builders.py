@@ -298,6 +298,8 @@ def prepare(argv: Sequence[str] | None) -> Run:
     no_cuda = "" if torch.cuda.is_available() else " (no CUDA device found)"
     together = f", {ranks.size} ranks" if ranks.size > 1 else ""
     print(f"Device: {device}{no_cuda}{together}, precision {precision.name}, backbone {args.backbone}")
+    if args.drill:
+        print(f"Fire drills, faults on purpose at windows of the run: {', '.join(args.drill)}")
     excluded = ranks.from_first(lambda: excluded_names(args, before))
     validation = before["validation"] if before is not None else None
     train_pairs, val_pairs, root = ranks.from_first(lambda: build_pairs(args, validation, excluded))

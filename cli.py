@@ -15,6 +15,7 @@ DEMO_DEFAULTS = {
     "batch_size": 16, "accumulation_steps": 1, "epochs": 10, "stage1_epochs": 1, "lr": 0.003, "stage2_lr_scale": 1.0,
     "backbone_lr_scale": 1.0, "grad_clip": 2.0, "ema_decay": 0.98,
 }  # fmt: skip
+DEMO_DRILLS = ("bad-sample@100", "spike@200")  # unless others are asked for, or it is resumed
 
 ZOOMS = (0.5, 1.0, 1.5)  # of --zoom without factors
 SCALES = (0.75, 1.0, 1.25)  # --multi-scale alone
@@ -82,6 +83,8 @@ def parse(argv: Sequence[str] | None, saved: dict[str, Any] | None = None) -> ar
         return args
     args.zoom = sorted(set(args.zoom or ZOOMS))
     args.multi_scale = sorted(set(args.multi_scale or SCALES))
+    if args.command == "demo" and args.resume is None:
+        args.drill = args.drill or list(DEMO_DRILLS)
     if args.checkpoint_dir is None:
         beside = str(Path(args.resume).parent) if args.resume not in (None, "auto") else None
         fresh = time.strftime("demo-runs/%Y%m%d-%H%M%S") if args.command == "demo" else "./checkpoints"
@@ -104,7 +107,7 @@ def _add_check_data_flags(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     flag = parser.add_argument
     flag("--dataset-path", metavar="DIR", type=Path, required=True,
-         help="the data set's folder, in any layout README lists")
+         help="the data set's folder, in any layout docs/data.md lists")
     flag("--json", metavar="FILE", type=Path, help="write the report there, too, every finding of it")
     flag("--write-exclude", metavar="FILE", type=Path,
          help="write a list of the training images that training is better without, for train --exclude")
@@ -117,7 +120,7 @@ def _add_check_data_flags(parser: argparse.ArgumentParser) -> None:
 def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     flag = parser.add_argument_group("data").add_argument
-    flag("--dataset-path", help="the data set's folder, in any layout README lists, or 'synthetic'")
+    flag("--dataset-path", help="the data set's folder, in any layout docs/data.md lists, or 'synthetic'")
     flag("--include-noncam", action=argparse.BooleanOptionalAction, default=False,
          help="COD10K: take in its images without camouflaged objects too")
     flag("--exclude", metavar="FILE",
@@ -167,7 +170,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
          "only weights that are not finite end the run")
     flag("--drill", metavar="KIND@WINDOW[xCOUNT][rRANK]", action="append", default=[],
          help="rehearse a fault at a window of the run, in COUNT attempts in a row; KIND is nan-loss, inf-grad, spike, "
-         "overflow, nan-weight, bad-sample or kill; may be given several times")
+         "overflow, nan-weight, bad-sample or kill; may be given several times (default: none; of demo: "
+         f"{' and '.join(DEMO_DRILLS)})")
     flag("--precision", choices=("auto", "fp16", "bf16", "fp32"), default="auto",
          help="number format of the forward pass; auto: bf16 where the hardware has it, else fp16 on CUDA, fp32 on CPU")
     flag("--seed", type=_whole(0, 2**63 - 1), default=42, help="decides split, order, augmentation and initial weights")
@@ -217,7 +221,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction[_Parser]") -> None:
          help="average the logits of each image and its mirror image: a little better at twice the time")
     flag("--predictions", metavar="DIR", help="predictions of any method, each with its mask's file name, instead")
     flag("--dataset-path", metavar="DIR", nargs="+",
-         help="folders with test sets, in any layout README lists; with --predictions, one folder of them a set")
+         help="folders with test sets, in any layout docs/data.md lists; with --predictions, one folder of them a set")
     flag("--masks", metavar="DIR", help="with --predictions: the folder with the masks, instead of --dataset-path")
     flag("--include-noncam", action=argparse.BooleanOptionalAction, default=False,
          help="COD10K: take in its images without camouflaged objects too")

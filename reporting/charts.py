@@ -124,8 +124,8 @@ def _saved_epochs(run: RunHistory) -> list[Trace]:
 
 def _loss_chart(runs: Sequence[tuple[RunHistory, str]]) -> Chart | None:
     description = (
-        "Each window (one optimizer step's worth of batches) by its number in the run, and the mean over "
-        f"{_MEAN_OVER}. Gaps are losses that were not finite."
+        "Each window (one optimizer step's worth of batches) by its number in the run, and the mean of "
+        f"those applied among the last {_MEAN_OVER}. Gaps are losses that were not finite."
     )
     return _window_chart(runs, "window-loss", "Loss by window", "loss", lambda p: p.loss, description, mean=True)
 
@@ -214,7 +214,9 @@ def _window_chart(
     for index, (run, name) in enumerate(runs):
         points = run.points
         values = np.array([value(point) for point in points], dtype=np.float64)
-        smooth = _running_mean(values) if mean and len(values) > 2 * _MEAN_OVER else None
+        applied = np.array([point.applied for point in points], dtype=bool)
+        steps = np.where(applied, values, np.nan)  # a window that was skipped, by a spike for one, has moved nothing
+        smooth = _running_mean(steps) if mean and len(values) > 2 * _MEAN_OVER else None
         chosen = thin(values)
         shown = name if len(runs) > 1 else axis
         x, where = (

@@ -58,6 +58,16 @@ def test_incidents_side_by_side_share_a_link(tmp_path: Path) -> None:
     assert [note["x"] for note in figure["layout"]["annotations"]] == [10, 90]
 
 
+def test_the_mean_of_the_norms_is_of_windows_that_were_applied(tmp_path: Path) -> None:
+    windows = [window(1, number, grad_norm=2.0) for number in range(1, 151)]
+    windows[119] = window(1, 120, grad_norm=1e6, verdict="spike")
+    run = read_run(log_of(tmp_path / "run", start(), *windows))
+    (figure,) = (chart.figure for chart in charts_of([run], ["run"]) if chart.key == "gradient-norm")
+    traces = {trace["name"]: trace["y"] for trace in figure["data"]}
+    assert max(traces["norm"]) == 1e6
+    assert set(traces["norm, mean over 50"]) == {2.0}
+
+
 def test_the_loss_scale_has_a_chart_where_there_is_one(tmp_path: Path) -> None:
     run = read_run(log_of(tmp_path / "run", start(), window(1, 1, loss_scale=1024.0), window(1, 2, loss_scale=512.0)))
     (chart,) = (chart for chart in charts_of([run], ["run"]) if chart.key == "loss-scale")

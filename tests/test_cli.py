@@ -36,10 +36,10 @@ def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -
     assert cli.default_num_workers() == 3
 
 
-def test_readme_has_every_flag_with_its_default() -> None:
+def test_the_list_of_flags_has_each_with_its_default() -> None:
     rows = re.findall(
         r"^\| `(--[a-z0-9-]+)[^`]*` \| ([^|]*) \|",
-        (Path(__file__).parents[1] / "README.md").read_text(),
+        (Path(__file__).parents[1] / "docs" / "flags.md").read_text(),
         flags=re.MULTILINE,
     )
     documented = {flag[2:].replace("-", "_"): default.strip().strip("`") for flag, default in rows}
@@ -98,6 +98,13 @@ def test_demo_is_train_with_other_defaults_and_a_folder_of_its_own() -> None:
     assert vars(demo).keys() == vars(train).keys()
     assert (demo.dataset_path, demo.pretrained, demo.epochs) == ("synthetic", False, 5)
     assert demo.checkpoint_dir.startswith("demo-runs/")
+
+
+def test_demo_rehearses_two_faults_unless_others_are_asked_for_or_it_is_resumed() -> None:
+    assert cli.parse(["demo"]).drill == ["bad-sample@100", "spike@200"]
+    assert cli.parse(["demo", "--drill", "kill@3"]).drill == ["kill@3"]
+    assert cli.parse(["demo", "--resume", "auto"]).drill == []
+    assert cli.parse(["train", "--dataset-path", "x"]).drill == []
 
 
 def test_resuming_a_file_goes_on_in_its_folder_unless_told_otherwise() -> None:

@@ -38,6 +38,20 @@ def test_every_command_is_one_that_the_program_takes() -> None:
         assert cli.parse(arguments).command == arguments[0]
 
 
+def test_every_link_leads_somewhere() -> None:
+    num_links = 0
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+            if not link.startswith("http"):
+                file, _, heading = link.partition("#")
+                target = path.parent / file
+                assert target.is_file(), f"{path.name}: {link}"
+                titles = re.findall(r"^#+ (.*)", target.read_text(), flags=re.MULTILINE) if heading else []
+                assert not heading or heading in {title.lower().replace(" ", "-") for title in titles}, link
+                num_links += 1
+    assert num_links > 15
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the documents take for granted: data sets, photographs, another method's predictions, finished runs."""

@@ -261,10 +261,10 @@ def test_model_card_has_the_hubs_header_and_its_code_runs(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_readme_commands_run(checkpoint: Path, tmp_path: Path) -> None:
+def test_documented_commands_run(checkpoint: Path, tmp_path: Path) -> None:
     """The section's, one after the other, in a folder with its checkpoint and a photograph."""
     pytest.importorskip("onnxruntime")
-    section = (ROOT / "README.md").read_text().split("## Use it elsewhere")[1].split("\n## ")[0]
+    section = (ROOT / "docs/using.md").read_text().split("## Use it elsewhere")[1].split("\n## ")[0]
     (tmp_path / "checkpoints").mkdir()
     shutil.copy(checkpoint, tmp_path / "checkpoints/best_model.pth")
     photograph = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)

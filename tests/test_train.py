@@ -825,6 +825,9 @@ def test_demo_learns_in_minutes(tmp_path: Path) -> None:
     match = re.search(r"Done: validation IoU (0\.\d+)", result.stdout)
     assert match is not None
     assert float(match[1]) >= 0.60
+    assert "1 skipped (1 spike); 0 rollbacks, 1 sample quarantined" in result.stdout  # the two fire drills
+    (report,) = tmp_path.glob("demo-runs/*/report.html")
+    assert f"Report: {report.relative_to(tmp_path)}" in result.stdout
 
 
 @pytest.mark.slow

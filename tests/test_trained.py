@@ -75,7 +75,7 @@ def test_it_says_what_the_commands_say(checkpoint: Path, tiny_dataset: Path) -> 
 
 
 def test_the_example_in_the_readme_runs(checkpoint: Path, tmp_path: Path) -> None:
-    section = (ROOT / "README.md").read_text().split("### From Python")[1].split("\n#")[0]
+    section = (ROOT / "docs/using.md").read_text().split("### From Python")[1].split("\n#")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     assert len(code.splitlines()) == 10
     (tmp_path / "checkpoints").mkdir()
