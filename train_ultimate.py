@@ -182,6 +182,7 @@ def settle_window(
     """
     state, stats, outcome = run.state, run.state.epoch_stats, pending.read()
     run.stop.hear(pending.requests)
+    run.store.tell()
     stats.lr = window.lr * state.ladder.lr_factor
     if outcome.verdict is StepVerdict.APPLIED and state.ema is not None:
         state.ema.update(state.model, guard.at_start)

@@ -217,26 +217,26 @@ def _write(descriptor: int, data: bytes, offset: int) -> None:
 @contextmanager
 def _locked(path: Path) -> Iterator[int]:
     """Make the file if need be and hold a lock on it; nothing of that name is left afterwards."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"Waiting for another process, which is building {path.parent / path.stem[1:]}")
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            except BaseException:
-                os.close(descriptor)
-                raise
-        if _is_at(descriptor, path):  # else it was finished, or given up, and the lock is on what it was
-            break
-        os.close(descriptor)
+    descriptor = None
     try:
+        # Not there: it was finished, or given up, while this process waited, and the lock is on what it was.
+        while descriptor is None or not _is_at(descriptor, path):
+            if descriptor is not None:
+                os.close(descriptor)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"Waiting for another process, which is building {path.parent / path.stem[1:]}")
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor
     finally:
-        if _is_at(descriptor, path):
-            path.unlink()
-        os.close(descriptor)
+        if descriptor is not None:
+            with suppress(BlockingIOError):  # it is another process's, which this one has waited for in vain
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_at(descriptor, path):
+                    path.unlink()
+            os.close(descriptor)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

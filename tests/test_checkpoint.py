@@ -99,6 +99,20 @@ def test_saved_files_are_reported_when_they_are_there(tmp_path: Path) -> None:
     assert reported == [("best_model.pth", True), ("epoch_0001.pth", True)]
 
 
+def test_what_has_become_of_a_save_is_told_without_waiting_for_the_next(tmp_path: Path) -> None:
+    reported: list[str] = []
+    store = CheckpointStore(tmp_path, 1, on_saved=reported.append)
+    store.tell()
+    store.save_step(7, payload(7))
+    deadline = time.monotonic() + 10
+    while not reported and time.monotonic() < deadline:
+        store.tell()
+        time.sleep(0.01)
+    store.tell()
+    store.wait()
+    assert reported == ["step_00000007.pth"]
+
+
 def test_failed_write_leaves_the_old_file_and_costs_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

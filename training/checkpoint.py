@@ -31,7 +31,7 @@ class CheckpointStore:
     Args:
         directory: made when something is saved.
         keep: how many ``epoch_NNNN.pth`` to keep.
-        on_saved: called in the thread that saves, with the name of a file that is complete and verified by now.
+        on_saved: called by ``tell`` and ``wait``, with the name of a file that is complete and verified by now.
         writes: one of several processes does; the others only keep count.
     """
 
@@ -69,6 +69,11 @@ class CheckpointStore:
     @property
     def is_writing(self) -> bool:
         return self._under_way is not None and not self._under_way[1].done()
+
+    def tell(self) -> None:
+        """What has become of a save, as soon as it has ended. Waits for nothing: for every window."""
+        if self._under_way is not None and not self.is_writing:
+            self.wait()
 
     def wait(self) -> None:
         """Until what has been begun is on the disk, or has failed."""
