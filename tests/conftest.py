@@ -11,6 +11,7 @@ import torch
 from launching import Launch
 
 import builders
+import inference
 import train_ultimate
 from data.synthetic import write_synthetic_dataset
 
@@ -116,3 +117,16 @@ def differing_tensors(first: Any, second: Any, name: str = "") -> list[str]:
             for bad in differing_tensors(*pair, f"{name}[{i}]")
         ]
     return [] if first == second else [name]
+
+
+@pytest.fixture
+def network_of_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is loaded from a checkpoint puts out NaN."""
+    original = inference.load_network
+
+    def broken(*args: Any) -> inference.TrainedNetwork:
+        network = original(*args)
+        network.model.register_forward_hook(lambda _module, _inputs, outputs: [outputs[-1] * torch.nan])
+        return network
+
+    monkeypatch.setattr(inference, "load_network", broken)

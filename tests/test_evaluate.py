@@ -18,7 +18,6 @@ import torch
 from conftest import tiny_arguments
 from PIL import Image
 
-import inference
 import train_ultimate
 from commands import evaluate as evaluate_module
 from commands.evaluate import Case, Scored, score_case, scored_cases
@@ -345,21 +344,10 @@ def test_set_is_never_called_after_its_image_folder_and_data_is_never_written_in
     assert "belongs to the data set" in failing([*argv[1:], "--save-predictions", inside], capsys)
 
 
+@pytest.mark.usefixtures("network_of_nan")
 def test_network_whose_output_is_not_finite_is_not_scored(
-    checkpoint: Path,
-    tiny_dataset: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    checkpoint: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = inference.load_network
-
-    def broken(*args: Any) -> inference.TrainedNetwork:
-        network = original(*args)
-        network.model.register_forward_hook(lambda _module, _inputs, outputs: [outputs[-1] * torch.nan])
-        return network
-
-    monkeypatch.setattr(inference, "load_network", broken)
     line = failing(["--checkpoint", str(checkpoint), "--dataset-path", str(tiny_dataset)], capsys)
     assert "the network's output is not finite; try --precision fp32" in line
 

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from conftest import tiny_arguments
 from PIL import Image
 
-import inference
 import train_ultimate
 from commands.predict import Prediction, save_prediction
 from data.figures import overlay
@@ -356,17 +355,10 @@ def test_checkpoint_that_is_none_is_told_before_a_folder_is_made(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("network_of_nan")
 def test_network_whose_output_is_not_finite_writes_no_prediction(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = inference.load_network
-
-    def broken(*args: Any) -> inference.TrainedNetwork:
-        network = original(*args)
-        network.model.register_forward_hook(lambda _module, _inputs, outputs: [outputs[-1] * torch.nan])
-        return network
-
-    monkeypatch.setattr(inference, "load_network", broken)
     assert predict(checkpoint, photograph(tmp_path / "a.jpg"), "--output", tmp_path / "out") == 1
     assert "a.jpg: the network's output is not finite; try --precision fp32" in capsys.readouterr().err
     assert written(tmp_path / "out") == []
