@@ -33,7 +33,7 @@ from data.unreadable import UnreadablePairs, require_few
 from models import CamouflageSegmenter, build_model
 from recovery import Recovery
 from reporting.listeners import SamplePredictions, listeners_of
-from reporting.terminal import OnlyWarnings
+from reporting.terminal import LastingStream, OnlyWarnings
 from training.checkpoint import CheckpointStore, find_checkpoint, lock_directory
 from training.distributed import Ranks, join
 from training.drill import Drill
@@ -106,7 +106,12 @@ class Run:
 
     @property
     def precision_in_use(self) -> Precision:
-        return self.precision.full() if self.state.ladder.full_precision else self.precision
+        return precision_in_use(self.precision, self.state)
+
+
+def precision_in_use(precision: Precision, state: TrainState) -> Precision:
+    """fp32 where nothing else has helped."""
+    return precision.full() if state.ladder.full_precision else precision
 
 
 def build_stages(args: argparse.Namespace) -> list[Stage]:
@@ -265,8 +270,10 @@ def prepare(argv: Sequence[str] | None) -> Run:
     device = resolve_device(args.device)
     ranks = join(device.type, args.rank_timeout)
     json_to = sys.stdout if args.json_logs else None
-    if args.quiet or args.json_logs or not ranks.is_first:  # for as long as the process lives: one rank tells for all
-        sys.stdout = OnlyWarnings(passes=ranks.is_first)
+    # For as long as the process lives.
+    sys.stdout, sys.stderr = LastingStream.of(sys.stdout), LastingStream.of(sys.stderr)
+    if args.quiet or args.json_logs or not ranks.is_first:
+        sys.stdout = OnlyWarnings(sys.stderr if ranks.is_first else None)  # one rank tells for all
     directory = Path(args.checkpoint_dir)
     source, checkpoint = ranks.from_first(lambda: find_checkpoint(args.resume, directory))
     weights_alone = checkpoint["model"] if checkpoint is not None and "config" not in checkpoint else None
@@ -315,7 +322,7 @@ def prepare(argv: Sequence[str] | None) -> Run:
     if args.gradient_checkpointing and not model.checkpoint_gradients():
         print(f"Warning: timm has no gradient checkpointing for {args.backbone}: only the decoder's will save memory")
     largest_batch = min(args.batch_size, len(train_pairs))
-    runner = WindowRunner(largest_batch, max(args.multi_scale), recomputes=args.gradient_checkpointing)
+    runner = WindowRunner(largest_batch, args.multi_scale, recomputes=args.gradient_checkpointing)
     if weights_alone is not None:
         load_weights(model, weights_alone)
     if not all_finite(model.state_dict().values()):
@@ -357,9 +364,10 @@ def prepare(argv: Sequence[str] | None) -> Run:
     log = RunLog(directory if ranks.is_first else None, echo=json_to)
     if ranks.is_first:
         # Weights that are sharded are whole on no rank alone: no images then.
-        samples = SamplePredictions(state, val_pairs, args.img_size, device, memory_format, precision)
+        now = lambda: precision_in_use(precision, state)  # noqa: E731
+        samples = SamplePredictions(state, val_pairs, args.img_size, device, memory_format, now)
         done = state.progress.global_window
-        log.listeners += listeners_of(directory, done, None if ranks.shards else samples)
+        log.listeners += listeners_of(directory, done, None if ranks.shards else samples, ranks.size == 1)
     store.on_saved = lambda name: log.event("checkpoint", file=name)
     incidents = directory / "incidents"
     images = names[: len(train_pairs)]

@@ -18,6 +18,8 @@ from models.trained import network_of
 from training.checkpoint import read_checkpoint
 from training.precision import Precision, resolve_device, resolve_precision
 
+OUT_OF_MEMORY = "out of memory with one image: choose a smaller --img-size, or --device cpu"
+
 
 @dataclass(frozen=True)
 class TrainedNetwork:
@@ -94,13 +96,32 @@ def _predict(
     images: Sequence[Path],
     levels: Callable[[Tensor, tuple[int, int]], ByteArray],
 ) -> Iterator[tuple[int, ByteArray | str]]:
+    parts = 1
     for batch in batches:
         inputs = unit_range(batch.images.to(network.device, non_blocking=True), network.memory_format)
-        logits = network.logits(inputs)
+        logits = None
+        while logits is None:
+            try:
+                logits = torch.cat([network.logits(part) for part in inputs.tensor_split(min(parts, len(inputs)))])
+            except torch.OutOfMemoryError:
+                if parts >= len(inputs):
+                    raise ValueError(OUT_OF_MEMORY) from None
+                parts *= 2  # and so from here on
         for index, size, error, image_logits in zip(batch.indices, batch.sizes, batch.errors, logits, strict=True):
             if not error and not torch.isfinite(image_logits).all():  # a host sync, as are both kinds of levels
                 error = f"{images[index]}: the network's output is not finite; try --precision fp32"
-            yield index, error or levels(image_logits, size)
+            yield index, error or _levels_that_fit(levels, image_logits, size)
+
+
+def _levels_that_fit(
+    levels: Callable[[Tensor, tuple[int, int]], ByteArray], logits: Tensor, size: tuple[int, int]
+) -> ByteArray:
+    """On the CPU where a photograph is too large for the device's memory."""
+    try:
+        return levels(logits, size)
+    except torch.OutOfMemoryError:
+        pass
+    return levels(logits.cpu(), size)
 
 
 def probability_levels(logits: Tensor, size: tuple[int, int], threshold: float | None = None) -> ByteArray:

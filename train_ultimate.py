@@ -403,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(run, int):
         return run
     exit_code, message = 0, ""
-    with run.stop:  # to the end of what is done about an error: launchers send SIGTERM as soon as one rank has failed
+    with run.stop:  # to the end: launchers send SIGTERM as soon as one rank has failed
         try:
             train(run)
             run.store.wait()
@@ -428,23 +428,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 traceback.print_exc()
                 message = f"unexpected, see above. Go on with: {resume_command(run)}{rescue(run)}"
-    progress, ladder, unreadable = run.state.progress, run.state.ladder, list(run.unreadable.reasons)
-    best = {"best_iou": progress.best_iou, "best_epoch": progress.best_epoch}
-    run.log.event("run_end", exit_code=exit_code, **best, recovery=ladder.summary(), unreadable=unreadable)
-    if run.lock is not None:
-        unlock_directory(run.lock)
-    run.ranks.close(done=exit_code == 0)
-    print(*ladder.describe(), *run.unreadable.describe(), sep="\n")
-    if exit_code:
-        print(*([f"error: {message}"] if message else []), file=sys.stderr, end="\n" if message else "")
-    else:
-        print(*run.last_lines(), sep="\n")
-    run.log.close()
+        progress, ladder, unreadable = run.state.progress, run.state.ladder, list(run.unreadable.reasons)
+        best = {"best_iou": progress.best_iou, "best_epoch": progress.best_epoch}
+        run.log.event("run_end", exit_code=exit_code, **best, recovery=ladder.summary(), unreadable=unreadable)
+        if run.lock is not None:
+            unlock_directory(run.lock)
+        run.ranks.close(done=exit_code == 0)
+        print(*ladder.describe(), *run.unreadable.describe(), sep="\n")
+        if exit_code:
+            print(*([f"error: {message}"] if message else []), file=sys.stderr, end="\n" if message else "")
+        else:
+            print(*run.last_lines(), sep="\n")
+        run.log.close()
     return exit_code
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a redirected log is to be read as it grows
+    commands.begin()
     sys.exit(main())

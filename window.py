@@ -173,19 +173,19 @@ class WindowRunner:
 
     Args:
         batch_size: that the loader makes.
-        largest_scale: of windows.
+        scales: that windows have.
         recomputes: the model computes activations again in the backward pass, ``checkpoint_gradients``.
 
     Attributes:
         num_parts: that each batch is to go through in; doubled where the device's memory is too short.
     """
 
-    def __init__(self, batch_size: int, largest_scale: float = 1.0, recomputes: bool = False) -> None:
+    def __init__(self, batch_size: int, scales: Sequence[float] = (1.0,), recomputes: bool = False) -> None:
         self.num_parts = 1
         self._ranks = Ranks()
         self._replica: nn.Module | None = None  # of the model, on each of several ranks
         self._batch_size = batch_size
-        self._largest_scale = largest_scale
+        self._scales = sorted(scales, reverse=True)  # what needs most memory first
         self._recomputes = recomputes
         self._compiled: Callable[..., Tensor] | None = None
         self._compiled_for: Precision | None = None
@@ -218,7 +218,7 @@ class WindowRunner:
     def compile(
         self, model: nn.Module, img_size: int, precision: Precision, memory_format: torch.memory_format
     ) -> None:
-        """Have ``torch.compile`` make kernels for the loader's batches, tried on one of zeros; a minute, more or less.
+        """Have ``torch.compile`` make kernels for the loader's batches, tried on zeros at every scale; a minute each.
 
         Other batches, a shorter one at an epoch's end or those of a window that is run again in fp32, go through the
         network as it is written. So they do all where this fails, with a warning. Called anew where what is trained
@@ -229,7 +229,9 @@ class WindowRunner:
         guard, start = BufferGuard(model), time.perf_counter()
         guard.begin_window()
         try:
-            self._accumulate(self._replica or model, self._example(img_size, precision, memory_format))
+            example = self._example(img_size, precision, memory_format)
+            for scale in self._scales:
+                self._accumulate(self._replica or model, replace(example, scale=scale))
             print(f"Compiled in {time.perf_counter() - start:.0f} s")
         except torch.OutOfMemoryError:
             pass  # as the first window will, and then batches are halved
@@ -280,7 +282,7 @@ class WindowRunner:
         images, masks = (torch.zeros(size, channels, img_size, img_size, dtype=torch.uint8) for channels in (3, 1))
         batch = Batch(images, masks, torch.arange(size), {})
         scaler = precision.new_scaler(ScalerSettings())
-        return Window(0, 0, [batch], 0.0, 0.0, precision, scaler, memory_format, seed=0, scale=self._largest_scale)
+        return Window(0, 0, [batch], 0.0, 0.0, precision, scaler, memory_format, seed=0, scale=self._scales[0])
 
     def _with_others(self, model: nn.Module, window: Window, guard: BufferGuard) -> Tensor:
         """All ranks average their gradients, or none does. What may need more memory than before is tried first."""

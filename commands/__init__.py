@@ -3,7 +3,9 @@ that need it.
 """
 
 import argparse
+import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +14,14 @@ from typing import TypeVar
 import cli
 
 T = TypeVar("T")
+
+
+def begin() -> None:
+    """What a process of this program starts with."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # none where it was closed
+        sys.stdout.reconfigure(line_buffering=True)  # a redirected log is to be read as it grows
 
 
 def run(argv: Sequence[str] | None = None) -> int | None:

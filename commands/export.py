@@ -71,7 +71,7 @@ def export(
     trained = load_network(checkpoint, "cpu", "fp32", img_size)
     network = trained.model.to(memory_format=torch.contiguous_format).requires_grad_(False)  # type: ignore[call-overload]
     facts["img_size"] = trained.img_size
-    print(f"Network: {checkpoint}, backbone {facts['backbone']}, {trained.img_size} px")
+    print_lines([f"Network: {checkpoint}, backbone {facts['backbone']}, {trained.img_size} px"])
     unfinished = output.with_name(f".unfinished-{os.getpid()}-{output.name}")  # its ending is looked at, too
     try:
         if form == "safetensors":
@@ -115,11 +115,13 @@ def trace(network: CamouflageSegmenter, img_size: int, fixed_size: bool) -> Trac
         try:
             with padding_for_multiples():
                 program = torch.export.export(model, (images,), dynamic_shapes=({0: batch, 2: height, 3: width},))
-            print(f"Images: any number, sides multiples of {MULTIPLE}, {least * MULTIPLE} to {_MOST_PIXELS} pixels")
+            print_lines(
+                [f"Images: any number, sides multiples of {MULTIPLE}, {least * MULTIPLE} to {_MOST_PIXELS} pixels"]
+            )
             return Traced(program, least * MULTIPLE)
         except Exception as error:  # of what torch.export does not understand it makes anything
             reason = f"torch.export cannot leave it open for this backbone: {_first_line(error)}"
-    print(f"Images: any number, all of {img_size} x {img_size} pixels ({reason})")
+    print_lines([f"Images: any number, all of {img_size} x {img_size} pixels ({reason})"])
     try:
         images = torch.zeros(2, 3, img_size, img_size)
         return Traced(torch.export.export(model, (images,), dynamic_shapes=({0: batch},)), None)

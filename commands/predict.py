@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from commands.output import print_lines
@@ -23,6 +24,7 @@ from data.sources import Source, find_sources, name_predictions
 from metrics import ByteArray
 
 _OBJECT = 128  # from this level on a probability is one half or more
+_MARK = "train_ultimate predict"  # in each file written: what does not carry it is somebody's, and stays
 _JPEG_QUALITY = 90
 
 
@@ -61,6 +63,7 @@ def predict(args: argparse.Namespace, num_processes: int) -> int:
     overlays = [folder / name.relative_to(output).with_suffix(".jpg") if args.overlay else None for name in names]
     folders = {path.parent for path in (*names, *overlays) if path is not None}
     _require_apart(sources.images, folders, output)
+    _require_own([*names, *filter(None, overlays)], output)
 
     from inference import load_network, predict_images  # torch: not for mistakes that show without it
 
@@ -103,27 +106,58 @@ def predict(args: argparse.Namespace, num_processes: int) -> int:
 
 
 def save_prediction(prediction: Prediction | str) -> str:
-    """Write what belongs to one image, or nothing of it; why that cannot be done, or why there is no prediction."""
+    """Write what belongs to one image; why that cannot be done, or why there is no prediction."""
     if isinstance(prediction, str):
         return prediction
+    what = "prediction"
     try:
-        if prediction.overlay is not None:
-            marked = overlay(decode_image(prediction.image), prediction.levels >= _OBJECT)
-            _save(marked, prediction.overlay, quality=_JPEG_QUALITY)
         _save(Image.fromarray(prediction.levels), prediction.save_as)
+        if prediction.overlay is not None:
+            what = "overlay"  # JPEG knows no more than 65,535 pixels a side
+            marked = overlay(decode_image(prediction.image), prediction.levels >= _OBJECT)
+            _save(marked, prediction.overlay)
     except (OSError, ValueError) as error:
-        return f"{prediction.image}: prediction cannot be saved ({error})"
+        return f"{prediction.image}: {what} cannot be saved ({error})"
     return ""
 
 
-def _save(image: Image.Image, path: Path, **options: int) -> None:
+def _save(image: Image.Image, path: Path) -> None:
     """Under its name only when it is whole; a link of that name is replaced, and what it led to stays."""
     unfinished = path.with_name(f".{os.getpid()}.unfinished")  # a suffix could make a long name too long
     try:
-        image.save(unfinished, "PNG" if path.suffix == ".png" else "JPEG", **options)
+        if path.suffix == ".png":
+            information = PngInfo()
+            information.add_text("Software", _MARK)
+            image.save(unfinished, "PNG", pnginfo=information)
+        else:
+            image.save(unfinished, "JPEG", quality=_JPEG_QUALITY, comment=_MARK)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _require_own(files: Sequence[Path], output: Path) -> None:
+    """Masks, other methods' predictions, photographs: whatever another program has written is not to be replaced.
+
+    Raises:
+        ValueError: a file of a name that would be written is there, and ``predict`` has not written it. (A folder of
+            such a name cannot be replaced anyway.)
+    """
+    foreign = [file for file in files if os.path.lexists(file) and not (file.is_dir() or _is_own(file))]
+    if foreign:
+        more = f", nor {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise ValueError(
+            f"--output {output}: {foreign[0]} is there already, and not from predict{more}; name another folder, or "
+            "remove what is not needed"
+        )
+
+
+def _is_own(file: Path) -> bool:
+    try:
+        with Image.open(file) as image:
+            return _MARK in (image.info.get("Software"), bytes(image.info.get("comment", b"")).decode(errors="replace"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _unused_name(name: str, used: Collection[str]) -> str:

@@ -28,6 +28,8 @@ def report(directories: Sequence[Path], output: Path | None, epochs: Sequence[in
     """
     begun = time.monotonic()
     if output is not None:
+        if output.suffix.lower() not in (".html", ".htm"):
+            raise ValueError(f"--output {output}: a report is a page; name it {output.with_suffix('.html')}, say")
         require_writable(output)
     runs = [read_run(directory) for directory in directories]
     if output is None:
@@ -64,11 +66,7 @@ def write_report(runs: Sequence[RunHistory], pictures: Sequence[Sequence[Gallery
         raise ValueError(NO_PLOTLY) from error
     names = unique_names(runs)
     page = render(runs, names, charts_of(runs, names), pictures, get_plotlyjs())
-    try:
-        write_text(output, page)
-    except OSError:
-        output.with_name(f".{output.name}.unfinished").unlink(missing_ok=True)
-        raise
+    write_text(output, page)
 
 
 def write_final_report(directory: Path, with_pictures: bool) -> str:

@@ -254,7 +254,9 @@ def fingerprint(pairs: Sequence[Pair], root: Path) -> str:
     digest = hashlib.sha256()
     for pair in pairs:
         for path in (pair.image, pair.mask):
-            digest.update(f"{path.relative_to(root).as_posix()}\0{size_and_time(path)[0]}\n".encode())
+            digest.update(
+                f"{path.relative_to(root).as_posix()}\0{size_and_time(path)[0]}\n".encode(errors="surrogateescape")
+            )
     return digest.hexdigest()[:16]
 
 

@@ -78,6 +78,8 @@ def name_predictions(sources: Sequence[Source], suffix: str = ".png") -> list[Pu
         for index, name in enumerate(names):
             groups.setdefault(str(name).casefold(), []).append(index)
         alike = [group for group in groups.values() if len(group) > 1]
+        parents = {str(parent).casefold() for name in names for parent in name.parents}
+        alike += [group for name, group in groups.items() if name in parents and len(group) == 1]  # x.jpg beside x.png/
         if not alike:
             return names
         for group in alike:
@@ -88,7 +90,8 @@ def name_predictions(sources: Sequence[Source], suffix: str = ".png") -> list[Pu
             elif not whole.issuperset(group):
                 whole.update(group)
             else:  # A.jpg and a.jpg, which some file systems cannot tell apart
-                numbers.update({index: numbers.get(index, 1) + n for n, index in enumerate(group[1:], start=1)})
+                later = group[1:] or group
+                numbers.update({index: numbers.get(index, 1) + n for n, index in enumerate(later, start=1)})
 
 
 def _expand(text: str, output: Path, problems: list[str]) -> Iterator[Source]:

@@ -107,14 +107,16 @@ class CamouflageSegmenter(nn.Module):
             ValueError: neither is there, or its weights do not fit the network it describes.
         """
         config, weights = read_network(source, **hub_options)
-        model = build_model(config["backbone"], config["decoder_channels"], config["img_size"], zooms=config["zooms"])
         try:
+            model = build_model(
+                config["backbone"], config["decoder_channels"], config["img_size"], zooms=config["zooms"]
+            )
             model.load_state_dict(weights)
-        except RuntimeError as error:
+            for name in ("mean", "std"):  # as it was trained, whatever the timm of today says
+                model.get_buffer(name).copy_(torch.tensor(config[name]).view(1, 3, 1, 1))
+        except (RuntimeError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
             reason = " ".join(line.strip() for line in str(error).splitlines()[:2])[:300]
             raise ValueError(f"{source}: its weights do not fit the network of its config.json ({reason})") from error
-        for name in ("mean", "std"):  # as it was trained, whatever the timm of today says
-            model.get_buffer(name).copy_(torch.tensor(config[name]).view(1, 3, 1, 1))
         model.config = config
         return model.eval()
 

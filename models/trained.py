@@ -1,5 +1,6 @@
 """A trained network from its checkpoint, for use: the way in for other programs."""
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +49,13 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Ca
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no checkpoint of this program, or holds weights alone.
+        ValueError: it is no checkpoint of this program, holds weights alone, is damaged, or its weights are not finite.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load takes a flipped bit as it is; the checksums tell
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"damaged: checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
@@ -70,21 +75,27 @@ def network_of(checkpoint: Any, path: str | Path, img_size: int | None = None) -
         img_size: side of the images it is to take; None for that of training.
 
     Raises:
-        ValueError: it does not tell which network it is of, or its weights fit no images of this size.
+        ValueError: it does not tell which network it is of, its weights fit no images of this size, or are not finite.
     """
     if not isinstance(checkpoint, dict) or "model" not in checkpoint or "config" not in checkpoint:
         raise ValueError(
             f"{path}: holds weights alone and does not tell which network they are of; "
             f"use a checkpoint of a run, such as best_model.pth"
         )
-    settings = checkpoint["config"]["settings"]
-    model = build_as_trained(settings, img_size or settings["img_size"])
-    average = checkpoint.get("ema")
     try:
-        model.load_state_dict(checkpoint["model"] if average is None else average["model"])
-    except RuntimeError as error:
+        settings, average = checkpoint["config"]["settings"], checkpoint.get("ema")
+        weights = checkpoint["model"] if average is None else average["model"]
+        model = build_as_trained(settings, img_size or settings["img_size"])
+    except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:  # made by other programs
+        raise ValueError(f"{path}: its settings describe no network ({type(error).__name__}: {error})") from error
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2])[:300]
         raise ValueError(f"{path}: the checkpoint's weights do not fit its network ({reason})") from error
+    for name, weight in model.state_dict().items():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{path}: {name} is not finite")
     return model.eval()
 
 

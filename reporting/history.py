@@ -7,9 +7,10 @@ import bisect
 import json
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,11 @@ _STATES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class WindowPoint:
     """A window, as its last attempt left it."""
 
-    number: int  # in the run, from 1
+    number: int  # in the run, from 1; 0 in logs of older programs, until it is counted
     stage: int
     epoch: int  # from 1
     window: int  # in its epoch, from 1
@@ -40,7 +41,25 @@ class WindowPoint:
     grad_norm: float
     loss_scale: float
     lr: float  # the decoder's
-    applied: bool
+    verdict: str
+
+    @property
+    def applied(self) -> bool:
+        return self.verdict == "applied"
+
+    @classmethod
+    def of(cls, event: dict[str, Any]) -> "WindowPoint":
+        return cls(
+            number=whole(event, "global_window"),
+            stage=whole(event, "stage"),
+            epoch=whole(event, "epoch"),
+            window=whole(event, "window"),
+            loss=number(event, "loss"),
+            grad_norm=number(event, "grad_norm"),
+            loss_scale=number(event, "loss_scale"),
+            lr=number(event, "lr"),
+            verdict=sys.intern(str(event.get("verdict"))),
+        )
 
 
 @dataclass
@@ -49,7 +68,7 @@ class RunHistory:
 
     Attributes:
         config: settings, versions, command, device, data.
-        windows: (epoch, window), both from 1 -> the last event of that window.
+        windows: (epoch, number in the run, or in the epoch for logs of older programs) -> the window, as it was last.
         epochs: epoch, from 1 -> its event.
         incidents: folder name -> record, the oldest first.
         checkpoints: file -> the epoch at whose end it was written, and 0; or 0, and the window of the run.
@@ -60,7 +79,7 @@ class RunHistory:
 
     directory: Path
     config: dict[str, Any] = field(default_factory=dict)
-    windows: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
+    windows: dict[tuple[int, int], WindowPoint] = field(default_factory=dict)
     epochs: dict[int, dict[str, Any]] = field(default_factory=dict)
     incidents: dict[str, dict[str, Any]] = field(default_factory=dict)
     checkpoints: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -78,7 +97,8 @@ class RunHistory:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return self.config.get("settings", {})
+        settings = self.config.get("settings")
+        return settings if isinstance(settings, dict) else {}
 
     @property
     def state(self) -> str:
@@ -103,23 +123,8 @@ class RunHistory:
         before, total = {}, 0
         for epoch in sorted(windows_of):
             before[epoch], total = total, total + windows_of[epoch]
-        points = []
-        for (epoch, window), event in sorted(self.windows.items()):
-            counted = whole(event, "global_window", before[epoch] + window)
-            points.append(
-                WindowPoint(
-                    number=counted,
-                    stage=whole(event, "stage"),
-                    epoch=epoch,
-                    window=window,
-                    loss=number(event, "loss"),
-                    grad_norm=number(event, "grad_norm"),
-                    loss_scale=number(event, "loss_scale"),
-                    lr=number(event, "lr"),
-                    applied=event.get("verdict") == "applied",
-                )
-            )
-        return points
+        in_order = (point for _, point in sorted(self.windows.items()))
+        return [p if p.number else replace(p, number=before[p.epoch] + p.window) for p in in_order]
 
     @cached_property
     def spike_limits(self) -> list[float]:
@@ -148,11 +153,7 @@ class RunHistory:
         """As the run's last event has it; for a run without one, as far as its windows and incidents tell."""
         if self.end is not None and isinstance(self.end.get("recovery"), dict):
             return self.end["recovery"]
-        given_up = Counter(
-            str(event.get("verdict")).replace("_", " ")
-            for event in self.windows.values()
-            if event.get("verdict") != "applied"
-        )
+        given_up = Counter(point.verdict.replace("_", " ") for point in self.windows.values() if not point.applied)
         actions = [str(record.get("action", "")) for record in self.incidents.values()]
         culprits = Counter(str(name) for record in self.incidents.values() for name in record.get("culprits") or [])
         return {
@@ -171,7 +172,8 @@ class RunHistory:
         if kind in ("run_start", "resume"):
             self._begin(event)
         elif kind == "window":
-            self.windows[whole(event, "epoch"), whole(event, "window")] = event
+            point = WindowPoint.of(event)
+            self.windows[point.epoch, point.number or point.window] = point
             self.verdicts[str(event.get("verdict"))] += 1
         elif kind == "epoch":
             self.epochs[whole(event, "epoch")] = event
@@ -191,9 +193,14 @@ class RunHistory:
         progress = event.get("progress")
         progress = progress if isinstance(progress, dict) else {}
         done = whole(progress, "epoch") + 1, whole(progress, "window")
-        self.windows = {key: window for key, window in self.windows.items() if key <= done}
+        total = whole(progress, "global_window")  # windows may be of another size from here on, and more or fewer
+        self.windows = {
+            key: point
+            for key, point in self.windows.items()
+            if (point.number <= total if point.number and "global_window" in progress else key <= done)
+        }
         self.epochs = {epoch: event for epoch, event in self.epochs.items() if epoch < done[0]}
-        limits = done[0], whole(progress, "global_window") + 1
+        limits = done[0], total + 1
         self.checkpoints = {
             file: where for file, where in self.checkpoints.items() if where[0] < limits[0] and where[1] < limits[1]
         }
@@ -241,10 +248,10 @@ def read_run(directory: Path) -> RunHistory:
 
 def _events(log: Path, run: RunHistory) -> Iterator[dict[str, Any]]:
     with open(log, encoding="utf-8", errors="replace") as lines:
-        for line in lines:
+        for line in filter(str.strip, lines):
             try:
                 event = json.loads(line)
-            except ValueError:  # being written right now, or cut off by a crash
+            except (ValueError, RecursionError):  # being written right now, or cut off by a crash
                 run.num_spoilt += 1
                 continue
             if isinstance(event, dict) and isinstance(event.get("event"), str):
@@ -266,7 +273,7 @@ def number(event: dict[str, Any], key: str, default: float = math.nan) -> float:
     """A number of an event; in the log, those that are not finite are text. ``default`` where there is none."""
     try:
         return float(event.get(key, default))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return default
 
 

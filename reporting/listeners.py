@@ -32,7 +32,7 @@ Samples = Callable[[], tuple[Tensor, Tensor, Tensor] | None]
 
 
 class SamplePredictions:
-    """A few validation images as the weights in use see them, the same ones each time.
+    """A few validation images as the weights in use see them, the same ones each time, one by one to save memory.
 
     Args:
         state: of the run.
@@ -40,12 +40,12 @@ class SamplePredictions:
         img_size: S.
         device: of the network.
         memory_format: of its input.
-        precision: of the forward pass.
+        precision: of the forward pass, as it is by then.
     """
 
     def __init__(
         self, state: TrainState, pairs: Sequence[Pair], img_size: int, device: torch.device,
-        memory_format: torch.memory_format, precision: Precision,
+        memory_format: torch.memory_format, precision: Callable[[], Precision],
     ) -> None:  # fmt: skip
         self.state = state
         self.pairs = pairs
@@ -63,9 +63,10 @@ class SamplePredictions:
         images, masks = self._loaded
         if not len(images):
             return None
-        model = self.state.model_for_use
-        with self.precision.autocast():
-            logits = model.train().eval()(unit_range(images.to(self.device), self.memory_format))[-1]
+        model = self.state.model_for_use.train().eval()
+        with self.precision().autocast():
+            inputs = (unit_range(image.to(self.device), self.memory_format) for image in images.split(1))
+            logits = torch.cat([model(image)[-1] for image in inputs])
         return images.float() / 255, masks.float(), logits.float().sigmoid().nan_to_num(0, 0, 0).cpu()
 
     @cached_property
@@ -106,6 +107,7 @@ class TensorBoardCurves:
         self._writer = SummaryWriter(str(directory), purge_step=global_window + 1, flush_secs=_FLUSH_SECONDS)
         _keep_quiet(set(threading.enumerate()) - before)
         self._samples = samples
+        self._shown = False
         self._step = global_window
         self._window: dict[str, Any] | None = None  # the newest: it may be run again
 
@@ -122,7 +124,7 @@ class TensorBoardCurves:
             self._writer.flush()
         elif event == "incident":
             what = f"{fields['verdict']} in epoch {fields['epoch']}, window {fields['window']}: {fields['action']}"
-            self._writer.add_text("incidents", what, self._step)
+            self._writer.add_text("incidents", what.encode(errors="backslashreplace").decode(), self._step)
 
     def close(self) -> None:
         self._write_window()
@@ -137,21 +139,35 @@ class TensorBoardCurves:
             self._writer.add_scalar(f"window/{key}", number(fields, key), self._step)
 
     def _write_samples(self) -> None:
-        samples = self._samples() if self._samples is not None else None
+        """Predictions each time, images and masks once."""
+        try:
+            samples = self._samples() if self._samples is not None else None
+        except RuntimeError as error:  # the memory is too short, say: the curves do without
+            reason, self._samples = str(error).splitlines()[0], None
+            print(f"Warning: no more validation images for TensorBoard ({reason}); its curves go on")
+            return
         if samples is None:
             return
         for name, images in zip(("image", "mask", "prediction"), samples, strict=True):
-            self._writer.add_images(f"validation/{name}", images, self._step)
+            if name == "prediction" or not self._shown:
+                self._writer.add_images(f"validation/{name}", images, self._step)
+        self._shown = True
 
 
 class FinalReport:
     """Writes ``report.html`` when the run has ended.
 
-    Pictures of validation images are left out after a signal: whoever sends one does not wait for long.
+    Pictures of validation images are left out after a signal: whoever sends one does not wait for long. Nor does the
+    launcher of several processes, once one of them has failed.
+
+    Args:
+        directory: of the run.
+        alone: no other process takes part.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, alone: bool = True) -> None:
         self.directory = directory
+        self.alone = alone
         self.exit_code = 1
 
     def event(self, event: str, fields: dict[str, Any]) -> None:
@@ -163,30 +179,33 @@ class FinalReport:
 
         try:
             with torch.random.fork_rng(devices=[]):  # a network is built for the pictures
-                print(write_final_report(self.directory, with_pictures=self.exit_code in (0, 3)))
+                patient = self.exit_code == 0 or (self.exit_code == 3 and self.alone)
+                print(write_final_report(self.directory, with_pictures=patient))
         except KeyboardInterrupt:
             print(f"No report written: interrupted; later: python train_ultimate.py report {self.directory}")
 
 
-def listeners_of(directory: Path, global_window: int, samples: Samples | None) -> list[Listener]:
+def listeners_of(directory: Path, global_window: int, samples: Samples | None, alone: bool = True) -> list[Listener]:
     """Those of a run, as far as what they need is installed; what is not is told, once.
 
     Args:
         directory: of the run.
         global_window: windows of the run done before.
         samples: as ``TensorBoardCurves`` takes them.
+        alone: as ``FinalReport`` takes it.
     """
     found: list[Listener] = []
     try:
         found.append(TensorBoardCurves(directory / "tensorboard", global_window, samples))
     except ImportError:
         print(NO_TENSORBOARD)
-    except OSError as error:
-        print(f"Warning: {directory / 'tensorboard'}: nothing is written for TensorBoard ({error})")
+    except Exception as error:  # a disk that is full, or a tensorboard that does not fit its protobuf or numpy
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        print(f"Warning: {directory / 'tensorboard'}: nothing is written for TensorBoard ({reason})")
     if importlib.util.find_spec("plotly") is None:
         print(NO_PLOTLY_TO_TRAIN)
     else:
-        found.append(FinalReport(directory))
+        found.append(FinalReport(directory, alone))
     return found
 
 

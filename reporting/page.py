@@ -400,6 +400,7 @@ def _listed(values: Iterable[Any]) -> str:
 
 def _when(seconds: float) -> str:
     moment = number({"time": seconds}, "time")
-    if moment != moment:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(moment))
+    except (ValueError, OverflowError):  # of NaN the first, of a damaged log both
         return "never"
-    return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(moment))

@@ -6,7 +6,7 @@ import io
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from data.decoding import decode_image, decode_mask
 from data.figures import thumbnail
 from data.layouts import Pair, find_subsets, training_pairs
 from metrics import quick_scores
-from reporting.history import BEST, RunHistory
+from reporting.history import BEST, RunHistory, whole
 
 SHOWN = 3  # of the worst, and of the best
 FEW, FEW_SECONDS = 16, 20.0  # images looked at when a run ends, and the time after which no further batch is begun
@@ -82,7 +82,7 @@ def _gallery(run: RunHistory, epoch: int, is_best: bool, few: bool) -> Gallery:
         pairs = _validation_pairs(run)
     except (ValueError, OSError) as error:
         return Gallery(title, f"No pictures, for the data set is not to be had: {error}.", [])
-    return _predicted(file, title, pairs, few)
+    return _predicted(run, file, title, pairs, few)
 
 
 _EPOCH_FILE = re.compile(r"epoch_(\d+)\.pth")
@@ -109,18 +109,22 @@ def _validation_pairs(run: RunHistory) -> list[tuple[str, Pair]]:
     return pairs
 
 
-def _predicted(file: Path, title: str, pairs: Sequence[tuple[str, Pair]], few: bool) -> Gallery:
+def _predicted(run: RunHistory, file: Path, title: str, pairs: Sequence[tuple[str, Pair]], few: bool) -> Gallery:
     from inference import load_network, predict_pairs  # torch: seconds that a page without pictures does not take
 
     total = len(pairs)
     if few and total > FEW:
         pairs = [pairs[index] for index in np.linspace(0, total - 1, FEW).round().astype(int)]
-    network = load_network(file, "auto", "auto", None)
+    device = "auto" if run.end is not None else "cpu"  # the GPU's memory belongs to a run that is still going
+    network = load_network(file, device, "auto", None)
+    if str(run.config.get("precision")) == "fp32":
+        network = replace(network, precision=network.precision.full())
+    batch_size = min(_BATCH, whole(run.settings, "batch_size", _BATCH))
     ranked: list[tuple[float, int]] = []  # IoU and index, the worst first
     kept: dict[int, tuple[dict[str, float], NDArray[np.uint8]]] = {}
     failed = 0
     begun = time.monotonic()
-    for index, prediction in predict_pairs(network, [pair for _, pair in pairs], _BATCH, 0):
+    for index, prediction in predict_pairs(network, [pair for _, pair in pairs], batch_size, 0):
         if isinstance(prediction, str):
             failed += 1
             continue

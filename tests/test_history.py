@@ -51,6 +51,22 @@ def test_what_a_resume_has_given_up_is_forgotten(tmp_path: Path) -> None:
     assert list(run.checkpoints) == ["epoch_0001.pth"]
 
 
+def test_a_resume_with_larger_windows_forgets_none_that_counts(tmp_path: Path) -> None:
+    """Eight windows of an epoch were trained; in windows of twice the size, that is the fourth of this epoch."""
+    before = [window(1, number, global_window=number) for number in range(1, 9)]
+    after = [start("resume", epoch=0, window=4, number=8), window(1, 5, global_window=9)]
+    run = read_run(log_of(tmp_path / "run", start(), *before, *after))
+    assert [point.number for point in run.points][-1] == 9
+    assert len(run.points) == 9
+
+
+def test_numbers_of_a_damaged_log_cost_no_report(tmp_path: Path) -> None:
+    deep = "[" * 100_000 + "\n"
+    run = read_run(log_of(tmp_path / "run", start(), window(1, 1, time=1e300, loss=10**400), tail=deep))
+    assert run.num_spoilt == 1
+    assert math.isnan(run.points[0].loss)
+
+
 def test_windows_are_numbered_over_epochs_where_the_log_does_not_tell(tmp_path: Path) -> None:
     run = read_run(log_of(tmp_path / "run", start(), *(window(e, w) for e in (1, 2) for w in (1, 2, 3))))
     assert [point.number for point in run.points] == [1, 2, 3, 4, 5, 6]

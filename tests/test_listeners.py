@@ -19,7 +19,7 @@ from conftest import Argv, SignalAt, differing_tensors
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from reporting.listeners import TensorBoardCurves
+from reporting.listeners import FinalReport, TensorBoardCurves, listeners_of
 from train_ultimate import main
 from training.checkpoint import read_checkpoint
 from training.runlog import RunLog
@@ -50,7 +50,8 @@ def test_a_run_writes_its_scalars_and_images(tiny_argv: Argv, tmp_path: Path, fo
     assert list(scalars(directory, "epoch/epoch").values()) == [1, 2, 3, 4]
     found = events_of(directory)
     assert found.Tags()["images"] == ["validation/image", "validation/mask", "validation/prediction"]
-    assert (found.Images("validation/prediction")[0].width, len(found.Images("validation/mask"))) == (128, 4)
+    assert (found.Images("validation/prediction")[0].width, len(found.Images("validation/prediction"))) == (128, 4)
+    assert len(found.Images("validation/mask")) == 1  # they do not change
     assert "incidents/text_summary" in found.Tags()["tensors"]
 
 
@@ -115,6 +116,34 @@ def test_without_tensorboard_it_is_said_once(
     assert capsys.readouterr().out.count("TensorBoard: not installed") == 1
     assert not (tmp_path / "run" / "tensorboard").exists()
     assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize("error", [TypeError("Descriptors cannot be created directly"), AttributeError("np.bool8")])
+def test_a_tensorboard_that_does_not_fit_its_packages_costs_its_curves_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", broken)
+    (report,) = listeners_of(tmp_path, 0, None)
+    assert isinstance(report, FinalReport)
+    assert "nothing is written for TensorBoard" in capsys.readouterr().out
+
+
+def test_images_that_do_not_fit_the_memory_cost_the_images_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def samples() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    curves = TensorBoardCurves(tmp_path, 0, samples)
+    for epoch in (1, 2):
+        curves.event("window", {"global_window": epoch})
+        curves.event("epoch", {"epoch": epoch, "loss": 1.0 / epoch})
+    curves.close()
+    assert capsys.readouterr().out.count("no more validation images") == 1
+    assert scalars(tmp_path, "epoch/loss") == {1: 1.0, 2: 0.5}
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from conftest import tiny_arguments
 from PIL import Image
 
+import inference
 import train_ultimate
 from commands.predict import Prediction, save_prediction
 from data.figures import overlay
@@ -294,6 +295,56 @@ def test_output_below_the_input_is_not_predicted_the_next_time(checkpoint: Path,
     for _ in range(2):
         assert predict(checkpoint, tmp_path / "p", "--output", tmp_path / "p" / "out", "--overlay") == 0
     assert written(tmp_path / "p") == ["out/overlays/s/a.jpg", "out/s/a.png", "s/a.jpg"]
+
+
+def test_what_predict_has_not_written_is_never_replaced(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, mask = photograph(tmp_path / "Imgs" / "a.jpg"), photograph(tmp_path / "GT" / "a.png")
+    before = mask.read_bytes()
+    assert predict(checkpoint, image, "--output", tmp_path / "GT") == 2
+    assert "a.png is there already, and not from predict" in capsys.readouterr().err
+    assert mask.read_bytes() == before
+    assert predict(checkpoint, image, "--output", tmp_path / "out", "--overlay") == 0
+    photograph(tmp_path / "out" / "overlays" / "a.jpg")  # somebody's
+    assert predict(checkpoint, image, "--output", tmp_path / "out", "--overlay") == 2
+    assert predict(checkpoint, image, "--output", tmp_path / "out") == 0
+
+
+def test_an_overlay_that_cannot_be_saved_costs_no_prediction(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = photograph(tmp_path / "wide.png", (65_536, 1))
+    assert predict(checkpoint, wide, "--output", tmp_path / "out", "--overlay") == 1
+    assert "wide.png: overlay cannot be saved" in capsys.readouterr().err
+    assert written(tmp_path / "out") == ["wide.png"]
+
+
+@pytest.mark.parametrize("memory", [3, 1, 0])
+def test_batches_that_do_not_fit_are_halved(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], memory: int
+) -> None:
+    """A device with memory for so many images at once."""
+    for number in range(7):
+        photograph(tmp_path / "p" / f"{number}.jpg", (40 + number, 30))
+    argv = (tmp_path / "p", "--batch-size", "7", "--num-workers", "0", "--output")
+    assert predict(checkpoint, *argv, tmp_path / "whole") == 0
+    original = inference.TrainedNetwork.logits
+
+    def logits(network: inference.TrainedNetwork, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > memory:
+            raise torch.OutOfMemoryError
+        return original(network, images)
+
+    monkeypatch.setattr(inference.TrainedNetwork, "logits", logits)
+    assert predict(checkpoint, *argv, tmp_path / "parts") == (0 if memory else 2)
+    if memory:
+        assert written(tmp_path / "parts") == written(tmp_path / "whole")
+        for name in written(tmp_path / "whole"):
+            difference = levels_of(tmp_path / "parts" / name).astype(int) - levels_of(tmp_path / "whole" / name)
+            assert abs(difference).max() <= 1
+    else:
+        assert "out of memory with one image" in capsys.readouterr().err
 
 
 def test_link_under_a_predictions_name_is_replaced_and_what_it_led_to_stays(tmp_path: Path) -> None:

@@ -163,6 +163,7 @@ def test_what_is_no_run_is_told_in_one_line(tmp_path: Path, capsys: pytest.Captu
     assert "no such folder" in failing([str(tmp_path / "none")], capsys)
     run = log_of(tmp_path / "run", start())
     assert "there is no folder" in failing([str(run), "--output", str(tmp_path / "a" / "b.html")], capsys)
+    assert "a report is a page; name it" in failing([str(run), "--output", str(run / "best_model.pth")], capsys)
     assert "must be at least 1" in failing([str(run), "--epochs", "0"], capsys)
 
 

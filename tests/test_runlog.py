@@ -1,8 +1,13 @@
+import errno
 import json
 import math
 import subprocess
+from io import FileIO
 from pathlib import Path
 
+import pytest
+
+from training import runlog
 from training.runlog import RunLog, environment, write_json
 
 
@@ -34,6 +39,31 @@ def test_half_a_line_left_by_a_crash_does_not_spoil_the_next(tmp_path: Path) -> 
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert lines[1] == '{"event": "wind'
     assert json.loads(lines[2])["event"] == "two"
+
+
+def test_a_line_that_a_full_disk_has_cut_short_does_not_spoil_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    room = 20
+
+    class Disk(FileIO):
+        def write(self, data: bytes) -> int:  # type: ignore[override]
+            written = super().write(data[:room])
+            if not written:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return written
+
+    monkeypatch.setattr(runlog, "FileIO", Disk)
+    log = RunLog(tmp_path)
+    log.event("one")
+    room = 0
+    log.event("two")
+    room = 1000
+    log.event("three")
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    assert json.loads(lines[1])["event"] == "three"
+    assert capsys.readouterr().out.count("cannot be written") == 1
 
 
 def test_json_file_is_replaced_whole(tmp_path: Path) -> None:

@@ -138,6 +138,11 @@ def test_images_of_one_folder_that_differ_in_their_suffix_keep_it(tmp_path: Path
     assert list(predictions(tmp_path, "p").values()) == ["a.jpg.png", "a.png.png", "b.png"]
 
 
+def test_an_image_beside_a_folder_of_its_predictions_name(tmp_path: Path) -> None:
+    plant(tmp_path, "p/x.jpg", "p/x.png/y.jpg")
+    assert list(predictions(tmp_path, "p").values()) == ["x.jpg.png", "x.png/y.png"]
+
+
 def test_folders_whose_names_meet_get_folders_of_their_own_with_all_that_is_in_them(tmp_path: Path) -> None:
     plant(tmp_path, "v/1.jpg", "v/2.jpg", "w/1.jpg", "x/3.jpg")
     expected = ["v/1.png", "v/2.png", "w/1.png", "3.png"]

@@ -1,5 +1,6 @@
 """What a run says where it is not watched: in a pipe, with --quiet, with --json-logs."""
 
+import io
 import json
 import os
 import shlex
@@ -12,7 +13,7 @@ from conftest import Argv
 from launching import read_events
 
 import train_ultimate
-from reporting.terminal import OnlyWarnings
+from reporting.terminal import LastingStream, OnlyWarnings
 from train_ultimate import main
 
 DRILL = ("--drill", "bad-sample@2")
@@ -65,9 +66,33 @@ def test_a_reader_of_json_logs_that_has_gone_costs_nothing(tiny_argv: Argv, tmp_
     assert read_events(tmp_path / "run", "run_end")[0]["exit_code"] == 0
 
 
+@pytest.mark.parametrize(
+    "redirected",
+    [">/dev/full", "--quiet 2>/dev/full", ">&- 2>&-", "| head -n 1"],
+    ids=["full", "quiet", "closed", "gone"],
+)
+def test_a_terminal_that_takes_nothing_costs_nothing(tiny_argv: Argv, tmp_path: Path, redirected: str) -> None:
+    """A log on a full disk, streams that are closed, a reader that goes: an incident and the end are told to nobody."""
+    command = shlex.join([sys.executable, train_ultimate.__file__, *tiny_argv(*SHORT, *DRILL)])
+    subprocess.run(
+        ["/bin/bash", "-c", f"{command} {redirected}; exit ${{PIPESTATUS[0]}}"], check=True, capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert read_events(tmp_path / "run", "run_end")[0]["exit_code"] == 0
+    assert (tmp_path / "run" / "epoch_0002.pth").exists()
+
+
+def test_what_an_encoding_lacks_is_escaped() -> None:
+    data = io.BytesIO()
+    stream = LastingStream(io.TextIOWrapper(data, encoding="ascii"))
+    stream.write("früh\udce9.jpg\n")
+    stream.flush()
+    assert data.getvalue() == rb"fr\xfch\udce9.jpg" + b"\n"
+
+
 def test_a_line_that_comes_in_pieces_is_judged_as_one(capsys: pytest.CaptureFixture[str]) -> None:
     for passes in (True, False):
-        stream = OnlyWarnings(passes)
+        stream = OnlyWarnings(LastingStream(sys.stderr) if passes else None)
         for piece in ("Warn", "ing: the disk", " is full\nLoss: 1\n   Warning: x\n"):
             stream.write(piece)
         assert capsys.readouterr().err == ("Warning: the disk is full\n   Warning: x\n" if passes else "")

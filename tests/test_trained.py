@@ -111,6 +111,24 @@ def test_what_is_no_checkpoint_of_a_run_is_refused(checkpoint: Path, tmp_path: P
     state["config"]["settings"]["decoder_channels"] = 8
     with pytest.raises(ValueError, match="do not fit its network"):
         network_of(state, "changed.pth")
+    for setting, value in (("decoder_channels", 0), ("zoom", []), ("backbone", 7), ("img_size", None)):
+        odd = {**state, "config": {"settings": {**state["config"]["settings"], setting: value}}}
+        with pytest.raises(ValueError, match=r"odd\.pth: "):
+            network_of(odd, "odd.pth")
+    with pytest.raises(ValueError, match="settings describe no network"):
+        network_of({**state, "config": {}}, "odd.pth")
+
+
+def test_a_flipped_bit_and_weights_that_are_not_finite_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    data = bytearray(checkpoint.read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "flipped.pth").write_bytes(data)
+    with pytest.raises(ValueError, match=r"flipped\.pth: not a readable checkpoint \(damaged"):
+        load_model(tmp_path / "flipped.pth")
+    state = torch.load(checkpoint, weights_only=True)
+    next(iter(state["model"].values())).fill_(torch.nan)
+    with pytest.raises(ValueError, match="is not finite"):
+        network_of({**state, "ema": None}, "nan.pth")
 
 
 def test_nothing_in_the_file_is_executed(tmp_path: Path) -> None:

@@ -47,20 +47,16 @@ class RunLog:
         # Unbuffered: what a full disk has refused must not be tried again, with the next line or when it is closed.
         self._file = FileIO(path, "ab")
         self._has_failed = False
-        if _ends_in_mid_line(path):
-            self._file.write(b"\n")
+        self._in_mid_line = _ends_in_mid_line(path)
 
     def event(self, event: str, **fields: Any) -> None:
         """Append a line; one that the disk does not take is lost, with a warning the first time."""
         if self._file is None:
             return
         line = json.dumps({"event": event, "time": round(time.time(), 3), **_finite(fields)}, allow_nan=False)
-        try:
-            self._file.write(line.encode() + b"\n")
-        except OSError as error:
-            if not self._has_failed:
-                print(f"Warning: {self._file.name}: cannot be written ({error}); training goes on, its events are lost")
+        if (error := self._append(line.encode() + b"\n")) and not self._has_failed:
             self._has_failed = True
+            print(f"Warning: {self._file.name}: cannot be written ({error}); training goes on, its events are lost")
         self._say(line)
         self._tell(lambda listener: listener.event(event, fields))
 
@@ -68,6 +64,20 @@ class RunLog:
         if self._file is not None:
             self._file.close()
             self._tell(lambda listener: listener.close())
+
+    def _append(self, line: bytes) -> str:
+        """Write a line, on a line of its own after one that was cut short; why it cannot be written, or nothing."""
+        assert self._file is not None
+        data = b"\n" + line if self._in_mid_line else line
+        try:
+            written = self._file.write(data) or 0
+        except OSError as error:
+            return str(error)
+        if written < len(data):  # the disk was full after so much of it
+            self._in_mid_line = written > 0 or self._in_mid_line
+            return f"{written} of {len(data)} bytes written"
+        self._in_mid_line = False
+        return ""
 
     def _say(self, line: str) -> None:
         if self._echo is not None:
@@ -119,9 +129,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a UTF-8 file in one step; bytes of file names that are not UTF-8 are written as they came."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8", errors="surrogateescape")
-    os.replace(unfinished, path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")  # two processes may write one report
+    try:
+        unfinished.write_text(text, encoding="utf-8", errors="surrogateescape")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:
