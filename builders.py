@@ -35,7 +35,7 @@ from recovery import Recovery
 from reporting.listeners import SamplePredictions, listeners_of
 from reporting.terminal import LastingStream, OnlyWarnings
 from training.checkpoint import CheckpointStore, find_checkpoint, lock_directory
-from training.distributed import Ranks, join
+from training.distributed import Ranks, is_launched, is_started_again, join
 from training.drill import Drill
 from training.interrupt import StopRequest
 from training.optim import Ema, all_finite, build_optimizer
@@ -75,6 +75,7 @@ class Run:
     share: Share  # of this one
     lock: int | None  # on the checkpoint directory
     consistent: bool = True  # no step is half done: the state could be saved
+    norm_warned: bool = False  # of norms far above --grad-clip: once is enough
 
     def checkpoint(self) -> dict[str, Any]:
         return {"config": self.config, **whole_on_first(self.state.state_dict(), self.ranks.is_first)}
@@ -83,6 +84,18 @@ class Run:
     def save_is_due(self) -> bool:
         since = self.state.progress.global_window - self.store.last_window
         return self.stop.save or 0 < self.args.checkpoint_every <= since
+
+    def log_end(self, exit_code: int) -> None:
+        progress, ladder = self.state.progress, self.state.ladder
+        best = {"best_iou": progress.best_iou, "best_epoch": progress.best_epoch}
+        unreadable = list(self.unreadable.reasons)
+        self.log.event("run_end", exit_code=exit_code, **best, recovery=ladder.summary(), unreadable=unreadable)
+
+    @property
+    def resume_command(self) -> str:
+        return shlex.join(
+            ["python", sys.argv[0], "train", "--resume", "auto", "--checkpoint-dir", self.args.checkpoint_dir]
+        )
 
     @property
     def hides_bars(self) -> bool | None:
@@ -258,6 +271,33 @@ def take_directory(store: CheckpointStore, global_window: int, resumed: bool) ->
     return lock, store.best_path.exists()
 
 
+def agreed_precision(name: str, device: torch.device, ranks: Ranks) -> Precision:
+    """The same on all ranks: where ``auto`` means another on each machine, what all of them can do."""
+    mine = resolve_precision(name, device)
+    found = ranks.gather((mine.name, torch.__version__))
+    if len({version for _, version in found}) > 1:
+        told = ", ".join(f"rank {rank}: {version}" for rank, (_, version) in enumerate(found))
+        print(f"Warning: ranks have different versions of torch ({told}); the same on all machines is safer")
+    if len({precision for precision, _ in found}) == 1:
+        return mine
+    return resolve_precision("fp16" if device.type == "cuda" else "fp32", device)
+
+
+def agreed_fingerprint(pairs: Sequence[Pair], root: Path, ranks: Ranks) -> str:
+    """Of the data set, which each rank must find alike.
+
+    Raises:
+        ValueError: on another machine, files are missing or of another size.
+    """
+    found = ranks.gather(fingerprint(pairs, root))
+    if others := [str(rank) for rank, other in enumerate(found) if other != found[0]]:
+        raise ValueError(
+            f"{root}: on the machine of rank {', '.join(others)}, files are missing or of other sizes than on that of "
+            "rank 0; copy the data set again"
+        )
+    return found[0]
+
+
 def prepare(argv: Sequence[str] | None) -> Run:
     """From the command line to a run that is ready to train, new or resumed.
 
@@ -288,7 +328,7 @@ def prepare(argv: Sequence[str] | None) -> Run:
     if args.shard and ranks.size == 1:
         print("--shard: one process alone, started without torchrun, has nothing to share: it keeps all weights")
     drills = [Drill.parse(text) for text in args.drill]
-    drills = [drill for drill in drills if drill.rank in (None, ranks.rank)]
+    drills = [drill for drill in drills if drill.rank in (None, ranks.rank) and not is_started_again()]
     windows_of = ranks.from_first(lambda: size_of_windows(args, ranks.size, before))
     store = CheckpointStore(directory, args.keep_checkpoints, writes=ranks.is_first)
     if ranks.from_first(store.files) and (source is None or source.parent.resolve() != directory.resolve()):
@@ -300,7 +340,7 @@ def prepare(argv: Sequence[str] | None) -> Run:
     torch.backends.cudnn.benchmark = not args.deterministic  # tries kernels for each new shape, and there are few
     keep_freed_memory()
     torch.set_num_threads(min(torch.get_num_threads(), cli.num_cores()))  # torch counts cores, not a container's share
-    precision = resolve_precision(args.precision, device)
+    precision = agreed_precision(args.precision, device, ranks)
     memory_format = memory_format_of(args)
     no_cuda = "" if torch.cuda.is_available() else " (no CUDA device found)"
     together = f", {ranks.size} ranks" if ranks.size > 1 else ""
@@ -341,17 +381,22 @@ def prepare(argv: Sequence[str] | None) -> Run:
     known = checkpoint.get("unreadable", {}) if checkpoint is not None else {}
     look = lambda: find_unreadable(args, root, pairs, names, known)  # noqa: E731
     cache, problems = look() if args.cache else ranks.from_first(look)
+    problems = {image: reason for found in ranks.gather(problems) for image, reason in found.items()}
     require_few(problems, len(pairs), advice)
     config = {
         "settings": vars(args),
         "precision": precision.name,
         "window_size": windows_of,
-        "data": fingerprint(pairs, root),
+        "data": agreed_fingerprint(pairs, root, ranks),
         "excluded": excluded,
         "validation": names[len(train_pairs) :],
     }
     if checkpoint is not None:
         resume(state, checkpoint, config, stages, precision)
+        # Whoever goes on from a run that diverged has changed something, but for a launcher that starts it again.
+        settings = {key: value for key, value in vars(args).items() if key not in cli.NOT_RESUMED}
+        same = all(before["settings"].get(key) == value for key, value in settings.items()) if before else False
+        state.ladder.spent &= same and is_started_again()
         state.unreadable = {name: problems[name] for name in state.unreadable if name in problems}  # since repaired
         print(f"Resumed {source}: {state.progress.epoch} epochs and {state.progress.window} windows done")
     lock, has_best = ranks.from_first(
@@ -386,5 +431,5 @@ def prepare(argv: Sequence[str] | None) -> Run:
     unreadable = UnreadablePairs(state.unreadable, len(pairs), config["validation"], advice, log.event, ranks.size == 1)
     unreadable.note(problems)
     return Run(args, config, device, precision, memory_format, stages, train_pairs, val_pairs, cache, state, store,
-               log, recovery, unreadable, drills, runner, StopRequest(alone=ranks.size == 1), ranks,
+               log, recovery, unreadable, drills, runner, StopRequest(ranks.size == 1, is_launched()), ranks,
                Share(ranks.rank, ranks.size), lock)  # fmt: skip

@@ -266,7 +266,7 @@ class Recovery:
         if give_up:
             # Whoever resumes has changed something, and gets every chance again.
             ladder.recent.clear()
-            ladder.rollbacks_in_a_row, ladder.losses = 0, LossHistory()
+            ladder.rollbacks_in_a_row, ladder.losses, ladder.spent = 0, LossHistory(), True
             self._conclude(f"stopped: {reason}")
             raise RecoverySpentError(reason)
         now = time.perf_counter()

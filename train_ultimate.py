@@ -10,7 +10,6 @@ optimizer step's worth of batches.
 """
 
 import math
-import shlex
 import signal
 import sys
 import time
@@ -42,11 +41,12 @@ from data.unreadable import UnreadableDataError
 from metrics import quick_scores
 from models import CamouflageSegmenter
 from recovery import RecoverySpentError
+from reporting.terminal import epoch_lines
 from training.checkpoint import unlock_directory
 from training.ladder import LossHistory
 from training.optim import fresh_moments, gradient_norm, set_learning_rates
 from training.sharding import whole_weights
-from training.stability import BufferGuard, PendingOutcome, StepVerdict, gated_step, should_skip
+from training.stability import BufferGuard, PendingOutcome, StepVerdict, WindowOutcome, gated_step, should_skip
 from training.stages import Stage, cosine_ramp, learning_rate
 from training.state import EpochStats
 from window import Window, WindowFeed
@@ -91,7 +91,7 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
         except Exception:  # a bug, a lost worker: what has been trained so far can still be saved
             guard.restore()
             if pending is not None:
-                settle_window(run, stage, *pending, guard, bar)
+                take_in(run, stage, *pending, guard)
             raise
         if pending is not None:  # before the step: the average takes in the weights as that window left them
             again, pending = settle_window(run, stage, *pending, guard, bar), None
@@ -155,7 +155,7 @@ def epoch_windows(
             global_number=first_global + number + 1,
             batches=batches if run.share.of(sampler.samples_in(number)) else [],
             total=sampler.samples_in(number),
-            blank=batches[0].blank() if run.ranks.size > 1 else None,
+            blank=batches[0].blank(guard.least_batch) if run.ranks.size > 1 else None,
             rounds=sampler.most_batches_in(number) if run.ranks.shards else 0,
             lr=learning_rate(stage, first_of_stage + number, stage.num_epochs * num_windows),
             uncertainty_weight=cosine_ramp((progress.epoch + number / num_windows) / run.args.epochs),
@@ -172,6 +172,19 @@ def epoch_windows(
             yield window.in_full_precision(halve=not guard.batch_matters) if full else window
 
 
+def take_in(run: Run, stage: Stage, window: Window, pending: PendingOutcome, guard: BufferGuard) -> WindowOutcome:
+    """Read and log a window's outcome, and have the average take in the weights it left: a state fit to be saved."""
+    state, outcome = run.state, pending.read()
+    state.epoch_stats.lr = window.lr * state.ladder.lr_factor
+    if outcome.verdict is StepVerdict.APPLIED and state.ema is not None:
+        state.ema.update(state.model, guard.at_start)
+    where = {"stage": stage.number, "epoch": state.progress.epoch + 1, "window": window.number + 1}
+    tried = {"attempt": window.attempt + 1, "precision": window.precision.name, "lr": state.epoch_stats.lr}
+    run.log.event("window", **where, **tried, global_window=window.global_number, **asdict(outcome))
+    run.consistent = True
+    return outcome
+
+
 def settle_window(
     run: Run, stage: Stage, window: Window, pending: PendingOutcome, guard: BufferGuard, bar: "tqdm[NoReturn]"
 ) -> list[Window] | None:
@@ -180,15 +193,10 @@ def settle_window(
     Returns:
         None to go on; else what is to be run before anything else. The gradient under way has been dropped then.
     """
-    state, stats, outcome = run.state, run.state.epoch_stats, pending.read()
+    stats, outcome = run.state.epoch_stats, take_in(run, stage, window, pending, guard)
     run.stop.hear(pending.requests)
     run.store.tell()
-    stats.lr = window.lr * state.ladder.lr_factor
-    if outcome.verdict is StepVerdict.APPLIED and state.ema is not None:
-        state.ema.update(state.model, guard.at_start)
-    where = {"stage": stage.number, "epoch": state.progress.epoch + 1, "window": window.number + 1}
-    tried = {"attempt": window.attempt + 1, "precision": window.precision.name}
-    run.log.event("window", **where, **tried, global_window=window.global_number, lr=stats.lr, **asdict(outcome))
+    run.consistent = False
     try:
         again = run.recovery.answer(window, outcome, guard)
     except RecoverySpentError:
@@ -209,7 +217,7 @@ def stop_if_asked(run: Run) -> None:
     number = run.stop.signal_number
     if number is None:
         return
-    raise StoppedError(128 + number, f"stopped by a signal; {save_and_wait(run)}. Go on with: {resume_command(run)}")
+    raise StoppedError(128 + number, f"stopped by a signal; {save_and_wait(run)}. Go on with: {run.resume_command}")
 
 
 def save_step(run: Run) -> Path:
@@ -218,11 +226,16 @@ def save_step(run: Run) -> Path:
     return run.store.save_step(run.state.progress.global_window, run.checkpoint())
 
 
-def save_and_wait(run: Run) -> str:
-    """Save before the process ends; returns what to tell the user."""
+def save_and_wait(run: Run, together: bool = True) -> str:
+    """Save before the process ends; returns what to tell the user. Ranks wait ``together`` for the one that writes."""
+
+    def written() -> str:
+        run.store.wait()
+        failed = f"not saved ({run.store.failure}); older checkpoints stay"
+        return f"saved {path}" if run.store.failure is None else failed
+
     path = save_step(run)
-    run.store.wait()
-    return f"saved {path}" if run.store.failure is None else f"not saved ({run.store.failure}); older checkpoints stay"
+    return run.ranks.from_first(written) if together else written()
 
 
 @torch.inference_mode()
@@ -238,8 +251,9 @@ def validate(run: Run, loader: DataLoader[Batch]) -> dict[str, float]:
     model = run.state.model_for_use.train().eval()  # train() first: some timm models cache weights when eval() begins
     scores: dict[int, dict[str, float]] = {}
     is_finite = True
-    for batch in loader:
-        if run.ranks.size == 1:
+    num_heard = 0 if run.ranks.shards else min(run.ranks.gather(len(loader)))  # batches that every rank has
+    for number, batch in enumerate(loader):
+        if number < num_heard:
             stop_if_asked(run)
         run.unreadable.meet({run.config["validation"][index]: reason for index, reason in batch.errors.items()})
         if not len(batch.images):
@@ -333,28 +347,14 @@ def report_epoch(run: Run, stage: Stage, scores: dict[str, float]) -> None:
     backbone_lr = 0.0 if stage.freeze_backbone else stats.lr * stage.backbone_lr_scale
     run.log.event(
         "epoch",
-        **{"stage": stage.number, "epoch": epoch, "loss": stats.loss, **scores},
-        **{"grad_norm_avg": stats.grad_norm_avg, "grad_norm_max": stats.grad_norm_max},
-        **{"lr": stats.lr, "backbone_lr": backbone_lr},  # of the last window
-        **{"skipped": stats.num_skipped, "overflows": stats.num_overflows},
-        **{"seconds": stats.seconds, "images_per_second": stats.images_per_second},
+        **{"stage": stage.number, "epoch": epoch, **scores, **stats.summary(), "backbone_lr": backbone_lr},
         **{"unreadable": len(run.unreadable.reasons)},
     )
     if not sys.stderr.isatty():  # no progress bar above these lines to tell the epoch
         print(f"Epoch {epoch}/{run.args.epochs}")
-    print(f"Loss: {stats.loss:.4f} | IoU: {scores['iou']:.4f} | Dice: {scores['dice']:.4f}")
-    print(f"   Gradient norm - Avg: {stats.grad_norm_avg:.3f}, Max: {stats.grad_norm_max:.3f}")
-    if stats.num_overflows:
-        print(
-            f"   fp16 overflows: {stats.num_overflows}, none applied; loss scale now {run.state.scaler.get_scale():g}"
-        )
-    if stats.num_large_norms:
-        share, limit = f"{stats.num_large_norms} of {stats.num_applied} windows", 5 * run.args.grad_clip
-        print(f"   Warning: {share} had a gradient norm above 5 x --grad-clip = {limit:g}; they were clipped")
-
-
-def resume_command(run: Run) -> str:
-    return shlex.join(["python", sys.argv[0], "train", "--resume", "auto", "--checkpoint-dir", run.args.checkpoint_dir])
+    scale = run.state.scaler.get_scale()
+    print(*epoch_lines(stats, scores, 5 * run.args.grad_clip, scale, warn=not run.norm_warned), sep="\n")
+    run.norm_warned |= stats.num_large_norms > 0
 
 
 def train(run: Run) -> None:
@@ -365,6 +365,9 @@ def train(run: Run) -> None:
         UnreadableDataError: too many images or masks cannot be decoded.
     """
     progress = run.state.progress
+    if run.state.ladder.spent:
+        advice = f"with a lower learning rate, say: {run.resume_command} --lr {run.args.lr / 2:g}"
+        raise StoppedError(3, f"diverged before, and the same command would again; go on {advice}")
     if progress.epoch >= run.args.epochs:
         print(f"All {run.args.epochs} epochs are done already; a larger --epochs goes on from here")
     for stage in run.stages:
@@ -377,7 +380,7 @@ def train(run: Run) -> None:
                     3,
                     f"diverged in epoch {progress.epoch + 1}/{run.args.epochs}, all recoveries spent: {error}. What "
                     f"happened: {run.recovery.incidents.directory}; a good state: {saved}\n"
-                    f"Go on from it, say with a lower learning rate: {resume_command(run)} "
+                    f"Go on from it, say with a lower learning rate: {run.resume_command} "
                     f"--lr {run.args.lr * run.state.ladder.lr_factor / 2:g}",
                 ) from error
 
@@ -387,7 +390,7 @@ def rescue(run: Run) -> str:
     if run.ranks.shards or not (run.consistent and run.ranks.is_first):  # what is sharded takes all ranks to be saved
         return ""
     try:
-        return f" ({save_and_wait(run)})"
+        return f" ({save_and_wait(run, together=False)})"
     except Exception as error:  # it must not hide the one that is to be told
         return f" (not saved: {error})"
 
@@ -407,34 +410,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             train(run)
             run.store.wait()
-            if run.store.failure is not None:  # a last attempt, for what has been trained since the last good file
+            if not run.ranks.all(run.store.failure is None):  # a last attempt, for what is in no file yet
                 message = save_and_wait(run)
-                exit_code = 0 if run.store.failure is None else 1
+                exit_code = 0 if run.ranks.all(run.store.failure is None) else 1
         except StoppedError as stopped:
             exit_code, message = stopped.exit_code, str(stopped) if run.ranks.is_first else ""
         except torch.OutOfMemoryError:
             exit_code, way_out = 1, "--gradient-checkpointing, a smaller --img-size or --backbone needs less"
             message = (
-                f"out of memory with the smallest batches; {way_out}. Go on with: {resume_command(run)}{rescue(run)}"
+                f"out of memory with the smallest batches; {way_out}. Go on with: {run.resume_command}{rescue(run)}"
             )
         except UnreadableDataError as error:
-            exit_code, message = 2, f"{error}; then go on with: {resume_command(run)}{rescue(run)}"
+            exit_code, message = 2, f"{error}; then go on with: {run.resume_command}{rescue(run)}"
         except KeyboardInterrupt:
-            exit_code, message = 130, f"stopped at once. Go on from the newest checkpoint with: {resume_command(run)}"
+            exit_code, message = 130, f"stopped at once. Go on from the newest checkpoint with: {run.resume_command}"
         except Exception as error:
             exit_code, reason = 1, next(iter(str(error).splitlines()), type(error).__name__)
             if lost := run.ranks.lost():
                 message = f"{lost} has ended ({reason}){rescue(run)}"
             else:
                 traceback.print_exc()
-                message = f"unexpected, see above. Go on with: {resume_command(run)}{rescue(run)}"
-        progress, ladder, unreadable = run.state.progress, run.state.ladder, list(run.unreadable.reasons)
-        best = {"best_iou": progress.best_iou, "best_epoch": progress.best_epoch}
-        run.log.event("run_end", exit_code=exit_code, **best, recovery=ladder.summary(), unreadable=unreadable)
+                message = f"unexpected, see above. Go on with: {run.resume_command}{rescue(run)}"
+        run.log_end(exit_code)
         if run.lock is not None:
             unlock_directory(run.lock)
         run.ranks.close(done=exit_code == 0)
-        print(*ladder.describe(), *run.unreadable.describe(), sep="\n")
+        print(*run.state.ladder.describe(), *run.unreadable.describe(), sep="\n")
         if exit_code:
             print(*([f"error: {message}"] if message else []), file=sys.stderr, end="\n" if message else "")
         else:

@@ -208,10 +208,14 @@ class WindowRunner:
         if not ranks.shards:
             guard = BufferGuard(model)
             guard.begin_window()
-            self.gradients(model, self._example(img_size, precision, memory_format), guard)
+            self.gradients(model, self._example(img_size, precision, memory_format, guard.least_batch), guard)
             model.zero_grad(set_to_none=True)
             guard.restore()
-            self.num_parts = max(ranks.gather(self.num_parts))
+            torch.cuda.empty_cache()  # what it kept is NCCL's now, if that needs it
+            needed = max(ranks.gather(self.num_parts))
+            if needed > self.num_parts:
+                print(f"Out of memory on another rank: each batch goes through in {needed} parts")
+            self.num_parts = needed
         self._ranks, device = ranks, torch.device(precision.device_type, ranks.local_rank)
         self._replica = ranks.replicate(model, device)
 
@@ -228,17 +232,26 @@ class WindowRunner:
         self._compiled, self._compiled_for = torch.compile(batch_loss, dynamic=False), precision
         guard, start = BufferGuard(model), time.perf_counter()
         guard.begin_window()
+        reason, example = "", self._example(img_size, precision, memory_format)
+        examples = [replace(example, scale=scale) for scale in self._scales]
+        replica = self._replica if isinstance(self._replica, DistributedDataParallel) else None
         try:
-            example = self._example(img_size, precision, memory_format)
-            for scale in self._scales:
-                self._accumulate(self._replica or model, replace(example, scale=scale))
-            print(f"Compiled in {time.perf_counter() - start:.0f} s")
-        except torch.OutOfMemoryError:
-            pass  # as the first window will, and then batches are halved
+            with replica.no_sync() if replica is not None else nullcontext():  # where one fails, none must wait for it
+                for example in examples:
+                    self._accumulate(self._replica or model, example)
+        except torch.OutOfMemoryError:  # as the first window will, and then batches are halved; not so by several ranks
+            reason = "out of memory" if replica is not None else ""
         except Exception as error:  # a compiler that is not there, an operation that it does not know
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200] or "unknown"
+        reasons = {rank: told for rank, told in enumerate(self._ranks.gather(reason)) if told}
+        if reasons:
             self._compiled = None
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            print(f"Warning: --compile failed ({reason[:200]}); training goes on without it")
+            where = f"on rank {min(reasons)}: " if self._ranks.size > 1 else ""
+            print(f"Warning: --compile failed ({where}{reasons[min(reasons)]}); training goes on without it")
+        else:
+            for example in examples if replica is not None else ():  # the kernels of a window's last batch
+                self._accumulate(self._replica or model, example)
+            print(f"Compiled in {time.perf_counter() - start:.0f} s")
         model.zero_grad(set_to_none=True)
         guard.restore()
 
@@ -276,9 +289,11 @@ class WindowRunner:
                     f"{largest} images; as many images make a step as before"
                 )
 
-    def _example(self, img_size: int, precision: Precision, memory_format: torch.memory_format) -> Window:
+    def _example(
+        self, img_size: int, precision: Precision, memory_format: torch.memory_format, least: int = 1
+    ) -> Window:
         """A window of one batch of the loader's size, or of the part of it that fits, at the largest scale."""
-        size = self._largest_part
+        size = max(self._largest_part, least)
         images, masks = (torch.zeros(size, channels, img_size, img_size, dtype=torch.uint8) for channels in (3, 1))
         batch = Batch(images, masks, torch.arange(size), {})
         scaler = precision.new_scaler(ScalerSettings())
@@ -357,7 +372,8 @@ class WindowFeed:
     def _spoilt(self, window: Window) -> Window:
         for drill in self._drills:
             if drill.strikes_window(window.global_number) and (window.batches or drill.kind == "kill"):
-                first, *others = window.batches
+                first, *others = window.batches or [window.blank]
+                assert first is not None, "a rank without samples has something blank to run"
                 spoilt = first._replace(images=drill.spoil_images(first.images))
                 window = replace(window, batches=[spoilt, *others], spoilt_by=drill.kind)
         return window

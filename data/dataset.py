@@ -41,11 +41,12 @@ class Batch(NamedTuple):
     num_missing: int = 0  # left out: the batch is shorter by so many
     augmentations: Tensor | None = None  # (B, 12) of ``to_rows``, still to be done on the device
 
-    def blank(self) -> "Batch":
-        """Two samples that show nothing, of this batch's size: for a process that has none of a window's."""
-        images, masks = (torch.zeros_like(values[:1]).expand(2, -1, -1, -1) for values in (self.images, self.masks))
-        augmentations = None if self.augmentations is None else self.augmentations[:1].expand(2, -1)
-        return self._replace(images=images, masks=masks, indices=torch.tensor([-1, -1]), augmentations=augmentations)
+    def blank(self, size: int) -> "Batch":
+        """Samples that show nothing, like this batch's: for a process that has none of a window's."""
+        images, masks = (torch.zeros_like(values[:1]).expand(size, -1, -1, -1) for values in (self.images, self.masks))
+        augmentations = None if self.augmentations is None else self.augmentations[:1].expand(size, -1)
+        indices = torch.full((size,), -1)
+        return self._replace(images=images, masks=masks, indices=indices, augmentations=augmentations)
 
     def take(self, positions: Sequence[int]) -> "Batch":
         """The samples at these positions of the batch, in this order."""

@@ -14,6 +14,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -156,8 +157,14 @@ class Ranks:
             )
 
     def lost(self) -> str:
-        """After an error in talking to the others: which of them have gone; "" if all are there. Takes some seconds."""
-        return "" if self._heartbeat is None else self._heartbeat.lost()
+        """After an error in talking to the others: which of them have gone; "" if all are there. Takes some seconds.
+
+        If any have, nothing more is expected of the others, and this process has the time it needs to save.
+        """
+        lost = "" if self._heartbeat is None else self._heartbeat.lost()
+        if lost and self._heartbeat is not None:
+            self._heartbeat.stop(done=False)
+        return lost
 
     def close(self, done: bool) -> None:
         """Leave. Not ``done``: after an error, without waiting for anyone."""
@@ -182,6 +189,9 @@ def join(device_type: str, patience: float) -> Ranks:
         return Ranks()
     ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
     if device_type == "cuda":
+        if ranks.local_rank >= torch.cuda.device_count():
+            here = f"{torch.cuda.device_count()} GPUs, and rank {ranks.rank} is number {ranks.local_rank + 1}"
+            raise ValueError(f"{socket.gethostname()} has {here} there; give torchrun --nproc-per-node=gpu")
         torch.cuda.set_device(ranks.local_rank)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     try:
@@ -194,10 +204,25 @@ def join(device_type: str, patience: float) -> Ranks:
             backend, store=dist.PrefixStore(f"ranks {gathering}", store), rank=ranks.rank, world_size=ranks.size,
             timeout=LONGEST_WAIT,
         )  # fmt: skip
+        kinds = ranks.gather(device_type)
     except RuntimeError as error:  # torch's errors of this kind are RuntimeErrors
         raise ValueError(f"rank {ranks.rank} of {ranks.size} did not find the others: {error}") from error
-    ranks.gather(None)  # they can talk
+    if len(set(kinds)) > 1:
+        told = ", ".join(f"rank {rank}: {kind}" for rank, kind in enumerate(kinds))
+        raise ValueError(f"ranks compute on different devices ({told}); are driver and GPU of each machine in order?")
+    if device_type == "cuda":  # NCCL takes its memory now, before it is tried how much is left
+        dist.all_reduce(torch.zeros(1, device="cuda"))
     return ranks
+
+
+def is_launched() -> bool:
+    """By torchrun, which passes signals on, and starts processes again that have failed."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_started_again() -> bool:
+    """By torchrun, with the same command, after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def meet(store: dist.Store, rank: int, size: int, name: str) -> tuple[str, list[str]]:
@@ -264,7 +289,8 @@ class Heartbeat:
         """Fall silent for good. Where the run is ``done``, nobody is to wonder why."""
         self._ended.set()
         if done:
-            self._store.set(str(self._rank), "done")
+            with suppress(RuntimeError):  # the store may have gone before, with the launcher or the first rank
+                self._store.set(str(self._rank), "done")
 
     def lost(self) -> str:
         """The ranks that do not beat, by looking twice; "" for none."""

@@ -11,20 +11,22 @@ _REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class StopRequest:
     """While entered, remembers the first SIGINT or SIGTERM instead of dying of it; a second one acts at once.
 
-    Where several processes train together, a second one changes nothing, and a request to any of them is one to all,
-    and all must act on it at the same window: then what counts is not what this process has received, but what all have
-    been told in ``hear``.
+    Under a launcher, which passes on what it receives itself, a second one changes nothing. Where several processes
+    train together, a request to any of them is one to all, and all must act on it at the same window: then what counts
+    is not what this process has received, but what all have been told in ``hear``.
 
     Args:
         alone: no other process takes part.
+        launched: by a launcher.
 
     Attributes:
         signal_number: of the SIGINT or SIGTERM to act upon, or None.
         save: SIGUSR1, notice of a pre-emption that may or may not come, is to be acted upon.
     """
 
-    def __init__(self, alone: bool = True) -> None:
+    def __init__(self, alone: bool = True, launched: bool = False) -> None:
         self.alone = alone
+        self.launched = launched
         self.signal_number: int | None = None
         self.save = False
         self._received: set[int] = set()
@@ -56,7 +58,7 @@ class StopRequest:
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         self._received.add(number)
-        if number != signal.SIGUSR1 and self.alone:  # of several, launchers tell each a second time what it knows
+        if number != signal.SIGUSR1 and not self.launched:
             self.__exit__()
         if self.alone:
             self._act(number)

@@ -88,6 +88,7 @@ class Ladder:
     full_precision: bool = False  # the run goes on in fp32, whatever --precision says
     quarantine: dict[str, int] = field(default_factory=dict)  # image -> the epoch, from 0, in which it returns
     offences: dict[str, int] = field(default_factory=dict)  # image -> how often it has been quarantined
+    spent: bool = False  # the run has ended with exit code 3
     # What the run's last lines tell
     num_applied: int = 0
     skipped: dict[str, int] = field(default_factory=dict)  # verdict -> windows given up

@@ -115,8 +115,8 @@ class Ema:
 
     @cached_property
     def _parameters(self) -> list[Tensor]:
-        """Listed at the first use: by then the module is sharded, if it is to be."""
-        return list(self.module.parameters())
+        """Listed at the first use: by then the module is sharded, if it is to be. This rank's parts of them."""
+        return [local(parameter) for parameter in self.module.parameters()]
 
     @cached_property
     def _buffers(self) -> dict[str, Tensor]:
@@ -133,7 +133,7 @@ class Ema:
         """
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         averaged: list[Tensor] = [*self._parameters]
-        current: list[Tensor] = list(module.parameters())
+        current: list[Tensor] = [local(parameter) for parameter in module.parameters()]
         for name, value in buffers.items():
             average = self._buffers[name]
             if average.is_floating_point():

@@ -50,6 +50,14 @@ class EpochStats:
     lr: float = 0.0  # the decoder's in the last window
     seconds: float = 0.0
 
+    def summary(self) -> dict[str, float]:
+        """For the log; the learning rate is the last window's."""
+        return {
+            **{"loss": self.loss, "grad_norm_avg": self.grad_norm_avg, "grad_norm_max": self.grad_norm_max},
+            **{"lr": self.lr, "skipped": self.num_skipped, "overflows": self.num_overflows},
+            **{"seconds": self.seconds, "images_per_second": self.images_per_second},
+        }
+
     def add(self, outcome: WindowOutcome, run_again: bool, large_norm: float) -> None:
         """Count an attempt; averages are over applied ones."""
         self.num_overflows += outcome.verdict is StepVerdict.OVERFLOW
