@@ -1,6 +1,8 @@
 """From the command line to a run that is ready to train: settings, data, network, state, folder."""
 
 import argparse
+import json
+import os
 import shlex
 import sys
 from collections.abc import Collection, Sequence
@@ -32,9 +34,10 @@ from data.synthetic import write_synthetic_dataset
 from data.unreadable import UnreadablePairs, require_few
 from models import CamouflageSegmenter, build_model
 from recovery import Recovery
+from reporting.history import CONFIG, LOG
 from reporting.listeners import SamplePredictions, listeners_of
 from reporting.terminal import LastingStream, OnlyWarnings
-from training.checkpoint import CheckpointStore, find_checkpoint, lock_directory
+from training.checkpoint import CheckpointStore, find_checkpoint, lock_directory, unlock_directory
 from training.distributed import Ranks, is_launched, is_started_again, join
 from training.drill import Drill
 from training.interrupt import StopRequest
@@ -48,6 +51,7 @@ from training.state import TrainState, load_weights, resume, window_size
 from window import WindowRunner
 
 SYNTHETIC_TRAIN_IMAGES, SYNTHETIC_TEST_IMAGES = 640, 64
+FEW_WINDOWS = 300  # in which a network learns little, at the default learning rate
 
 
 @dataclass
@@ -111,7 +115,10 @@ class Run:
         with suppress(ValueError, OSError):  # the data set may have gone
             if any(subset.split == "test" for subset in find_subsets(data)):
                 ends = ["evaluate", "--checkpoint", str(best), "--dataset-path", str(data)]
+        windows = progress.global_window
+        few = f"Only {windows} windows (optimizer steps) were trained: docs/recipes.md has settings for small data sets"
         return [
+            *([few] if windows < FEW_WINDOWS else []),
             f"Done: validation IoU {progress.best_iou:.4f}, reached at epoch {progress.best_epoch}",
             f"Weights: {best}, curves: {self.store.directory / 'metrics.jsonl'}",
             f"Next: {shlex.join(['python', sys.argv[0], *ends])}",
@@ -257,13 +264,47 @@ def find_unreadable(
     return None, {**problems, **{name: problem for name, problem in again.items() if problem}}
 
 
+def require_free(directory: Path) -> None:
+    """Refuse a folder that cannot be had, before the data is looked at.
+
+    Raises:
+        ValueError: another run is writing there, or nobody can.
+    """
+    try:
+        if directory.exists():
+            lock = lock_directory(directory)
+            if lock is not None:
+                unlock_directory(lock)
+        parent = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
+    except OSError as error:
+        raise ValueError(f"--checkpoint-dir {directory}: {error.strerror or error}; choose another folder") from error
+    if not parent.is_dir():
+        raise ValueError(f"--checkpoint-dir {directory}: {parent} is a file; name a folder")
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"--checkpoint-dir {directory}: {parent} is read-only; choose another folder")
+
+
+def settings_begun(directory: Path) -> dict[str, Any] | None:
+    """Those of a run that ended before its first checkpoint, from its ``config.json``; None where there are none."""
+    try:
+        settings = json.loads((directory / CONFIG).read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
 def take_directory(store: CheckpointStore, global_window: int, resumed: bool) -> tuple[int | None, bool]:
     """Make the folder this run's own; returns the lock on it, and whether it holds the best weights of the run so far.
 
     Raises:
         ValueError: another run is writing there.
     """
-    store.directory.mkdir(parents=True, exist_ok=True)
+    try:
+        store.directory.mkdir(parents=True, exist_ok=True)
+        (store.directory / LOG).touch()
+    except OSError as error:
+        why = error.strerror or error
+        raise ValueError(f"--checkpoint-dir {store.directory}: cannot be written to ({why}); choose another") from error
     lock = lock_directory(store.directory)
     store.remove_leftovers()
     for path in store.set_aside_after(global_window) if resumed else ():
@@ -280,7 +321,7 @@ def agreed_precision(name: str, device: torch.device, ranks: Ranks) -> Precision
         print(f"Warning: ranks have different versions of torch ({told}); the same on all machines is safer")
     if len({precision for precision, _ in found}) == 1:
         return mine
-    return resolve_precision("fp16" if device.type == "cuda" else "fp32", device)
+    return Precision("fp16" if device.type == "cuda" else "fp32", device.type)
 
 
 def agreed_fingerprint(pairs: Sequence[Pair], root: Path, ranks: Ranks) -> str:
@@ -315,14 +356,18 @@ def prepare(argv: Sequence[str] | None) -> Run:
     if args.quiet or args.json_logs or not ranks.is_first:
         sys.stdout = OnlyWarnings(sys.stderr if ranks.is_first else None)  # one rank tells for all
     directory = Path(args.checkpoint_dir)
+    ranks.from_first(lambda: require_free(directory))
     source, checkpoint = ranks.from_first(lambda: find_checkpoint(args.resume, directory))
     weights_alone = checkpoint["model"] if checkpoint is not None and "config" not in checkpoint else None
     if weights_alone is not None:
         print(f"Warning: {source} holds weights alone: epochs, moments, learning rates and average begin anew")
         source = checkpoint = None
     before = checkpoint["config"] if checkpoint is not None else None
-    if before is not None:
-        args = cli.parse(argv, saved=before["settings"])
+    begun = ranks.from_first(lambda: settings_begun(directory)) if args.resume == "auto" and before is None else None
+    if begun is not None:
+        print(f"{directory / CONFIG}: what is not given is as in the run that was begun here")
+    if before is not None or begun is not None:
+        args = cli.parse(argv, saved=begun if before is None else before["settings"], has_weights=before is not None)
     ranks.from_first(lambda: cli.check(args))
     ranks.shards = args.shard and ranks.size > 1
     if args.shard and ranks.size == 1:
@@ -419,7 +464,7 @@ def prepare(argv: Sequence[str] | None) -> Run:
     recovery = Recovery(state, images, config["settings"], incidents, log, precision, args.max_rollbacks, ranks)
     packages = environment(Path(__file__), ("torch", "torchvision", "timm", "numpy", "pillow"))
     facts = {
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(["python", *sys.argv]),
         "device": str(device),
         "training_pairs": len(train_pairs),
         **config,

@@ -1,10 +1,12 @@
 """The command line: flags, defaults, help texts and what contradicts what. Imports nothing heavy."""
 
 import argparse
+import difflib
 import math
 import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +19,7 @@ DEMO_DEFAULTS = {
 }  # fmt: skip
 DEMO_DRILLS = ("bad-sample@100", "spike@200")  # unless others are asked for, or it is resumed
 
+STAGE1_EPOCHS, STAGE1_SHARE = 30, 3 / 14  # 30 of the 140 epochs, and as large a part of fewer
 ZOOMS = (0.5, 1.0, 1.5)  # of --zoom without factors
 SCALES = (0.75, 1.0, 1.25)  # --multi-scale alone
 
@@ -41,12 +44,15 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
-def parse(argv: Sequence[str] | None, saved: dict[str, Any] | None = None) -> argparse.Namespace:
+def parse(
+    argv: Sequence[str] | None, saved: dict[str, Any] | None = None, has_weights: bool = True
+) -> argparse.Namespace:
     """Settings from the command line.
 
     Args:
         argv: without the program's name; None for ``sys.argv``.
         saved: settings of the run being resumed; they take the place of the defaults, and each difference is printed.
+        has_weights: of that run, which not every setting fits.
 
     Raises:
         UsageError: unknown flags, values out of range, a change that the run being resumed does not allow.
@@ -74,13 +80,17 @@ def parse(argv: Sequence[str] | None, saved: dict[str, Any] | None = None) -> ar
     _add_report(commands)
     check_data = commands.add_parser("check-data", help="list what is wrong with a data set, file by file")
     _add_check_data_flags(check_data)
-    args = parser.parse_args(argv)
+    args = _parsed(parser, sys.argv[1:] if argv is None else argv, commands.choices)
+    if args.command in ("evaluate", "predict", "export") and args.checkpoint and Path(args.checkpoint).is_dir():
+        args.checkpoint = type(args.checkpoint)(Path(args.checkpoint) / "best_model.pth")  # of a run's folder
     if args.command == "evaluate":
         _check_evaluate(args)
     if args.command in ("predict", "export") and args.img_size is not None:
         _check_img_size(args.img_size)
     if args.command not in ("train", "demo"):
         return args
+    if args.stage1_epochs is None:
+        args.stage1_epochs = min(STAGE1_EPOCHS, round(args.epochs * STAGE1_SHARE))
     args.zoom = sorted(set(args.zoom or ZOOMS))
     args.multi_scale = sorted(set(args.multi_scale or SCALES))
     if args.command == "demo" and args.resume is None:
@@ -90,7 +100,23 @@ def parse(argv: Sequence[str] | None, saved: dict[str, Any] | None = None) -> ar
         fresh = time.strftime("demo-runs/%Y%m%d-%H%M%S") if args.command == "demo" else "./checkpoints"
         args.checkpoint_dir = beside or fresh
     if saved is not None:
-        _reconcile(args, saved)
+        _reconcile(args, saved, has_weights)
+    return args
+
+
+def _parsed(
+    parser: argparse.ArgumentParser, argv: Sequence[str], commands: Mapping[str, argparse.ArgumentParser]
+) -> argparse.Namespace:
+    """``parse_args`` with better answers to flags that there are not, or that stand before the command."""
+    if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
+        parser.error(f"{argv[0]}: the command comes first, one of {', '.join(commands)}")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        command = commands[args.command]
+        flag = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
+        known = [text for action in command._actions for text in action.option_strings]
+        meant = [f"; did you mean {name}?" for name in difflib.get_close_matches(flag, known, 1)]
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(meant)}")
     return args
 
 
@@ -150,7 +176,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
 
     flag = parser.add_argument_group("schedule").add_argument
     flag("--epochs", type=_whole(1), default=140, help="epochs of both stages together")
-    flag("--stage1-epochs", type=_whole(0), default=30, help="epochs with a frozen backbone at the start")
+    flag("--stage1-epochs", type=_whole(0),
+         help="epochs with a frozen backbone at the start (default: 30, and of fewer than 140 epochs 3 in 14)")
     flag("--batch-size", type=_whole(1), default=2, help="images that go through the network at once")
     flag("--accumulation-steps", type=_whole(1), default=4, help="batches whose gradients make one optimizer step")
     flag("--lr", type=_number(0), default=0.00025, help="peak learning rate of the decoder in stage 1")
@@ -353,7 +380,8 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError("--dataset-path is needed: the data set's folder, or 'synthetic'")
     if args.stage1_epochs > args.epochs:
         raise UsageError(
-            f"--stage1-epochs {args.stage1_epochs} is more than --epochs {args.epochs}, the sum of both stages"
+            f"--stage1-epochs {args.stage1_epochs} is more than --epochs {args.epochs}, the sum of both stages; "
+            f"try --stage1-epochs {round(args.epochs * STAGE1_SHARE)}"
         )
     _check_img_size(args.img_size)
     if args.decoder_channels % 8:
@@ -371,15 +399,15 @@ def _check_img_size(size: int) -> None:
         )
 
 
-def _reconcile(args: argparse.Namespace, saved: dict[str, Any]) -> None:
+def _reconcile(args: argparse.Namespace, saved: dict[str, Any], has_weights: bool) -> None:
     """Print what differs from the run being resumed; refuse what its weights do not fit."""
     for key, value in saved.items():
-        now, flag = getattr(args, key), "--" + key.replace("_", "-")
+        now, flag = getattr(args, key, value), "--" + key.replace("_", "-")
         if now == value or key in NOT_RESUMED:
             continue
-        if key in FIXED_AT_START:
+        if key in FIXED_AT_START and has_weights:
             raise UsageError(f"{flag} {now}: the checkpoint was trained with {value}, and its weights fit nothing else")
-        if key in ONLY_AT_START:
+        if key in ONLY_AT_START and has_weights:
             print(f"Ignored {flag}: weights and validation images are those of the checkpoint")
             setattr(args, key, value)
         else:

@@ -217,7 +217,8 @@ def stop_if_asked(run: Run) -> None:
     number = run.stop.signal_number
     if number is None:
         return
-    raise StoppedError(128 + number, f"stopped by a signal; {save_and_wait(run)}. Go on with: {run.resume_command}")
+    name = signal.Signals(number).name
+    raise StoppedError(128 + number, f"stopped by {name}; {save_and_wait(run)}. Go on with: {run.resume_command}")
 
 
 def save_step(run: Run) -> Path:
@@ -231,8 +232,8 @@ def save_and_wait(run: Run, together: bool = True) -> str:
 
     def written() -> str:
         run.store.wait()
-        failed = f"not saved ({run.store.failure}); older checkpoints stay"
-        return f"saved {path}" if run.store.failure is None else failed
+        kept = "older checkpoints stay" if run.store.files() else "there is no older checkpoint"
+        return f"saved {path}" if run.store.failure is None else f"not saved ({run.store.failure}); {kept}"
 
     path = save_step(run)
     return run.ranks.from_first(written) if together else written()
@@ -436,9 +437,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             unlock_directory(run.lock)
         run.ranks.close(done=exit_code == 0)
         print(*run.state.ladder.describe(), *run.unreadable.describe(), sep="\n")
-        if exit_code:
-            print(*([f"error: {message}"] if message else []), file=sys.stderr, end="\n" if message else "")
-        else:
+        if message:
+            print(message if exit_code in (0, 130, 143) else f"error: {message}", file=sys.stderr)
+        if not exit_code:
             print(*run.last_lines(), sep="\n")
         run.log.close()
     return exit_code

@@ -75,7 +75,8 @@ def _inspect(pairs: Sequence[Pair], num_workers: int) -> list[PairFacts]:
 
 def _table(root: Path, report: Report, seconds: float) -> list[str]:
     num_pairs = sum(folder.pairs for folder in report.folders)
-    lines = [f"{root}: {num_pairs} pairs in {len(report.folders)} folders, read in {seconds:.1f} s"]
+    where = f"{len(report.folders)} folders" if len(report.folders) > 1 else "one folder"
+    lines = [f"{root}: {num_pairs} pairs in {where}, read in {seconds:.1f} s"]
     name_width = max(len(folder.name) for folder in report.folders)
     for folder in report.folders:
         published = ""

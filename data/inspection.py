@@ -357,7 +357,8 @@ def _published(root: Path, subset: Subset) -> tuple[str, int | None]:
         if count is not None and names[0] == "COD10K" and noncam:
             count += _PUBLISHED_NONCAM[subset.split]
         return f"{names[0]}-{subset.split}", count
-    if parts[-1].lower() == "traindataset":
+    of_them = any(pair.image.name.lower().startswith(("cod10k", "camourflage")) for pair in subset.pairs)
+    if parts[-1].lower() == "traindataset" and of_them:
         return "COD10K-train and CAMO-train", _PUBLISHED["COD10K", "train"] + _PUBLISHED["CAMO", "train"]
     return "", None
 

@@ -87,7 +87,8 @@ def find_subsets(root: Path, include_noncam: bool = False) -> list[Subset]:
         ValueError: ``root`` is not a folder, holds no known layout, or two images share a stem.
     """
     if not root.is_dir():
-        raise ValueError(f"{root}: no such folder; --dataset-path must name the data set's folder")
+        what = "is a file" if root.exists() else "no such folder"
+        raise ValueError(f"{root}: {what}; --dataset-path must name the data set's folder")
     subsets = []
     for images, masks in _find_pair_folders(root):
         nested = [child for child in _subfolders(images) if split_of([child.name]) is not None]
@@ -345,4 +346,6 @@ def _describe_unknown_layout(root: Path) -> str:
     found = [path.relative_to(root).as_posix() + "/" for path, depth in _walk(root) if 0 < depth < _MAX_DEPTH]
     shown = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "") if found else "no folders"
     known = ", ".join(f"{{{image},{mask}}}" for image, mask in _PAIR_FOLDERS)
-    return f"{root}: no image/mask folders found. Looked for {known}, up to four levels down; found {shown}"
+    part_of_one = any(root.name.lower() in pair for pair in _PAIR_FOLDERS)
+    hint = f"; try {root.parent}, the folder that holds images and masks" if part_of_one else ""
+    return f"{root}: no image/mask folders found{hint}. Looked for {known}, up to four levels down; found {shown}"

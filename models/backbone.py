@@ -130,6 +130,7 @@ def build_backbone(name: str, pretrained: bool, weights_file: Path | None, img_s
         raise ValueError(f"--backbone {name}: timm {timm.__version__} has no model of that name{hint}")
     if weights_file is not None:
         return Backbone(_create_from_file(name, weights_file, img_size))
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a page of retries where there is no connection
     try:
         return Backbone(_create(name, img_size, pretrained=pretrained))
     except (OSError, RuntimeError) as error:

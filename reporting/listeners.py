@@ -198,7 +198,8 @@ def listeners_of(directory: Path, global_window: int, samples: Samples | None, a
     try:
         found.append(TensorBoardCurves(directory / "tensorboard", global_window, samples))
     except ImportError:
-        print(NO_TENSORBOARD)
+        if not global_window:
+            print(NO_TENSORBOARD)
     except Exception as error:  # a disk that is full, or a tensorboard that does not fit its protobuf or numpy
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         print(f"Warning: {directory / 'tensorboard'}: nothing is written for TensorBoard ({reason})")

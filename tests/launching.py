@@ -36,19 +36,23 @@ class Launch:
             *flags,
         ]
 
-    def environment(self, signal_at: str = "") -> dict[str, str]:
+    def environment(self, signal_at: str = "", fault: str = "") -> dict[str, str]:
         told = {"TEST_SIGNAL": signal_at} if signal_at else {}
+        told |= {"TEST_FAULT": fault} if fault else {}
         return {**os.environ, "OMP_NUM_THREADS": "1", "TEST_SAMPLES": str(self.samples), **told}
 
     def start(
-        self, ranks: int, *flags: str, launcher: tuple[str, ...] = (), signal_at: str = "", told: int = subprocess.PIPE
-    ) -> Any:
+        self, ranks: int, *flags: str, launcher: tuple[str, ...] = (), signal_at: str = "", fault: str = "",
+        told: int = subprocess.PIPE,
+    ) -> Any:  # fmt: skip
         command = self.command(ranks, *flags, launcher=launcher)
         pipes: Any = {"stdout": told, "stderr": told, "text": True}
-        return subprocess.Popen(command, env=self.environment(signal_at), start_new_session=True, **pipes)
+        return subprocess.Popen(command, env=self.environment(signal_at, fault), start_new_session=True, **pipes)
 
-    def run(self, ranks: int, *flags: str, launcher: tuple[str, ...] = (), signal_at: str = "") -> tuple[int, str, str]:
-        with self.start(ranks, *flags, launcher=launcher, signal_at=signal_at) as process:
+    def run(
+        self, ranks: int, *flags: str, launcher: tuple[str, ...] = (), signal_at: str = "", fault: str = ""
+    ) -> tuple[int, str, str]:
+        with self.start(ranks, *flags, launcher=launcher, signal_at=signal_at, fault=fault) as process:
             try:
                 out, err = process.communicate(timeout=240)
             except subprocess.TimeoutExpired:

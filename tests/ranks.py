@@ -2,21 +2,28 @@
 
 Environment: TEST_SAMPLES, a folder that gets a file a process, one JSON line a window that was settled: its samples, by
 number. TEST_SIGNAL, RANK:WINDOW:SIGNAL, what a process is to send itself after a window, once in all (a restarted
-process finds the file that says so).
+process finds the file that says so). TEST_FAULT, RANK:NAME, what is different on one of them: a name of ``FAULTS``.
 """
 
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import torch
+
+import builders
 import train_ultimate
+from training import checkpoint
+from training.precision import Precision
 
 settle_window = train_ultimate.settle_window
+write_checkpoint = checkpoint.write_checkpoint
 folder = Path(os.environ["TEST_SAMPLES"])
 rank = int(os.environ.get("RANK", "0"))
 
@@ -41,6 +48,24 @@ def settle_and_write(run: Any, stage: Any, window: Any, *others: Any) -> Any:
     return again
 
 
+def write_slowly(*args: Any) -> None:
+    time.sleep(12)
+    write_checkpoint(*args)
+
+
+def no_compiler(*_: Any, **__: Any) -> None:
+    raise RuntimeError("no compiler here")
+
+
+FAULTS = {
+    "other-precision": (builders, "resolve_precision", lambda _name, device: Precision("bf16", device.type)),
+    "other-data": (builders, "fingerprint", lambda *_: "0123456789abcdef"),
+    "no-compiler": (torch, "compile", lambda *_, **__: no_compiler),
+    "slow-disk": (checkpoint, "write_checkpoint", write_slowly),
+}
+struck, _, fault = os.environ.get("TEST_FAULT", "-1:").partition(":")
+if int(struck) == rank:
+    setattr(*FAULTS[fault])
 train_ultimate.settle_window = settle_and_write
 if __name__ == "__main__":
     sys.exit(train_ultimate.main())

@@ -77,7 +77,11 @@ def test_settings_by_budget_in_the_readme_are_accepted() -> None:
         (["--img-size", "32"], "argument --img-size: must be at least 64, not 32"),
         (["--seed", str(2**63)], "argument --seed: must be at most 9223372036854775807"),
         (["--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
-        (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        (
+            ["--epoch", "3"],
+            "unrecognized arguments: --epoch 3; did you mean --epochs? (see train_ultimate.py train --help",
+        ),
+        (["--stage1-epochs", "20", "--epochs", "10"], "--stage1-epochs 20 is more than --epochs 10, the sum of both"),
     ],
 )
 def test_mistakes_are_told_in_one_line(flags: list[str], message: str) -> None:
@@ -85,6 +89,23 @@ def test_mistakes_are_told_in_one_line(flags: list[str], message: str) -> None:
         cli.check(cli.parse(["train", "--dataset-path", "somewhere", *flags]))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_fewer_epochs_have_a_shorter_first_stage() -> None:
+    for epochs, stage1 in ((140, 30), (300, 30), (70, 15), (10, 2), (1, 0)):
+        assert cli.parse(["train", "--dataset-path", "x", "--epochs", str(epochs)]).stage1_epochs == stage1
+    assert cli.parse(["train", "--resume", "auto", "--epochs", "20"], saved_settings()).stage1_epochs == 11
+    assert cli.parse(["train", "--dataset-path", "x", "--epochs", "10", "--stage1-epochs", "7"]).stage1_epochs == 7
+
+
+def test_a_flag_before_the_command_is_told() -> None:
+    with pytest.raises(cli.UsageError, match="--dataset-path: the command comes first, one of train, demo"):
+        cli.parse(["--dataset-path", "x", "train"])
+
+
+def test_a_folder_stands_for_the_best_weights_in_it(tmp_path: Path) -> None:
+    args = cli.parse(["predict", "--checkpoint", str(tmp_path), "a.jpg", "--output", "b"])
+    assert Path(args.checkpoint) == tmp_path / "best_model.pth"
 
 
 def test_data_set_is_needed_unless_resuming() -> None:

@@ -138,7 +138,7 @@ def test_a_signal_to_one_rank_has_all_save_once_and_end(two_ranks: Launch, odd_d
     launch = Launch(odd_dataset, tmp_path)
     code, _, err = launch.run(2, "--accumulation-steps", "3", signal_at="1:2:SIGTERM")
     assert code != 0
-    assert err.count("stopped by a signal; saved") == 1
+    assert err.count("stopped by SIGTERM; saved") == 1
     assert [event["exit_code"] for event in read_events(launch.directory, "run_end")] == [143]
     assert len(list(launch.directory.glob("step_*.pth"))) == 1
     assert launch.run(2, "--accumulation-steps", "3", "--resume", "auto")[0] == 0
@@ -213,6 +213,45 @@ def test_a_rank_that_falls_silent_is_named_and_the_others_end(odd_dataset: Path,
         process.wait()
     assert any("error: rank 1 (process" in line for line in lines)
     assert taken < 20
+
+
+@pytest.mark.slow
+def test_ranks_that_would_compute_in_different_precisions_agree_on_one(
+    two_ranks: Launch, odd_dataset: Path, tmp_path: Path
+) -> None:
+    launch = Launch(odd_dataset, tmp_path)
+    code, _, err = launch.run(2, "--accumulation-steps", "3", fault="1:other-precision")
+    assert code == 0, err
+    assert differing_tensors(launch.final(), two_ranks.final()) == []  # both in fp32
+
+
+@pytest.mark.slow
+def test_a_data_set_that_is_not_the_same_on_all_machines_is_refused(odd_dataset: Path, tmp_path: Path) -> None:
+    launch = Launch(odd_dataset, tmp_path)
+    code, _, err = launch.run(2, "--accumulation-steps", "3", fault="1:other-data")
+    assert code != 0
+    assert "on the machine of rank 1, files are missing or of other sizes" in err
+    assert not launch.directory.exists()
+
+
+@pytest.mark.slow
+def test_without_a_compiler_on_one_rank_none_compiles(two_ranks: Launch, odd_dataset: Path, tmp_path: Path) -> None:
+    launch = Launch(odd_dataset, tmp_path)
+    code, out, err = launch.run(2, "--accumulation-steps", "3", "--compile", fault="1:no-compiler")
+    assert code == 0, err
+    assert "Warning: --compile failed (on rank 1: no compiler here)" in out
+    assert differing_tensors(launch.final(), two_ranks.final()) == []
+
+
+@pytest.mark.slow
+def test_a_save_that_takes_longer_than_the_rank_timeout_is_waited_for(odd_dataset: Path, tmp_path: Path) -> None:
+    launch = Launch(odd_dataset, tmp_path)
+    flags = ("--accumulation-steps", "3", "--rank-timeout", "5")
+    code, _, err = launch.run(2, *flags, signal_at="1:2:SIGTERM", fault="0:slow-disk")
+    assert code != 0
+    assert "silent" not in err
+    assert [event["exit_code"] for event in read_events(launch.directory, "run_end")] == [143]
+    assert len(list(launch.directory.glob("step_*.pth"))) == 1
 
 
 def test_slices_of_a_window_are_nearly_equal_and_leave_nothing_out() -> None:

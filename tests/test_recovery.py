@@ -370,6 +370,18 @@ def test_when_every_rung_is_spent_the_run_ends_with_a_good_checkpoint(
     assert read_events(directory, "window")[-1]["precision"] == "fp32"
 
 
+def test_a_launcher_that_starts_a_diverged_run_again_learns_that_it_has(
+    tiny_argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = tiny_argv("--max-rollbacks", "0", "--drill", "nan-weight@2", "--resume", "auto")
+    assert main(argv) == 3
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    capsys.readouterr()
+    assert main(argv) == 3
+    assert "diverged before, and the same command would again" in capsys.readouterr().err
+    assert main([*argv, "--lr", "0.001"]) == 0  # the drill, too, is of the first start alone
+
+
 def test_without_rollbacks_windows_that_are_skipped_again_and_again_do_not_end_the_run(
     tiny_argv: Argv, tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ import window as window_module
 from models import CamouflageSegmenter
 from train_ultimate import main
 from training.checkpoint import CheckpointStore, read_checkpoint, unlock_directory
+from training.interrupt import StopRequest
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +169,37 @@ def test_uncaught_error_costs_no_window(
     assert saved.name == f"step_{call - 1 if name == 'accumulate_gradients' else 12:08d}.pth"
     assert resume(tmp_path / "run") == 0
     assert differing_tensors(final(tmp_path / "run"), final(undisturbed)) == []
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again_with_its_settings(
+    undisturbed: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, train_ultimate.__file__, *tiny_argv("--drill", "kill@1")]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+    assert not list((tmp_path / "run").glob("*.pth"))
+    assert resume(tmp_path / "run") == 0
+    assert "what is not given is as in the run that was begun here" in capsys.readouterr().out
+    assert differing_tensors(final(tmp_path / "run"), final(undisturbed)) == []
+
+
+def test_under_a_launcher_a_second_signal_changes_nothing() -> None:
+    """It passes on what the process has received by itself."""
+    with StopRequest(launched=True) as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal_number == signal.SIGTERM
+
+
+@pytest.mark.parametrize("kind", ["a file", "below a file"])
+def test_a_checkpoint_folder_that_cannot_be_made_is_told_before_the_data_is_read(
+    tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" if kind == "a file" else tmp_path / "file" / "run"
+    assert main(tiny_argv(checkpoint_dir=path)) == 2
+    printed = capsys.readouterr()
+    assert f"--checkpoint-dir {path}: " in printed.err
+    assert "Data:" not in printed.out
 
 
 def test_second_run_in_the_same_directory_is_refused(

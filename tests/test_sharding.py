@@ -94,6 +94,18 @@ def test_a_fault_on_one_sharded_rank_is_answered_by_all_alike(kind: str, odd_dat
     assert all(torch.isfinite(weight).all() for weight in launch.final()["model"].values())
 
 
+@pytest.mark.slow
+def test_a_sharded_backbone_that_learns_batchnorm_statistics_has_the_losses_of_replicas(
+    odd_dataset: Path, tmp_path: Path
+) -> None:
+    launches = Launch(odd_dataset, tmp_path / "sharded"), Launch(odd_dataset, tmp_path / "replicas")
+    flags = ("--accumulation-steps", "1", "--batch-size", "3", "--backbone", "test_efficientnet")
+    for launch, shard in zip(launches, (["--shard"], []), strict=True):
+        code, _, err = launch.run(2, *flags, *shard)
+        assert code == 0, err
+    require_same_curves(*launches)
+
+
 def test_what_is_not_sharded_is_left_as_it_is() -> None:
     module = nn.Linear(3, 2)
     state = module.state_dict()

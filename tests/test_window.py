@@ -1,4 +1,5 @@
 import dataclasses
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,16 @@ def test_without_a_compiler_training_goes_on_without_it(
     assert out.count("\n") == 1
     _, loss = compiling.gradients(model, of, BufferGuard(model))
     assert loss.item() == accumulate_gradients(TinyNetwork(), of).item()
+
+
+def test_a_drill_kills_a_rank_without_samples_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    kills: list[int] = []
+    monkeypatch.setattr("training.drill.os.kill", lambda _process, number: kills.append(number))
+    whole = window((2,))
+    empty = dataclasses.replace(whole, batches=[], blank=whole.batches[0].blank(1), total=2)
+    feed = WindowFeed(iter([empty]), [Drill.parse(f"kill@{whole.global_number}")])
+    feed.take(hold=False)
+    assert kills == [signal.SIGKILL]
 
 
 # Activations that are computed again

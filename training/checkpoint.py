@@ -83,7 +83,7 @@ class CheckpointStore:
         try:
             future.result()
         except (OSError, CheckpointError) as error:
-            self.failure = error
+            self.failure = error.with_traceback(None)  # which would keep every frame alive, loaders and all
             print(f"Warning: {' and '.join(names)} could not be saved: {error}. Training goes on; older files stay")
             return
         self.failure = None

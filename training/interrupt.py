@@ -1,10 +1,13 @@
 """Requests from outside: SIGINT (Ctrl-C) and SIGTERM end a run after the window under way, SIGUSR1 has it saved."""
 
+import os
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
+_HEARD = b"\nThe window under way is finished, then the state saved; Ctrl-C once more ends the run at once.\n"
 _REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -60,6 +63,9 @@ class StopRequest:
         self._received.add(number)
         if number != signal.SIGUSR1 and not self.launched:
             self.__exit__()
+            if number == signal.SIGINT:
+                with suppress(OSError):  # no print: this may have struck in the midst of one
+                    os.write(2, _HEARD)
         if self.alone:
             self._act(number)
 

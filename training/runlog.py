@@ -45,7 +45,7 @@ class RunLog:
             return
         path = directory / "metrics.jsonl"
         # Unbuffered: what a full disk has refused must not be tried again, with the next line or when it is closed.
-        self._file = FileIO(path, "ab")
+        self._file = FileIO(str(path), "ab")  # as text: it is in the messages of errors
         self._has_failed = False
         self._in_mid_line = _ends_in_mid_line(path)
 
