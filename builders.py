@@ -118,7 +118,7 @@ class Run:
         windows = progress.global_window
         few = f"Only {windows} windows (optimizer steps) were trained: docs/recipes.md has settings for small data sets"
         return [
-            *([few] if windows < FEW_WINDOWS else []),
+            *([few] if windows < FEW_WINDOWS and not is_synthetic else []),
             f"Done: validation IoU {progress.best_iou:.4f}, reached at epoch {progress.best_epoch}",
             f"Weights: {best}, curves: {self.store.directory / 'metrics.jsonl'}",
             f"Next: {shlex.join(['python', sys.argv[0], *ends])}",
