@@ -73,7 +73,7 @@ def failing(argv: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) 
     return error
 
 
-@pytest.mark.parametrize("zoom", [[], ["--zoom"]])
+@pytest.mark.parametrize("zoom", [[], pytest.param(["--zoom"], marks=pytest.mark.slow)])
 def test_torch_export_computes_the_same_for_any_number_and_size_of_images(zoom: list[str], tmp_path: Path) -> None:
     flags = ["--backbone", "test_efficientnet", "--decoder-channels", "16", "--img-size", "128", *zoom]
     path = untrained(tmp_path / "net.pth", *flags)
@@ -86,6 +86,7 @@ def test_torch_export_computes_the_same_for_any_number_and_size_of_images(zoom: 
             torch.testing.assert_close(module(images), network(images), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_torch_export_runs_without_this_program(checkpoint: Path, tmp_path: Path) -> None:
     exported = tmp_path / "net.pt2"
     assert main(["export", "--checkpoint", str(checkpoint), "--format", "torch", "--output", str(exported)]) == 0

@@ -40,10 +40,12 @@ def sharded(odd_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Laun
     return launch
 
 
+@pytest.mark.slow
 def test_sharded_ranks_have_the_losses_norms_and_scores_of_replicas(sharded: Launch, two_ranks: Launch) -> None:
     require_same_curves(sharded, two_ranks)
 
 
+@pytest.mark.slow
 def test_their_checkpoints_are_those_of_one_process(sharded: Launch, two_ranks: Launch) -> None:
     for name in ("epoch_0002.pth", "best_model.pth"):
         ours, theirs = load(sharded.directory / name), load(two_ranks.directory / name)

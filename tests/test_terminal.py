@@ -68,8 +68,12 @@ def test_a_reader_of_json_logs_that_has_gone_costs_nothing(tiny_argv: Argv, tmp_
 
 @pytest.mark.parametrize(
     "redirected",
-    [">/dev/full", "--quiet 2>/dev/full", ">&- 2>&-", "| head -n 1"],
-    ids=["full", "quiet", "closed", "gone"],
+    [
+        pytest.param(">/dev/full", id="full"),
+        pytest.param("--quiet 2>/dev/full", id="quiet"),
+        pytest.param(">&- 2>&-", id="closed", marks=pytest.mark.slow),
+        pytest.param("| head -n 1", id="gone", marks=pytest.mark.slow),
+    ],
 )
 def test_a_terminal_that_takes_nothing_costs_nothing(tiny_argv: Argv, tmp_path: Path, redirected: str) -> None:
     """A log on a full disk, streams that are closed, a reader that goes: an incident and the end are told to nobody."""

@@ -502,7 +502,8 @@ def test_killed_with_9_and_resumed_ends_in_the_same_weights(undisturbed: Path, t
 
 
 @pytest.mark.parametrize(
-    ("signal_number", "exit_code", "after_epoch"), [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 2)]
+    ("signal_number", "exit_code", "after_epoch"),
+    [pytest.param(signal.SIGINT, 130, 1, marks=pytest.mark.slow), (signal.SIGTERM, 143, 2)],
 )
 def test_signal_to_the_process_group_saves_and_exits_and_the_resumed_run_is_bitwise_the_same(
     undisturbed: Path, tiny_argv: Argv, tmp_path: Path, signal_number: int, exit_code: int, after_epoch: int
