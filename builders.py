@@ -177,6 +177,8 @@ def settings_of(saved: dict[str, Any]) -> argparse.Namespace:
 def build_network(args: argparse.Namespace, load_weights: bool) -> CamouflageSegmenter:
     """The network from the settings. Without ``load_weights`` its weights are random: a checkpoint brings its own."""
     torch.manual_seed(args.seed)
+    if load_weights and args.pretrained and not args.backbone_weights:
+        print(f"Pretrained weights of {args.backbone}: from the Hugging Face hub, or its cache on this machine")
     return build_model(
         args.backbone,
         args.decoder_channels,

@@ -48,6 +48,8 @@ def attempt(call: Callable[[], T]) -> T | int:
 
 def _run(args: argparse.Namespace) -> int | None:
     if args.command in ("train", "demo"):
+        if args.resume is None:  # else the checkpoint has settings, too
+            cli.check(args)
         return None
     if args.command == "replay":
         from commands.replay import replay
