@@ -215,10 +215,9 @@ def stop_if_asked(run: Run) -> None:
     """End the run after a signal, saved where it stands; an epoch trained to its end is only validated on resume."""
     run.stop.hear(run.ranks.total(run.stop.told()))
     number = run.stop.signal_number
-    if number is None:
-        return
-    name = signal.Signals(number).name
-    raise StoppedError(128 + number, f"stopped by {name}; {save_and_wait(run)}. Go on with: {run.resume_command}")
+    if number is not None:
+        told = f"stopped by {signal.Signals(number).name}; {save_and_wait(run)}. Go on with: {run.resume_command}"
+        raise StoppedError(128 + number, told)
 
 
 def save_step(run: Run) -> Path:
@@ -236,7 +235,8 @@ def save_and_wait(run: Run, together: bool = True) -> str:
         return f"saved {path}" if run.store.failure is None else f"not saved ({run.store.failure}); {kept}"
 
     path = save_step(run)
-    return run.ranks.from_first(written) if together else written()
+    told = run.ranks.from_first(written) if together else written()
+    return told if run.ranks.is_first else ""
 
 
 @torch.inference_mode()

@@ -232,7 +232,7 @@ class WindowRunner:
         self._compiled, self._compiled_for = torch.compile(batch_loss, dynamic=False), precision
         guard, start = BufferGuard(model), time.perf_counter()
         guard.begin_window()
-        reason, example = "", self._example(img_size, precision, memory_format)
+        reason, fits, example = "", True, self._example(img_size, precision, memory_format)
         examples = [replace(example, scale=scale) for scale in self._scales]
         replica = self._replica if isinstance(self._replica, DistributedDataParallel) else None
         try:
@@ -240,7 +240,7 @@ class WindowRunner:
                 for example in examples:
                     self._accumulate(self._replica or model, example)
         except torch.OutOfMemoryError:  # as the first window will, and then batches are halved; not so by several ranks
-            reason = "out of memory" if replica is not None else ""
+            reason, fits = "out of memory" if replica is not None else "", False
         except Exception as error:  # a compiler that is not there, an operation that it does not know
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200] or "unknown"
         reasons = {rank: told for rank, told in enumerate(self._ranks.gather(reason)) if told}
@@ -248,7 +248,7 @@ class WindowRunner:
             self._compiled = None
             where = f"on rank {min(reasons)}: " if self._ranks.size > 1 else ""
             print(f"Warning: --compile failed ({where}{reasons[min(reasons)]}); training goes on without it")
-        else:
+        elif fits:
             for example in examples if replica is not None else ():  # the kernels of a window's last batch
                 self._accumulate(self._replica or model, example)
             print(f"Compiled in {time.perf_counter() - start:.0f} s")
