@@ -409,7 +409,7 @@ def prepare(argv: Sequence[str] | None) -> Run:
     if args.gradient_checkpointing and not model.checkpoint_gradients():
         print(f"Warning: timm has no gradient checkpointing for {args.backbone}: only the decoder's will save memory")
     largest_batch = min(args.batch_size, len(train_pairs))
-    runner = WindowRunner(largest_batch, args.multi_scale, args.gradient_checkpointing, args.side_loss_weight)
+    runner = WindowRunner(largest_batch, args.multi_scale, recomputes=args.gradient_checkpointing)
     if weights_alone is not None:
         load_weights(model, weights_alone)
     if not all_finite(model.state_dict().values()):

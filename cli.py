@@ -183,8 +183,6 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--lr", type=_number(0), default=0.00025, help="peak learning rate of the decoder in stage 1")
     flag("--stage2-lr-scale", type=_number(0), default=0.5, help="the decoder's in stage 2, as a multiple of --lr")
     flag("--backbone-lr-scale", type=_number(0), default=0.1, help="the backbone's, as a multiple of the decoder's")
-    flag("--side-loss-weight", type=_number(0, 1), default=0.5,
-         help="weight of the loss of each coarser output of the decoder, as a multiple of the next finer one's")
     flag("--weight-decay", type=_number(0, zero=True), default=1e-4, help="AdamW's; norms and biases are exempt")
     flag("--ema-decay", type=_number(0, 1, zero=True), default=0.999,
          help="decay, per window, of the weight average that is validated and saved for use; 0: none")

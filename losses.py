@@ -64,9 +64,7 @@ def uncertainty_loss(logits: Tensor) -> Tensor:
     return (1 - (2 * logits.sigmoid() - 1).square()).mean()
 
 
-def deep_supervision_loss(
-    side_logits: Sequence[Tensor], masks: Tensor, uncertainty_weight: float | Tensor, side_weight: float = 0.5
-) -> Tensor:
+def deep_supervision_loss(side_logits: Sequence[Tensor], masks: Tensor, uncertainty_weight: float | Tensor) -> Tensor:
     """Structure loss on every side output plus the uncertainty loss on the finest: the loss this program trains with.
 
     Side outputs are brought to the masks' size and weighted ..., 1/4, 1/2, 1 from coarse to fine.
@@ -76,8 +74,6 @@ def deep_supervision_loss(
         masks: (B, 1, H, W) float, 0 or 1.
         uncertainty_weight: factor of the uncertainty loss, meant to rise from 0 to 1 over training: early on, pushing
             probabilities to the extremes would harden guesses.
-        side_weight: of a side output, as a multiple of the next finer one's. Above 0: the decoder's estimates come from
-            there, and nothing else teaches them.
 
     Returns:
         scalar, float32
@@ -88,7 +84,7 @@ def deep_supervision_loss(
         loss = torch.zeros((), device=masks.device)
         for level, logits in enumerate(reversed(side_logits)):
             full_size = F.interpolate(logits.float(), size=masks.shape[-2:], mode="bilinear", align_corners=False)
-            loss = loss + structure_loss(full_size, masks, weights) * side_weight**level
+            loss = loss + structure_loss(full_size, masks, weights) / 2**level
             if level == 0:
                 loss = loss + uncertainty_weight * uncertainty_loss(full_size)
     return loss

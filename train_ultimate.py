@@ -163,7 +163,6 @@ def epoch_windows(
             scaler=run.state.scaler,
             memory_format=run.memory_format,
             scale=drawn(run.args.multi_scale, run.args.seed, first_global + number + 1),
-            side_weight=run.args.side_loss_weight,
             seed=derive_seed(run.args.seed, first_global + number + 1, *([run.ranks.rank] if run.ranks.rank else [])),
         )
         window = run.recovery.without_quarantined(window, guard.least_batch)
@@ -217,8 +216,8 @@ def stop_if_asked(run: Run) -> None:
     run.stop.hear(run.ranks.total(run.stop.told()))
     number = run.stop.signal_number
     if number is not None:
-        name = signal.Signals(number).name
-        raise StoppedError(128 + number, f"stopped by {name}; {save_and_wait(run)}. Go on with: {run.resume_command}")
+        told = f"stopped by {signal.Signals(number).name}; {save_and_wait(run)}. Go on with: {run.resume_command}"
+        raise StoppedError(128 + number, told)
 
 
 def save_step(run: Run) -> Path:
@@ -354,7 +353,8 @@ def report_epoch(run: Run, stage: Stage, scores: dict[str, float]) -> None:
     )
     if not sys.stderr.isatty():  # no progress bar above these lines to tell the epoch
         print(f"Epoch {epoch}/{run.args.epochs}")
-    print(*epoch_lines(stats, scores, run.args.grad_clip, run.state.scaler, not run.norm_warned), sep="\n")
+    scale = run.state.scaler.get_scale()
+    print(*epoch_lines(stats, scores, 5 * run.args.grad_clip, scale, warn=not run.norm_warned), sep="\n")
     run.norm_warned |= stats.num_large_norms > 0
 
 

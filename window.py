@@ -40,7 +40,6 @@ class Window:
     blank: Batch | None = None  # to be run, and not to count, by a rank that has fewer batches than others
     rounds: int = 0  # batches to run at the least, where ranks wait for one another in each
     scale: float = 1.0  # of the images, as the backbone sees them
-    side_weight: float = 0.5  # of the loss of coarser outputs, see ``deep_supervision_loss``
     attempt: int = 0  # how often it has been run before
     drill: Drill | None = None  # strikes this attempt
     spoilt_by: str = ""  # the kind of drill that has changed its samples
@@ -112,9 +111,8 @@ class Window:
 
 
 def batch_loss(
-    model: nn.Module, images: Tensor, masks: Tensor, uncertainty_weight: Tensor, precision: Precision, scale: float,
-    side_weight: float,
-) -> Tensor:  # fmt: skip
+    model: nn.Module, images: Tensor, masks: Tensor, uncertainty_weight: Tensor, precision: Precision, scale: float
+) -> Tensor:
     """Forward pass and loss of a batch: what ``--compile`` compiles.
 
     Shape:
@@ -122,7 +120,7 @@ def batch_loss(
     """
     with precision.autocast():
         side_logits = model(images, scale)
-    return deep_supervision_loss(side_logits, masks, uncertainty_weight, side_weight)
+    return deep_supervision_loss(side_logits, masks, uncertainty_weight)
 
 
 def accumulate_gradients(
@@ -161,8 +159,7 @@ def accumulate_gradients(
         share = num_ranks * len(images) / window.num_samples_everywhere if counts else 0.0
         is_last = number == len(batches) - 1
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last else nullcontext():
-            how = uncertainty_weight, window.precision, window.scale, window.side_weight
-            loss = loss_of(model, images, masks, *how) * share
+            loss = loss_of(model, images, masks, uncertainty_weight, window.precision, window.scale) * share
             if window.drill is not None:
                 loss = window.drill.spoil_loss(loss, window.scaler.is_enabled())
             with around_backward():
@@ -178,22 +175,18 @@ class WindowRunner:
         batch_size: that the loader makes.
         scales: that windows have.
         recomputes: the model computes activations again in the backward pass, ``checkpoint_gradients``.
-        side_weight: that windows have.
 
     Attributes:
         num_parts: that each batch is to go through in; doubled where the device's memory is too short.
     """
 
-    def __init__(
-        self, batch_size: int, scales: Sequence[float] = (1.0,), recomputes: bool = False, side_weight: float = 0.5
-    ) -> None:
+    def __init__(self, batch_size: int, scales: Sequence[float] = (1.0,), recomputes: bool = False) -> None:
         self.num_parts = 1
         self._ranks = Ranks()
         self._replica: nn.Module | None = None  # of the model, on each of several ranks
         self._batch_size = batch_size
         self._scales = sorted(scales, reverse=True)  # what needs most memory first
         self._recomputes = recomputes
-        self._side_weight = side_weight
         self._compiled: Callable[..., Tensor] | None = None
         self._compiled_for: Precision | None = None
 
@@ -304,8 +297,7 @@ class WindowRunner:
         images, masks = (torch.zeros(size, channels, img_size, img_size, dtype=torch.uint8) for channels in (3, 1))
         batch = Batch(images, masks, torch.arange(size), {})
         scaler = precision.new_scaler(ScalerSettings())
-        window = Window(0, 0, [batch], 0.0, 0.0, precision, scaler, memory_format, seed=0)
-        return replace(window, scale=self._scales[0], side_weight=self._side_weight)
+        return Window(0, 0, [batch], 0.0, 0.0, precision, scaler, memory_format, seed=0, scale=self._scales[0])
 
     def _with_others(self, model: nn.Module, window: Window, guard: BufferGuard) -> Tensor:
         """All ranks average their gradients, or none does. What may need more memory than before is tried first."""
@@ -336,11 +328,11 @@ class WindowRunner:
 
     def _loss_of(
         self, model: nn.Module, images: Tensor, masks: Tensor, uncertainty_weight: Tensor, precision: Precision,
-        scale: float, side_weight: float,
+        scale: float,
     ) -> Tensor:  # fmt: skip
         fits = len(images) == self._largest_part and precision == self._compiled_for
         loss_of = self._compiled if self._compiled is not None and fits else batch_loss
-        return loss_of(model, images, masks, uncertainty_weight, precision, scale, side_weight)
+        return loss_of(model, images, masks, uncertainty_weight, precision, scale)
 
 
 @contextmanager
@@ -397,7 +389,6 @@ def window_to_payload(window: Window, loss_scale: float) -> dict[str, Any]:
         "loss_scale": loss_scale,
         "seed": window.seed,
         "scale": window.scale,
-        "side_weight": window.side_weight,
     }
 
 
@@ -414,5 +405,4 @@ def window_from_payload(payload: dict[str, Any], device_type: str, memory_format
         memory_format=memory_format,
         seed=payload["seed"],
         scale=payload.get("scale", 1.0),  # incidents from before there were several have none
-        side_weight=payload.get("side_weight", 0.5),
     )

@@ -8,7 +8,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
-    from training.precision import LossScaler
     from training.state import EpochStats
 
 _WORTH_A_LOOK = re.compile(  # the last: an incident
@@ -78,15 +77,15 @@ class OnlyWarnings(io.TextIOBase):
 
 
 def epoch_lines(
-    stats: "EpochStats", scores: Mapping[str, float], grad_clip: float, scaler: "LossScaler", warn: bool
+    stats: "EpochStats", scores: Mapping[str, float], large_norm: float, loss_scale: float, warn: bool
 ) -> list[str]:
     """What an epoch came to.
 
     Args:
         stats: of its windows.
         scores: of its validation: iou and dice.
-        grad_clip: a fifth of what ``stats`` counts as a large gradient norm.
-        scaler: of the loss, as it is now.
+        large_norm: what ``stats`` counts as a large gradient norm.
+        loss_scale: now.
         warn: of large norms; without, their number is told all the same.
     """
     lines = [
@@ -94,10 +93,9 @@ def epoch_lines(
         f"   Gradient norm - Avg: {stats.grad_norm_avg:.3f}, Max: {stats.grad_norm_max:.3f}",
     ]
     if stats.num_overflows:
-        lines.append(f"   fp16 overflows: {stats.num_overflows}, none applied; loss scale now {scaler.get_scale():g}")
+        lines.append(f"   fp16 overflows: {stats.num_overflows}, none applied; loss scale now {loss_scale:g}")
     if stats.num_large_norms:
         share = f"{stats.num_large_norms} of {stats.num_applied} windows"
-        large_norm = 5 * grad_clip
         told = f"had a gradient norm above 5 x --grad-clip = {large_norm:g}; they were clipped"
         lines.append(f"   Warning: {share} {told}" if warn else f"   {share} above {large_norm:g} were clipped")
     return lines
