@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_arguments
+from conftest import SHARED, needs_shared, tiny_arguments
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
@@ -30,10 +30,14 @@ pytestmark = [
 Open = Callable[..., webdriver.Chrome]
 
 
-@pytest.fixture(scope="module")
-def page(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["scenes", pytest.param("photographs", marks=[pytest.mark.slow, needs_shared])])
+def page(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     directory = tmp_path_factory.mktemp("browser") / "run"
-    assert main(tiny_arguments(tiny_dataset, directory, "--drill", "nan-loss@3", "--drill", "bad-sample@10")) == 0
+    flags, dataset = ["--drill", "nan-loss@3", "--drill", "bad-sample@10"], tiny_dataset
+    if request.param == "photographs":
+        dataset = SHARED / "data" / "CAMO"
+        flags = ["--drill", "nan-loss@3", "--drill", "bad-sample@60", "--epochs", "2", "--stage1-epochs", "1"]
+    assert main(tiny_arguments(dataset, directory, *flags)) == 0
     return directory / "report.html"
 
 
