@@ -333,7 +333,7 @@ def _pictures(own: Sequence[Gallery]) -> str:
         for example in gallery.examples:
             panels = "".join(
                 f'<div><img src="{panel.data_uri}" alt="{escape(panel.alt)}" width="{panel.width}" '
-                f'height="{panel.height}" loading="lazy"><span>{escape(panel.title)}</span></div>'
+                f'height="{panel.height}" decoding="async"><span>{escape(panel.title)}</span></div>'
                 for panel in example.panels
             )
             scores = f"IoU {example.scores['iou']:.3f}, S {example.scores['s_measure']:.3f}"
