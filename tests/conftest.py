@@ -20,9 +20,7 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs photographs
 
 Argv = Callable[..., list[str]]
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # of a job in the background; its children would, too
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a job in the background; its children would, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, most of all on a busy machine
 
