@@ -324,7 +324,7 @@ def _add_report(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser.add_argument("directories", metavar="DIR", nargs="+", type=Path, help="a run's --checkpoint-dir")
     parser.add_argument(
         "--output", metavar="FILE", type=Path,
-        help="the page to write (default: report.html in the run's folder; of several runs, in the current one)",
+        help="the page to write (default: report.html in the run's folder; of several runs, comparison.html here)",
     )  # fmt: skip
     parser.add_argument(
         "--epochs", metavar="N", nargs="+", type=_whole(1), default=[],

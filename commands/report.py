@@ -11,7 +11,7 @@ from reporting.page import render
 from reporting.pictures import Gallery, galleries
 from training.runlog import write_text
 
-REPORT = "report.html"
+REPORT, COMPARISON = "report.html", "comparison.html"  # the second never takes the place of a run's own
 NO_PLOTLY = "plotly is not installed, and reports need it for their charts: pip install plotly"
 
 
@@ -20,7 +20,7 @@ def report(directories: Sequence[Path], output: Path | None, epochs: Sequence[in
 
     Args:
         directories: of the runs; several are compared.
-        output: file to write; None: ``report.html`` in the run's folder, or here for several runs.
+        output: file to write; None: ``report.html`` in the run's folder, or ``comparison.html`` here for several.
         epochs: from 1, whose validation images are shown; none: the best one.
 
     Raises:
@@ -33,7 +33,7 @@ def report(directories: Sequence[Path], output: Path | None, epochs: Sequence[in
         require_writable(output)
     runs = [read_run(directory) for directory in directories]
     if output is None:
-        output = directories[0] / REPORT if len(runs) == 1 else Path(REPORT)
+        output = directories[0] / REPORT if len(runs) == 1 else Path(COMPARISON)
         require_writable(output)
     pictures = [_galleries(run, epochs) for run in runs]
     write_report(runs, pictures, output)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reporting.history import BEST, RunHistory, WindowPoint, number
+from reporting.history import BEST, RunHistory, WindowPoint, number, whole
 
 MOST_POINTS = 3000  # of a line; more do not show on any screen and make the page slow
 _TABLE_ROWS = 40  # of the table behind a chart of windows
@@ -251,7 +251,7 @@ def _incident_marks(run: RunHistory) -> tuple[list[Trace], list[dict[str, Any]]]
     """A mark above the curve for each incident, and beside it its number, a link to its entry in the page."""
     incidents = []
     for folder, record in run.incidents.items():
-        at = run.window_number(int(number(record, "epoch", 0)), number(record, "window"))
+        at = run.window_number(whole(record, "epoch"), number(record, "window"))
         if not math.isnan(at):
             incidents.append((at, folder, f"{record.get('verdict', '')}: {record.get('action', '')}".replace("_", " ")))
     incidents.sort()

@@ -134,7 +134,7 @@ def test_several_runs_are_compared(drilled: Path, tmp_path: Path, monkeypatch: p
     other = log_of(tmp_path / "other", start(lr=0.7), window(1, 1), epoch(1, 0.25))
     monkeypatch.chdir(tmp_path)
     assert main(["report", str(drilled), str(other)]) == 0
-    text = (tmp_path / "report.html").read_text()
+    text = (tmp_path / "comparison.html").read_text()
     outline = Outline(text)
     assert len(outline.ids) == len(set(outline.ids))
     assert "Settings, versions and devices that differ" in text
