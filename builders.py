@@ -1,7 +1,6 @@
 """From the command line to a run that is ready to train: settings, data, network, state, folder."""
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -34,7 +33,7 @@ from data.synthetic import write_synthetic_dataset
 from data.unreadable import UnreadablePairs, require_few
 from models import CamouflageSegmenter, build_model
 from recovery import Recovery
-from reporting.history import CONFIG, LOG
+from reporting.history import CONFIG, LOG, read_json
 from reporting.listeners import SamplePredictions, listeners_of
 from reporting.terminal import LastingStream, OnlyWarnings
 from training.checkpoint import CheckpointStore, find_checkpoint, lock_directory, unlock_directory
@@ -120,18 +119,13 @@ class Run:
         return [
             *([few] if windows < FEW_WINDOWS and not is_synthetic else []),
             f"Done: validation IoU {progress.best_iou:.4f}, reached at epoch {progress.best_epoch}",
-            f"Weights: {best}, curves: {self.store.directory / 'metrics.jsonl'}",
+            f"Weights: {best}, curves: {self.store.directory / LOG}",
             f"Next: {shlex.join(['python', sys.argv[0], *ends])}",
         ]
 
     @property
     def precision_in_use(self) -> Precision:
-        return precision_in_use(self.precision, self.state)
-
-
-def precision_in_use(precision: Precision, state: TrainState) -> Precision:
-    """fp32 where nothing else has helped."""
-    return precision.full() if state.ladder.full_precision else precision
+        return self.state.precision_in_use(self.precision)
 
 
 def build_stages(args: argparse.Namespace) -> list[Stage]:
@@ -288,10 +282,7 @@ def require_free(directory: Path) -> None:
 
 def settings_begun(directory: Path) -> dict[str, Any] | None:
     """Those of a run that ended before its first checkpoint, from its ``config.json``; None where there are none."""
-    try:
-        settings = json.loads((directory / CONFIG).read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    settings = read_json(directory / CONFIG).get("settings")
     return settings if isinstance(settings, dict) else None
 
 
@@ -375,7 +366,7 @@ def prepare(argv: Sequence[str] | None) -> Run:
     if args.shard and ranks.size == 1:
         print("--shard: one process alone, started without torchrun, has nothing to share: it keeps all weights")
     drills = [Drill.parse(text) for text in args.drill]
-    drills = [drill for drill in drills if drill.rank in (None, ranks.rank) and not is_started_again()]
+    drills = [] if is_started_again() else [drill for drill in drills if drill.rank in (None, ranks.rank)]
     windows_of = ranks.from_first(lambda: size_of_windows(args, ranks.size, before))
     store = CheckpointStore(directory, args.keep_checkpoints, writes=ranks.is_first)
     if ranks.from_first(store.files) and (source is None or source.parent.resolve() != directory.resolve()):
@@ -441,9 +432,9 @@ def prepare(argv: Sequence[str] | None) -> Run:
     if checkpoint is not None:
         resume(state, checkpoint, config, stages, precision)
         # Whoever goes on from a run that diverged has changed something, but for a launcher that starts it again.
-        settings = {key: value for key, value in vars(args).items() if key not in cli.NOT_RESUMED}
-        same = all(before["settings"].get(key) == value for key, value in settings.items()) if before else False
-        state.ladder.spent &= same and is_started_again()
+        saved = checkpoint["config"]["settings"]
+        changed = any(saved.get(key) != value for key, value in vars(args).items() if key not in cli.NOT_RESUMED)
+        state.ladder.spent &= is_started_again() and not changed
         state.unreadable = {name: problems[name] for name in state.unreadable if name in problems}  # since repaired
         print(f"Resumed {source}: {state.progress.epoch} epochs and {state.progress.window} windows done")
     lock, has_best = ranks.from_first(
@@ -456,8 +447,7 @@ def prepare(argv: Sequence[str] | None) -> Run:
     log = RunLog(directory if ranks.is_first else None, echo=json_to)
     if ranks.is_first:
         # Weights that are sharded are whole on no rank alone: no images then.
-        now = lambda: precision_in_use(precision, state)  # noqa: E731
-        samples = SamplePredictions(state, val_pairs, args.img_size, device, memory_format, now)
+        samples = SamplePredictions(state, val_pairs, args.img_size, device, memory_format, precision)
         done = state.progress.global_window
         log.listeners += listeners_of(directory, done, None if ranks.shards else samples, ranks.size == 1)
     store.on_saved = lambda name: log.event("checkpoint", file=name)

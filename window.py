@@ -19,6 +19,7 @@ from losses import deep_supervision_loss
 from training.distributed import Ranks
 from training.drill import Drill
 from training.precision import LossScaler, Precision
+from training.runlog import first_line
 from training.stability import BufferGuard
 from training.stages import ScalerSettings
 
@@ -242,7 +243,7 @@ class WindowRunner:
         except torch.OutOfMemoryError:  # as the first window will, and then batches are halved; not so by several ranks
             reason, fits = "out of memory" if replica is not None else "", False
         except Exception as error:  # a compiler that is not there, an operation that it does not know
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200] or "unknown"
+            reason = first_line(error)[:200]
         reasons = {rank: told for rank, told in enumerate(self._ranks.gather(reason)) if told}
         if reasons:
             self._compiled = None

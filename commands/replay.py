@@ -25,6 +25,7 @@ from training.incidents import (
 )
 from training.optim import all_finite
 from training.precision import resolve_device
+from training.runlog import first_line
 from training.stability import StepVerdict
 from window import Window, accumulate_gradients, window_from_payload
 
@@ -52,7 +53,7 @@ def replay(folder: Path, device_name: str) -> int:
         culprits = _culprits(model, full, record, full_again)
         samples = [record.samples[position] for position in culprits]
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0][:120]
+        reason = first_line(error)[:120]
         raise ValueError(f"{folder}: cannot be run again from its settings, weights and samples ({reason})") from error
 
     cause = name_cause(recorded_again, full_again, culprits, window.num_samples, record.healthy_otherwise)

@@ -9,7 +9,7 @@ from reporting.charts import charts_of
 from reporting.history import RunHistory, read_run, unique_names
 from reporting.page import render
 from reporting.pictures import Gallery, galleries
-from training.runlog import write_text
+from training.runlog import first_line, write_text
 
 REPORT, COMPARISON = "report.html", "comparison.html"  # the second never takes the place of a run's own
 NO_PLOTLY = "plotly is not installed, and reports need it for their charts: pip install plotly"
@@ -50,7 +50,7 @@ def _galleries(run: RunHistory, epochs: Sequence[int]) -> list[Gallery]:
     try:
         return galleries(run, epochs)
     except (ValueError, OSError, RuntimeError) as error:
-        return [Gallery("Validation images", f"No pictures: {str(error).splitlines()[0]}", [])]
+        return [Gallery("Validation images", f"No pictures: {first_line(error)}", [])]
 
 
 def write_report(runs: Sequence[RunHistory], pictures: Sequence[Sequence[Gallery]], output: Path) -> None:
@@ -81,7 +81,7 @@ def write_final_report(directory: Path, with_pictures: bool) -> str:
         try:
             own = galleries(run, [], few=True) if with_pictures else []
         except Exception as error:  # the charts do not need them
-            own = [Gallery("Validation images", f"No pictures: {str(error).splitlines()[0]}", [])]
+            own = [Gallery("Validation images", f"No pictures: {first_line(error)}", [])]
         write_report([run], [own], directory / REPORT)
     except Exception as error:
         again = f"later: python train_ultimate.py report {directory}"

@@ -62,7 +62,11 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Ca
     except Exception as error:  # a damaged archive raises anything; what could run code, UnpicklingError
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise ValueError(f"{path}: not a readable checkpoint ({reason})") from error
-    model = network_of(checkpoint, path).to(device)
+    model = network_of(checkpoint, path)
+    for name, weight in model.state_dict().items():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{path}: {name} is not finite")
+    model = model.to(device)
     return model, Transform(checkpoint["config"]["settings"]["img_size"], torch.device(device))
 
 
@@ -75,7 +79,7 @@ def network_of(checkpoint: Any, path: str | Path, img_size: int | None = None) -
         img_size: side of the images it is to take; None for that of training.
 
     Raises:
-        ValueError: it does not tell which network it is of, its weights fit no images of this size, or are not finite.
+        ValueError: it does not tell which network it is of, or its weights fit no images of this size.
     """
     if not isinstance(checkpoint, dict) or "model" not in checkpoint or "config" not in checkpoint:
         raise ValueError(
@@ -93,9 +97,6 @@ def network_of(checkpoint: Any, path: str | Path, img_size: int | None = None) -
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2])[:300]
         raise ValueError(f"{path}: the checkpoint's weights do not fit its network ({reason})") from error
-    for name, weight in model.state_dict().items():
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"{path}: {name} is not finite")
     return model.eval()
 
 

@@ -174,7 +174,7 @@ class RunHistory:
         elif kind == "window":
             point = WindowPoint.of(event)
             self.windows[point.epoch, point.number or point.window] = point
-            self.verdicts[str(event.get("verdict"))] += 1
+            self.verdicts[point.verdict] += 1
         elif kind == "epoch":
             self.epochs[whole(event, "epoch")] = event
         elif kind == "incident":
@@ -238,9 +238,9 @@ def read_run(directory: Path) -> RunHistory:
         num_events += 1
     if not num_events and not (directory / CONFIG).is_file():
         raise ValueError(f"{log}: not one event of a run in it; {advice}")
-    run.config = {**run.config, **_read_json(directory / CONFIG)}
+    run.config = {**run.config, **read_json(directory / CONFIG)}
     for folder in sorted((directory / INCIDENTS).glob("[0-9]*")):
-        if record := _read_json(folder / "incident.json"):
+        if record := read_json(folder / "incident.json"):
             run.incidents[folder.name] = {**run.incidents.get(folder.name, {}), **record}
     run.incidents = dict(sorted(run.incidents.items()))
     return run
@@ -260,7 +260,7 @@ def _events(log: Path, run: RunHistory) -> Iterator[dict[str, Any]]:
                 run.num_spoilt += 1
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Empty where there is none, or one that cannot be read: a report leaves out what it does not have."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

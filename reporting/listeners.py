@@ -15,7 +15,7 @@ from data.layouts import Pair
 from data.loading import unit_range
 from reporting.history import number
 from training.precision import Precision
-from training.runlog import Listener
+from training.runlog import Listener, first_line
 from training.state import TrainState
 
 NO_TENSORBOARD = "TensorBoard: not installed, so nothing is written for it (pip install tensorboard)"
@@ -40,12 +40,12 @@ class SamplePredictions:
         img_size: S.
         device: of the network.
         memory_format: of its input.
-        precision: of the forward pass, as it is by then.
+        precision: that the run was started in.
     """
 
     def __init__(
         self, state: TrainState, pairs: Sequence[Pair], img_size: int, device: torch.device,
-        memory_format: torch.memory_format, precision: Callable[[], Precision],
+        memory_format: torch.memory_format, precision: Precision,
     ) -> None:  # fmt: skip
         self.state = state
         self.pairs = pairs
@@ -64,7 +64,7 @@ class SamplePredictions:
         if not len(images):
             return None
         model = self.state.model_for_use.train().eval()
-        with self.precision().autocast():
+        with self.state.precision_in_use(self.precision).autocast():
             inputs = (unit_range(image.to(self.device), self.memory_format) for image in images.split(1))
             logits = torch.cat([model(image)[-1] for image in inputs])
         return images.float() / 255, masks.float(), logits.float().sigmoid().nan_to_num(0, 0, 0).cpu()
@@ -143,8 +143,8 @@ class TensorBoardCurves:
         try:
             samples = self._samples() if self._samples is not None else None
         except RuntimeError as error:  # the memory is too short, say: the curves do without
-            reason, self._samples = str(error).splitlines()[0], None
-            print(f"Warning: no more validation images for TensorBoard ({reason}); its curves go on")
+            self._samples = None
+            print(f"Warning: no more validation images for TensorBoard ({first_line(error)}); its curves go on")
             return
         if samples is None:
             return
@@ -201,8 +201,7 @@ def listeners_of(directory: Path, global_window: int, samples: Samples | None, a
         if not global_window:
             print(NO_TENSORBOARD)
     except Exception as error:  # a disk that is full, or a tensorboard that does not fit its protobuf or numpy
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        print(f"Warning: {directory / 'tensorboard'}: nothing is written for TensorBoard ({reason})")
+        print(f"Warning: {directory / 'tensorboard'}: nothing is written for TensorBoard ({first_line(error)})")
     if importlib.util.find_spec("plotly") is None:
         print(NO_PLOTLY_TO_TRAIN)
     else:

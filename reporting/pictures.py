@@ -6,7 +6,7 @@ import io
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -116,9 +116,8 @@ def _predicted(run: RunHistory, file: Path, title: str, pairs: Sequence[tuple[st
     if few and total > FEW:
         pairs = [pairs[index] for index in np.linspace(0, total - 1, FEW).round().astype(int)]
     device = "auto" if run.end is not None else "cpu"  # the GPU's memory belongs to a run that is still going
-    network = load_network(file, device, "auto", None)
-    if str(run.config.get("precision")) == "fp32":
-        network = replace(network, precision=network.precision.full())
+    precision = "fp32" if run.config.get("precision") == "fp32" else "auto"
+    network = load_network(file, device, precision, None)
     batch_size = min(_BATCH, whole(run.settings, "batch_size", _BATCH))
     ranked: list[tuple[float, int]] = []  # IoU and index, the worst first
     kept: dict[int, tuple[dict[str, float], NDArray[np.uint8]]] = {}

@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from training.runlog import first_line
+
 FORMAT = "train_ultimate/2"
 
 
@@ -385,9 +387,9 @@ def _load(path: Path, mmap: bool) -> dict[str, Any]:
                 f"{path}: refused: it holds more than tensors, numbers and text, and loading that could run code. "
                 f"If you trust its origin, save its weights alone: torch.save(model.state_dict(), file)"
             ) from error
-        raise CheckpointError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:120]})") from error
+        raise CheckpointError(f"{path}: not a readable checkpoint ({first_line(error)[:120]})") from error
     except Exception as error:  # damaged archives raise anything from OSError to RuntimeError
-        raise CheckpointError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:120]})") from error
+        raise CheckpointError(f"{path}: not a readable checkpoint ({first_line(error)[:120]})") from error
     if isinstance(checkpoint, dict) and checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values()):
         return {"model": {str(name).removeprefix("module."): weight for name, weight in checkpoint.items()}}
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:

@@ -23,6 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from training.runlog import first_line
+
 T = TypeVar("T")
 
 LONGEST_WAIT = timedelta(minutes=30)  # of ranks that answer, for one another: while one builds a cache, say
@@ -300,7 +302,7 @@ class Heartbeat:
             time.sleep(3 * _BEAT)
             after = self._store.multi_get(keys)
         except RuntimeError as error:
-            return f"the launcher's store cannot be reached ({_first_line(error)})"
+            return f"the launcher's store cannot be reached ({first_line(error)[:200]})"
         silent = [rank for rank, pair in enumerate(zip(before, after, strict=True)) if len(set(pair)) == 1]
         return ", ".join(self._names[rank] for rank in silent if rank != self._rank)
 
@@ -340,7 +342,3 @@ class Heartbeat:
                 file=sys.stderr, flush=True,
             )  # fmt: skip
             os._exit(1)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from training.optim import gradient_norm
-from training.runlog import write_json
+from training.runlog import first_line, write_json
 
 RECORD, PAYLOAD = "incident.json", "replay.pt"
 REPLAY_FORMAT = "train_ultimate/incident/1"
@@ -268,7 +268,7 @@ def read_incident(folder: Path) -> tuple[IncidentRecord, dict[str, Any]]:
     try:
         payload = torch.load(folder / PAYLOAD, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged archives raise anything
-        raise ValueError(f"{folder / PAYLOAD}: not readable ({str(error).splitlines()[0][:120]})") from error
+        raise ValueError(f"{folder / PAYLOAD}: not readable ({first_line(error)[:120]})") from error
     if not isinstance(payload, dict) or payload.get("format") != REPLAY_FORMAT:
         raise ValueError(f"{folder / PAYLOAD}: not written by this program (no format mark {REPLAY_FORMAT!r})")
     return record, payload

@@ -92,8 +92,12 @@ class RunLog:
                 call(listener)
             except Exception as error:  # a full disk, a bug in what draws: none of it is worth a run
                 self.listeners.remove(listener)
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                print(f"Warning: {type(listener).__name__} gives up ({reason}); training goes on without it")
+                print(f"Warning: {type(listener).__name__} gives up ({first_line(error)}); training goes on without it")
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def environment(program: Path, packages: Sequence[str]) -> dict[str, Any]:

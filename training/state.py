@@ -106,6 +106,10 @@ class TrainState:
         """The weights to validate and to ship: the average, where there is one."""
         return self.ema.module if self.ema is not None else self.model
 
+    def precision_in_use(self, started_in: Precision) -> Precision:
+        """fp32 where nothing else has helped."""
+        return started_in.full() if self.ladder.full_precision else started_in
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings, lists and dicts only, so that it loads with ``weights_only=True``."""
         return {
