@@ -19,6 +19,7 @@ Speed is measured apart, in this process, the models taking turns at forward and
 import argparse
 import contextlib
 import json
+import random
 import statistics
 import sys
 import time
@@ -238,7 +239,8 @@ def measure(models: list[str], options: argparse.Namespace) -> dict[str, tuple[f
         networks[model] = builders.on_device(network, device, torch.channels_last)
     seconds: dict[str, list[float]] = {model: [] for model in models}
     for round_number in range(options.speed_rounds + 2):
-        for model, network in networks.items():
+        # In an order of its own each time: whoever comes after a model that needs much memory is slower for it.
+        for model, network in random.Random(round_number).sample(list(networks.items()), len(networks)):
             steps = [step_seconds(network.train(), images, masks, precision, scale) for scale in args.multi_scale]
             taken = statistics.mean(steps)
             if round_number >= 2:
