@@ -167,6 +167,19 @@ def test_moments_are_made_for_what_trains_and_kept_unless_all_are_asked_for() ->
     assert all(entry["step"] == 0 and not entry["exp_avg_sq"].any() for entry in optimizer.state.values())
 
 
+def test_a_part_that_was_frozen_when_saved_gets_its_moments_made_ahead_after_loading_too() -> None:
+    decoder, backbone = small_model(), small_model()
+    backbone.requires_grad_(False)
+    optimizer = build_optimizer(decoder, backbone, weight_decay=0.1)
+    train_step(decoder, optimizer)
+    load_optimizer_state(optimizer, optimizer.state_dict())
+    assert len(optimizer.state) == 6
+    backbone.requires_grad_(True)
+    fresh_moments(optimizer, everywhere=False)
+    assert all(entry.keys() == {"step", "exp_avg", "exp_avg_sq"} for entry in optimizer.state.values())
+    assert len(optimizer.state) == 12
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_one_number_that_is_not_finite_is_found(bad: float) -> None:
     tensors = [torch.ones(3, 3), torch.arange(4), torch.zeros(2)]

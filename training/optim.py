@@ -59,7 +59,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     for group, hyperparameters in zip(optimizer.param_groups, current, strict=True):
         group.update(hyperparameters)
         for parameter in group["params"]:
-            for name, moment in optimizer.state[parameter].items():
+            for name, moment in optimizer.state.get(parameter, {}).items():  # asking with [] would make one
                 # The fused kernel walks memory, not indices: a moment saved under another memory format has to be laid
                 # out like its parameter, or it would act on other weights.
                 if moment.shape == parameter.shape and moment.stride() != parameter.stride():
