@@ -179,6 +179,7 @@ def build_network(args: argparse.Namespace, load_weights: bool) -> CamouflageSeg
         args.img_size,
         zooms=args.zoom,
         scales=args.multi_scale,
+        frozen_levels=args.frozen_levels,
         pretrained=load_weights and args.pretrained,
         backbone_weights=Path(args.backbone_weights) if load_weights and args.backbone_weights else None,
         freeze_norm_statistics=args.pretrained or args.backbone_weights is not None,

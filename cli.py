@@ -165,6 +165,9 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--backbone", default="pvt_v2_b2", help="any timm model that offers features_only")
     flag("--pretrained", action=argparse.BooleanOptionalAction, default=True, help="start from timm's ImageNet weights")
     flag("--backbone-weights", help="start from this .pth or .safetensors file instead; nothing is downloaded")
+    flag("--frozen-levels", metavar="N", type=_whole(0), default=0,
+         help="keep what the backbone's N finest of four feature levels are computed from as pretrained, for good:"
+         " less memory and time, of convolutional backbones much less")
     flag("--decoder-channels", type=_whole(8), default=64, help="width of the decoder; a multiple of 8")
     flag("--zoom", metavar="FACTOR", nargs="*", type=_number(0.25, 4, zero=True), default=[1.0],
          help="let the backbone see each image at these multiples of --img-size, and choose between them place by "
@@ -386,6 +389,8 @@ def check(args: argparse.Namespace) -> None:
     _check_img_size(args.img_size)
     if args.decoder_channels % 8:
         raise UsageError(f"--decoder-channels {args.decoder_channels} is not a multiple of 8")
+    if args.frozen_levels and not args.pretrained and args.backbone_weights is None and args.resume is None:
+        raise UsageError("--frozen-levels keeps layers as they are: with --no-pretrained those would be random ones")
     if args.ema_decay == 1:
         raise UsageError("--ema-decay must be below 1: at 1 the average would never move")
     if args.shard and args.compile:

@@ -50,6 +50,22 @@ class Backbone(nn.Module):
         levels = self.body(images)[-_MAX_LEVELS:]
         return [level.permute(0, 3, 1, 2) for level in levels] if self.channels_last_features else levels
 
+    def parameters_of(self, num_levels: int, img_size: int) -> frozenset[str]:
+        """Names of the parameters that the finest ``num_levels`` levels are computed from. Told by gradients.
+
+        Raises:
+            ValueError: there are not that many levels.
+        """
+        mode = self.training
+        levels = self.eval()(torch.zeros(1, 3, img_size, img_size))
+        self.train(mode)
+        if num_levels > len(levels):
+            raise ValueError(f"--frozen-levels {num_levels}: this backbone has {len(levels)} feature levels")
+        named = dict(self.named_parameters())
+        sums = [level.sum() for level in levels[:num_levels]]
+        gradients = torch.autograd.grad(sums, list(named.values()), allow_unused=True)
+        return frozenset(name for name, gradient in zip(named, gradients, strict=True) if gradient is not None)
+
     def checkpoint_gradients(self) -> bool:
         """Keep what enters a stage, in training, and compute what is in it again in the backward pass.
 

@@ -47,6 +47,7 @@ class CamouflageSegmenter(nn.Module):
         self.freeze_norm_statistics = freeze_norm_statistics
         self.config: dict[str, Any] = {}  # of ``from_pretrained``
         self.backbone_frozen = False
+        self.always_frozen: frozenset[str] = frozenset()  # names of parameters of the backbone
         self.register_buffer("mean", torch.tensor(backbone.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std).view(1, 3, 1, 1), persistent=False)
 
@@ -63,8 +64,25 @@ class CamouflageSegmenter(nn.Module):
     def set_backbone_frozen(self, frozen: bool) -> None:
         """Frozen: no gradients, and evaluation mode whatever ``train()`` says, so that no statistic moves either."""
         self.backbone_frozen = frozen
-        self.backbone.requires_grad_(not frozen)
+        for name, parameter in self.backbone.named_parameters():
+            parameter.requires_grad_(not frozen and name not in self.always_frozen)
         self.train(self.training)
+
+    def freeze_levels(self, number: int, img_size: int) -> None:
+        """Keep what the backbone's finest levels are computed from as it is, for good.
+
+        Nothing of it is kept for the backward pass, which ends above it: in a convolutional network, where those layers
+        see the most pixels, that is much of the time and the memory of a step.
+
+        Args:
+            number: of levels, fine to coarse.
+            img_size: of images that the backbone takes.
+
+        Raises:
+            ValueError: it has fewer levels.
+        """
+        self.always_frozen = self.backbone.parameters_of(number, img_size)
+        self.set_backbone_frozen(self.backbone_frozen)
 
     def checkpoint_gradients(self) -> bool:
         """Trade time for memory: compute activations again in the backward pass, not keep them (Chen et al., 2016).
@@ -134,10 +152,12 @@ class CamouflageSegmenter(nn.Module):
 def build_model(
     backbone: str, decoder_channels: int, img_size: int, pretrained: bool = False, backbone_weights: Path | None = None,
     freeze_norm_statistics: bool = True, zooms: Sequence[float] = (1.0,), scales: Sequence[float] = (1.0,),
+    frozen_levels: int = 0,
 ) -> CamouflageSegmenter:  # fmt: skip
     """Build the network and run it on an empty image, at each of the scales that it is to be trained at.
 
-    See ``build_backbone`` for the other arguments and the errors.
+    See ``CamouflageSegmenter.freeze_levels`` for ``frozen_levels``, and ``build_backbone`` for the other arguments and
+    the errors.
     """
     sides = [zoomed_side(img_size, zoom) for zoom in zooms]
     if len(set(sides)) < len(sides) or (sides == [img_size] and list(zooms) != [1]):
@@ -156,4 +176,6 @@ def build_model(
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             size = f"--img-size {img_size}" + (f" at --multi-scale {scale:g}" if scale != 1 else "")
             raise ValueError(f"--backbone {backbone} does not take images of {size} ({reason})") from error
+    if frozen_levels:
+        model.freeze_levels(frozen_levels, img_size)
     return model.train()

@@ -9,8 +9,8 @@ import cli
 FROZEN = {
     "dataset_path": None, "include_noncam": False, "exclude": None, "img_size": 384, "val_fraction": 0.1,
     "cache": False, "cache_dir": None,
-    "backbone": "pvt_v2_b2", "pretrained": True, "backbone_weights": None, "decoder_channels": 64, "zoom": [1.0],
-    "multi_scale": [1.0],
+    "backbone": "pvt_v2_b2", "pretrained": True, "backbone_weights": None, "frozen_levels": 0, "decoder_channels": 64,
+    "zoom": [1.0], "multi_scale": [1.0],
     "epochs": 140, "stage1_epochs": 30, "batch_size": 2, "accumulation_steps": 4, "lr": 0.00025,
     "stage2_lr_scale": 0.5, "backbone_lr_scale": 0.1, "weight_decay": 1e-4, "ema_decay": 0.999,
     "grad_clip": 0.5, "spike_policy": "skip", "max_rollbacks": 3, "drill": [],
@@ -73,6 +73,7 @@ def test_settings_by_budget_in_the_readme_are_accepted() -> None:
         (["--ema-decay", "1"], "--ema-decay must be below 1"),
         (["--stage1-epochs", "200"], "--stage1-epochs 200 is more than --epochs 140"),
         (["--img-size", "350"], "--img-size 350 is not a multiple of 32, a backbone's coarsest stride; try 352"),
+        (["--frozen-levels", "1", "--no-pretrained"], "with --no-pretrained those would be random ones"),
         (["--decoder-channels", "60"], "--decoder-channels 60 is not a multiple of 8"),
         (["--img-size", "32"], "argument --img-size: must be at least 64, not 32"),
         (["--seed", str(2**63)], "argument --seed: must be at most 9223372036854775807"),

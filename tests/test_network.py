@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import Tensor
 
 from models import CamouflageSegmenter, build_model
 from models.zoom import zoomed_side
@@ -48,6 +49,75 @@ def test_unfrozen_pretrained_backbone_trains_but_keeps_its_batchnorm_statistics(
     assert all(torch.equal(value, before[key]) for key, value in model.backbone.named_buffers())
     assert any(parameter.grad is not None for parameter in model.backbone.parameters())
     assert model.backbone.training
+
+
+def frozen_names(model: CamouflageSegmenter) -> set[str]:
+    return {name for name, parameter in model.backbone.body.named_parameters() if not parameter.requires_grad}
+
+
+def test_frozen_levels_stay_frozen_when_the_backbone_trains_and_what_comes_after_them_learns() -> None:
+    model = build_model("test_efficientnet", decoder_channels=16, img_size=64, frozen_levels=1)
+    expected = {
+        n
+        for n, _ in model.backbone.body.named_parameters()
+        if n.startswith(("conv_stem", "bn1", "blocks.0", "blocks.1"))
+    }
+    assert frozen_names(model) == expected
+    model.set_backbone_frozen(True)
+    model.set_backbone_frozen(False)
+    assert frozen_names(model) == expected
+    model.train()(torch.rand(2, 3, 64, 64))[-1].mean().backward()
+    without = {name for name, parameter in model.backbone.body.named_parameters() if parameter.grad is None}
+    assert without == expected
+
+
+def test_frozen_levels_of_a_transformer_are_its_first_blocks_with_embedding_and_positions() -> None:
+    model = build_model("vit_tiny_patch16_224", decoder_channels=16, img_size=64, frozen_levels=1)
+    frozen = frozen_names(model)
+    assert {"model.pos_embed", "model.patch_embed.proj.weight", "model.blocks.8.mlp.fc2.bias"} <= frozen
+    assert not any(name.startswith(("model.blocks.10.", "model.blocks.11.")) for name in frozen)
+
+
+def test_more_frozen_levels_than_there_are_are_refused() -> None:
+    with pytest.raises(ValueError, match="--frozen-levels 5: this backbone has 4 feature levels"):
+        build_model("test_efficientnet", decoder_channels=16, img_size=64, frozen_levels=5)
+
+
+def kept_for_the_backward_pass(model: CamouflageSegmenter) -> int:
+    """Bytes, weights left out."""
+    kept, weights = 0, {parameter.data_ptr() for parameter in model.parameters()}
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += 0 if tensor.data_ptr() in weights else tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        model.train()(torch.rand(2, 3, 224, 224))
+    return kept
+
+
+def test_a_frozen_level_of_a_convolutional_backbone_saves_much_of_the_memory() -> None:
+    whole, less = (
+        kept_for_the_backward_pass(build_model("tf_efficientnet_lite0", 64, 224, frozen_levels=levels))
+        for levels in (0, 1)
+    )
+    assert less < 0.65 * whole
+
+
+@pytest.mark.parametrize("backbone", ["resnet10t", "tf_efficientnet_lite0", "pvt_v2_b0", "vit_tiny_patch16_224"])
+def test_frozen_levels_and_gradient_checkpointing_go_together(backbone: str) -> None:
+    def gradients(recomputes: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = build_model(backbone, 16, 64, frozen_levels=1)
+        if recomputes:
+            assert model.checkpoint_gradients()
+        model(torch.rand(2, 3, 64, 64))[-1].mean().backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    kept, recomputed = gradients(False), gradients(True)
+    assert kept.keys() == recomputed.keys()
+    assert all(torch.equal(gradient, recomputed[name]) for name, gradient in kept.items())
 
 
 def test_backbone_from_random_weights_learns_its_statistics() -> None:

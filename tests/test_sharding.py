@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from conftest import differing_tensors
 from launching import Launch, load, read_events
+from safetensors.torch import save_file
 from torch import nn
 
 from training.sharding import load_local_state, local_state, split_like, whole_on_first, whole_weights
@@ -106,6 +108,21 @@ def test_a_sharded_backbone_that_learns_batchnorm_statistics_has_the_losses_of_r
         code, _, err = launch.run(2, *flags, *shard)
         assert code == 0, err
     require_same_curves(*launches)
+
+
+@pytest.mark.slow
+def test_frozen_levels_are_the_same_for_one_rank_for_replicas_and_for_shards(odd_dataset: Path, tmp_path: Path) -> None:
+    weights = timm.create_model("test_convnext").state_dict()
+    save_file(weights, tmp_path / "weights.safetensors")
+    flags = ("--backbone-weights", str(tmp_path / "weights.safetensors"), "--frozen-levels", "2")
+    launches = []
+    for ranks, more in ((1, ("--accumulation-steps", "6")), (2, WINDOWS), (2, (*WINDOWS, "--shard"))):
+        launches.append(Launch(odd_dataset, tmp_path / f"{ranks}{more[-1]}"))
+        code, _, err = launches[-1].run(ranks, *flags, *more)
+        assert code == 0, err
+        require_same_curves(launches[-1], launches[0])
+        final = launches[-1].final()["model"]
+        assert torch.equal(final["backbone.body.stem_0.weight"], weights["stem.0.weight"])
 
 
 def test_what_is_not_sharded_is_left_as_it_is() -> None:

@@ -21,6 +21,7 @@ import torch
 from conftest import SHARED, Argv, SignalAt, differing_tensors, needs_shared, tiny_arguments
 from launching import read_events
 from PIL import Image
+from safetensors.torch import save_file
 from test_metrics import assert_equals_reference
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -32,7 +33,7 @@ from data.dataset import Batch
 from data.loading import to_device, training_loader, validation_loader
 from losses import deep_supervision_loss
 from models import CamouflageSegmenter
-from models.backbone import Backbone
+from models.backbone import Backbone, build_backbone
 from train_ultimate import Run, main, prepare, run_stage, train_epoch
 from training.checkpoint import read_checkpoint
 from training.stages import ScalerSettings, Stage
@@ -336,6 +337,22 @@ def test_windows_at_several_scales_come_again_after_a_resume(
     shutil.copy(whole / "epoch_0003.pth", cut)
     assert main(["train", "--resume", "auto", "--checkpoint-dir", str(cut)]) == 0
     assert differing_tensors(final_state(cut), final_state(whole)) == []
+
+
+def test_frozen_levels_keep_their_weights_and_a_resumed_run_keeps_them_frozen(tiny_argv: Argv, tmp_path: Path) -> None:
+    pretrained = build_backbone("test_efficientnet", pretrained=False, weights_file=None, img_size=64).body.state_dict()
+    save_file(pretrained, tmp_path / "weights.safetensors")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = ("--pretrained", "--backbone-weights", str(tmp_path / "weights.safetensors"), "--frozen-levels", "1")
+    assert main(tiny_argv(*flags, checkpoint_dir=whole)) == 0
+    cut.mkdir()
+    shutil.copy(whole / "epoch_0003.pth", cut)
+    assert main(["train", "--resume", "auto", "--checkpoint-dir", str(cut)]) == 0
+    assert differing_tensors(final_state(cut), final_state(whole)) == []
+    trained = final_state(whole)["model"]
+    same = {name for name, weight in pretrained.items() if torch.equal(trained[f"backbone.body.{name}"], weight)}
+    assert {"conv_stem.weight", "bn1.weight", "bn1.running_mean", "blocks.1.0.conv_pwl.weight"} <= same
+    assert not {"blocks.2.0.conv_exp.weight", "blocks.2.0.bn2.bias", "blocks.4.0.bn2.bias"} & same
 
 
 def test_fp16_resume_brings_back_the_scale_and_bf16_resume_is_bitwise(tiny_argv: Argv, tmp_path: Path) -> None:
