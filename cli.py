@@ -252,6 +252,9 @@ def _add_evaluate(commands: "argparse._SubParsersAction[_Parser]") -> None:
     flag("--predictions", metavar="DIR", help="predictions of any method, each with its mask's file name, instead")
     flag("--dataset-path", metavar="DIR", nargs="+",
          help="folders with test sets, in any layout docs/data.md lists; with --predictions, one folder of them a set")
+    flag("--held-out", action=argparse.BooleanOptionalAction, default=False,
+         help="with --checkpoint: instead of test sets, the images of --dataset-path that its run held out of training "
+         "to validate on")
     flag("--masks", metavar="DIR", help="with --predictions: the folder with the masks, instead of --dataset-path")
     flag("--include-noncam", action=argparse.BooleanOptionalAction, default=False,
          help="COD10K: take in its images without camouflaged objects too")
@@ -344,6 +347,8 @@ def _check_evaluate(args: argparse.Namespace) -> None:
         raise UsageError("--predictions goes with --masks or --dataset-path, one of them")
     if args.predictions is not None and args.save_predictions is not None:
         raise UsageError("--save-predictions goes with --checkpoint; these are saved already")
+    if args.held_out and (args.predictions is not None or len(args.dataset_path) > 1):
+        raise UsageError("--held-out goes with --checkpoint and one --dataset-path, the folder it was trained with")
     if args.predictions is not None and args.tta:
         raise UsageError("--tta goes with --checkpoint; these predictions are made already")
     if args.img_size is not None:

@@ -31,6 +31,7 @@ class TrainedNetwork:
     precision: Precision
     memory_format: torch.memory_format
     tta: bool  # test-time augmentation: the mean over each image and its mirror image
+    held_out: tuple[str, ...]  # images that its run was validated on: paths below the folder of its data
 
     def logits(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) float in [0, 1] -> (B, 1, S, S) float32."""
@@ -67,6 +68,7 @@ def load_network(
         resolve_precision(precision_name, device),
         memory_format,
         tta,
+        tuple(checkpoint["config"].get("validation", ())),
     )
 
 

@@ -25,8 +25,10 @@ from data.layouts import (
     Subset,
     files_by_stem,
     find_subsets,
+    named_pairs,
     split_of,
     superclass_of,
+    training_pairs,
 )
 from data.processes import map_in_order
 from metrics import ByteArray, ImageScores, MeanScores, score_image
@@ -207,13 +209,17 @@ def _cases_of_checkpoint(
 ) -> tuple[Iterator[Case | str], int, dict[str, Any]]:
     from inference import load_network, predict_pairs  # torch, which scoring alone does not need
 
-    subsets = _test_subsets(args.dataset_path, args.include_noncam)
+    sets = {} if args.held_out else _test_sets(args.dataset_path, args.include_noncam)
     network = load_network(Path(args.checkpoint), args.device, args.precision, args.img_size, args.tta)
-    names = [(name, pair) for name, subset in subsets.items() for pair in subset.pairs]
-    folders: dict[str, Path | None] = dict.fromkeys(subsets)
+    if args.held_out:
+        root = Path(args.dataset_path[0])
+        pairs = training_pairs(find_subsets(root, include_noncam=True), root)
+        sets = {"held-out": named_pairs(pairs, root, network.held_out)}
+    names = [(name, pair) for name, pairs in sets.items() for pair in pairs]
+    folders: dict[str, Path | None] = dict.fromkeys(sets)
     if args.save_predictions is not None:
         data = {path.parent.resolve() for _, pair in names for path in (pair.image, pair.mask)}
-        for name in subsets:
+        for name in sets:
             folder = folders[name] = Path(args.save_predictions) / name
             if data & {folder.resolve(), *folder.resolve().parents}:
                 raise ValueError(f"--save-predictions {args.save_predictions}: {folder} belongs to the data set")
@@ -252,8 +258,7 @@ def _cases_of_folder(args: argparse.Namespace) -> tuple[Iterator[Case | str], in
             raise ValueError(f"{masks}: no such folder; --masks must name the folder with the masks")
         sets = {masks.resolve().name: [Pair(mask, mask) for mask in files_by_stem(masks, MASK_SUFFIXES).values()]}
     else:
-        subsets = _test_subsets(args.dataset_path, args.include_noncam)
-        sets = {name: list(subset.pairs) for name, subset in subsets.items()}
+        sets = _test_sets(args.dataset_path, args.include_noncam)
     if not any(sets.values()):
         raise ValueError(f"{args.masks or args.dataset_path}: not one mask ({', '.join(MASK_SUFFIXES)}) there")
     cases: list[Case | str] = []
@@ -274,8 +279,8 @@ def _cases_of_folder(args: argparse.Namespace) -> tuple[Iterator[Case | str], in
     return iter(cases), len(cases), {"predictions": str(root)}
 
 
-def _test_subsets(roots: Sequence[str], include_noncam: bool) -> dict[str, Subset]:
-    """The test folders below each root, by the name to print.
+def _test_sets(roots: Sequence[str], include_noncam: bool) -> dict[str, list[Pair]]:
+    """The pairs of the test folders below each root, by the name to print.
 
     Where a root has none, all of its folders, with a warning: who names a folder here wants it scored.
     """
@@ -284,7 +289,10 @@ def _test_subsets(roots: Sequence[str], include_noncam: bool) -> dict[str, Subse
         subsets = find_subsets(Path(root), include_noncam)
         tests = [subset for subset in subsets if subset.split == "test"]
         if not tests:
-            print(f"Warning: {root}: nothing in its path marks a test set; all of it is scored, trained on or not")
+            print(
+                f"Warning: {root}: nothing in its path marks a test set; all of it is scored, trained on or not "
+                f"(--held-out: what the checkpoint's run was not trained on)"
+            )
         for subset in tests or subsets:
             if subset.images_without_mask:
                 print(f"Warning: {subset.name}: {len(subset.images_without_mask)} images without a mask are left out")
@@ -292,7 +300,7 @@ def _test_subsets(roots: Sequence[str], include_noncam: bool) -> dict[str, Subse
                 found[*Path(root).resolve().parts[1:], *subset.name.split("/")] = subset
     if not found:
         raise ValueError(f"{', '.join(roots)}: not one image there has a mask")
-    return dict(zip(_short_names(list(found)), found.values(), strict=True))
+    return dict(zip(_short_names(list(found)), [list(subset.pairs) for subset in found.values()], strict=True))
 
 
 def _short_names(paths: Sequence[tuple[str, ...]]) -> list[str]:

@@ -222,6 +222,22 @@ def split_as_before(pairs: Sequence[Pair], root: Path, validation: Sequence[str]
     return rest, chosen
 
 
+def named_pairs(pairs: Sequence[Pair], root: Path, names: Sequence[str]) -> list[Pair]:
+    """The pairs of the images with these paths below ``root``.
+
+    Raises:
+        ValueError: one of them is not there: scores of the others would be those of another set.
+    """
+    by_name = {pair.image.relative_to(root).as_posix(): pair for pair in pairs}
+    missing = [name for name in names if name not in by_name]
+    if missing:
+        raise ValueError(
+            f"{root}: {len(missing)} of the {len(names)} images that the checkpoint's run held out are not there (such "
+            f"as {missing[0]}); --dataset-path must name the folder that it was trained with"
+        )
+    return [by_name[name] for name in names]
+
+
 def split_validation(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
     """Carve a validation set out of the training pairs: the same one for the same pairs, fraction and seed.
 

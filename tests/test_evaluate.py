@@ -110,6 +110,28 @@ def test_with_tta_an_image_and_its_mirror_image_have_mirrored_predictions(checkp
         assert not torch.allclose(once.logits(images), both, atol=1e-4)
 
 
+def test_held_out_images_are_those_that_the_run_was_validated_on(
+    tiny_dataset: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    flags = ["--dataset-path", str(tiny_dataset), "--held-out", "--precision", "fp32"]
+    assert main(["evaluate", "--checkpoint", str(checkpoint), *flags, "--json", str(tmp_path / "a.json")]) == 0
+    held_out = json.loads((tmp_path / "a.json").read_text())["sets"]["held-out"]
+    validation = read_checkpoint(checkpoint)["config"]["validation"]
+    assert [image["name"] for image in held_out["images"]] == [f"{Path(name).stem}.png" for name in validation]
+
+
+def test_held_out_images_that_have_gone_are_told(
+    tiny_dataset: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_dataset, tmp_path / "data")
+    (name, _) = read_checkpoint(checkpoint)["config"]["validation"]
+    (tmp_path / "data" / name).unlink()
+    flags = ["--checkpoint", str(checkpoint), "--dataset-path", str(tmp_path / "data"), "--held-out"]
+    assert f"1 of the 2 images that the checkpoint's run held out are not there (such as {name})" in failing(
+        flags, capsys
+    )
+
+
 def test_evaluate_with_tta_says_so_and_is_for_checkpoints(
     checkpoint: Path, tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -284,6 +306,11 @@ def test_ctrl_c_ends_it_without_a_traceback(tmp_path: Path) -> None:
         (["--checkpoint", "a"], "--checkpoint goes with --dataset-path"),
         (["--predictions", "b"], "--predictions goes with --masks or --dataset-path"),
         (["--predictions", "b", "--masks", "c", "--dataset-path", "d"], "one of them"),
+        (
+            ["--predictions", "b", "--masks", "c", "--held-out"],
+            "--held-out goes with --checkpoint and one --dataset-path",
+        ),
+        (["--checkpoint", "a", "--dataset-path", "b", "c", "--held-out"], "--held-out goes with --checkpoint and one"),
         (
             ["--predictions", "b", "--masks", "c", "--save-predictions", "d"],
             "--save-predictions goes with --checkpoint",
