@@ -8,10 +8,10 @@ A model may bring flags of its own: --models "ours --zoom 1.25" ours.
 
 Every one goes through ``train`` itself: same order of the same augmented images, same loss, optimizer, average, number
 of epochs and validation images, by which the best epoch is chosen. Rivals have one output, so one loss; ours has its
-side outputs. Then ``evaluate`` on the test set; with --validation-only, the scores are those of the best epoch on the
-validation images, and the test set is not looked at: that is for choosing, and for ours without one of its parts. What
-is done already in DIR is not done again, and a run that was interrupted is resumed: a long table can be made in pieces.
-Without --seeds, the table of what there is.
+side outputs. Then ``evaluate`` on the test set; with --validation-only, on the images held out to validate on, and the
+test set is not looked at: that is for choosing, and for ours without one of its parts. What is done already in DIR is
+not done again, and a run that was interrupted is resumed: a long table can be made in pieces. Without --seeds, the
+table of what there is.
 
 Speed is measured apart, in this process, the models taking turns at forward and backward pass on one batch.
 """
@@ -48,7 +48,6 @@ from models.backbone import speed_up_depthwise
 from models.zoom import resized
 from train_ultimate import main as command
 from training.precision import Precision, resolve_precision
-from training.runlog import write_json
 
 RIVALS = ("unet", "fpn", "deeplabv3plus", "upernet", "segformer")
 ABLATIONS = tuple(f"without-{part}" for part in ("context", "estimate", "mix", "gate", "side-losses"))
@@ -169,12 +168,13 @@ def train_and_evaluate(model: str, seed: int, options: argparse.Namespace) -> No
     with in_place_of_ours(name):
         if (code := command(["train", *flags])) != 0:
             raise SystemExit(code)
-        if options.validation_only:
-            write_json(done, best_epoch(directory / "metrics.jsonl"))
-            return
         checkpoint, result = str(directory / "best_model.pth"), directory / "unfinished.json"
         flags = ["--checkpoint", checkpoint, "--dataset-path", options.dataset_path, "--json", str(result)]
-        flags += ["--tta"] if options.tta else ["--save-predictions", str(directory / "predictions")]
+        flags += ["--tta"] if options.tta else []
+        if options.validation_only:
+            flags += ["--held-out"]
+        elif not options.tta:
+            flags += ["--save-predictions", str(directory / "predictions")]
         if (code := command(["evaluate", *flags])) != 0:
             raise SystemExit(code)
     result.rename(done)
@@ -185,7 +185,7 @@ def directory_of(model: str, seed: int, options: argparse.Namespace) -> Path:
 
 
 def scores_file(options: argparse.Namespace) -> str:
-    return "validation.json" if options.validation_only else "test-tta.json" if options.tta else "test.json"
+    return f"{'held-out' if options.validation_only else 'test'}{'-tta' if options.tta else ''}.json"
 
 
 def side_by_side(options: argparse.Namespace) -> Image.Image:
@@ -204,21 +204,12 @@ def side_by_side(options: argparse.Namespace) -> Image.Image:
     return contact_sheet(rows, ("image", "mask", *options.models))
 
 
-def best_epoch(log: Path) -> dict[str, float]:
-    """The scores that ``best_model.pth`` had on the validation images."""
-    events = [json.loads(line) for line in log.read_text().splitlines()]
-    return max((event for event in events if event["event"] == "epoch"), key=lambda event: event["iou"])
-
-
 def results(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     """Model -> scores of each seed."""
     found: dict[str, list[dict[str, float]]] = {}
     for path in sorted(options.out.glob(f"*/{scores_file(options)}")):
-        scores = json.loads(path.read_text())
-        if not options.validation_only:
-            (test_set,) = scores["sets"].values()
-            scores = test_set["scores"]
-        found.setdefault(path.parent.name.rpartition("-")[0].replace("_", " "), []).append(scores)
+        (scored,) = json.loads(path.read_text())["sets"].values()
+        found.setdefault(path.parent.name.rpartition("-")[0].replace("_", " "), []).append(scored["scores"])
     return found
 
 
@@ -302,12 +293,11 @@ def main() -> None:
         side_by_side(options).save(options.contact_sheet)
     found = results(options)
     amounts = measure(sorted(found, key=lambda model: MODELS.index(model.split()[0])), options)
-    names = [name for name in SCORES if all(name in scores for runs in found.values() for scores in runs)]
-    print(f"| model | seeds | {' | '.join(SCORES[name] for name in names)} | images/s | parameters | GMACs |")
-    print("|---|---|" + "---|" * (len(names) + 3))
+    print(f"| model | seeds | {' | '.join(SCORES.values())} | images/s | parameters | GMACs |")
+    print("|---|---|" + "---|" * (len(SCORES) + 3))
     for model, (speed, millions, gmacs) in amounts.items():
         columns = []
-        for name in names:
+        for name in SCORES:
             values = [scores[name] for scores in found[model]]
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
             columns.append(f"{statistics.mean(values):.3f}{spread}")
