@@ -383,7 +383,8 @@ def prepare(argv: Sequence[str] | None) -> Run:
     memory_format = memory_format_of(args)
     no_cuda = "" if torch.cuda.is_available() else " (no CUDA device found)"
     together = f", {ranks.size} ranks" if ranks.size > 1 else ""
-    print(f"Device: {device}{no_cuda}{together}, precision {precision.name}, backbone {args.backbone}")
+    frozen = f" (frozen up to its feature level {args.frozen_levels})" if args.frozen_levels else ""
+    print(f"Device: {device}{no_cuda}{together}, precision {precision.name}, backbone {args.backbone}{frozen}")
     if args.drill:
         print(f"Fire drills, faults on purpose at windows of the run: {', '.join(args.drill)}")
     excluded = ranks.from_first(lambda: excluded_names(args, before))

@@ -71,7 +71,7 @@ class Rival(CamouflageSegmenter):
         self.backbone = network.encoder
         self.decoder = nn.ModuleList([network.decoder, network.segmentation_head])  # type: ignore[assignment]
         self.freeze_norm_statistics = ours.freeze_norm_statistics
-        self.backbone_frozen = False
+        self.backbone_frozen, self.always_frozen = False, frozenset()
         self.register_buffer("mean", ours.get_buffer("mean"), persistent=False)
         self.register_buffer("std", ours.get_buffer("std"), persistent=False)
 
