@@ -1,6 +1,6 @@
 import torch
 
-from models.decoder import ForegroundBackgroundDecoder
+from models.decoder import ForegroundBackgroundDecoder, group_norm
 
 
 def features(batch: int = 2, requires_grad: bool = False) -> list[torch.Tensor]:
@@ -46,3 +46,11 @@ def test_outputs_and_gradients_stay_finite_under_fp16_for_inputs_far_out_of_rang
     sum(logits.float().square().mean() for logits in outputs).backward()  # type: ignore[union-attr]
     assert all(torch.isfinite(logits).all() for logits in outputs)
     assert all(torch.isfinite(p.grad).all() for p in decoder.parameters() if p.grad is not None)
+
+
+def test_group_norm_is_in_fp32_under_autocast_and_in_the_weights_type_without() -> None:
+    norm, images = group_norm(16), torch.randn(2, 16, 8, 8).to(torch.bfloat16)
+    expected = norm(images.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(norm(images), expected)
+    assert norm.to(torch.bfloat16)(images).dtype == torch.bfloat16
