@@ -394,8 +394,8 @@ def check(args: argparse.Namespace) -> None:
     _check_img_size(args.img_size)
     if args.decoder_channels % 8:
         raise UsageError(f"--decoder-channels {args.decoder_channels} is not a multiple of 8")
-    if args.frozen_levels and not args.pretrained and args.backbone_weights is None and args.resume is None:
-        raise UsageError("--frozen-levels keeps layers as they are: with --no-pretrained those would be random ones")
+    if args.frozen_levels and not args.pretrained and args.backbone_weights is None:
+        raise UsageError("--frozen-levels keeps layers as they were pretrained: not with --no-pretrained")
     if args.ema_decay == 1:
         raise UsageError("--ema-decay must be below 1: at 1 the average would never move")
     if args.shard and args.compile:

@@ -73,7 +73,7 @@ def test_settings_by_budget_in_the_readme_are_accepted() -> None:
         (["--ema-decay", "1"], "--ema-decay must be below 1"),
         (["--stage1-epochs", "200"], "--stage1-epochs 200 is more than --epochs 140"),
         (["--img-size", "350"], "--img-size 350 is not a multiple of 32, a backbone's coarsest stride; try 352"),
-        (["--frozen-levels", "1", "--no-pretrained"], "with --no-pretrained those would be random ones"),
+        (["--frozen-levels", "1", "--no-pretrained"], "--frozen-levels keeps layers as they were pretrained"),
         (["--decoder-channels", "60"], "--decoder-channels 60 is not a multiple of 8"),
         (["--img-size", "32"], "argument --img-size: must be at least 64, not 32"),
         (["--seed", str(2**63)], "argument --seed: must be at most 9223372036854775807"),

@@ -105,7 +105,7 @@ def test_a_frozen_level_of_a_convolutional_backbone_saves_much_of_the_memory() -
     assert less < 0.65 * whole
 
 
-@pytest.mark.parametrize("backbone", ["resnet10t", "tf_efficientnet_lite0", "pvt_v2_b0", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("backbone", ["tf_efficientnet_lite0", "pvt_v2_b0"])
 def test_frozen_levels_and_gradient_checkpointing_go_together(backbone: str) -> None:
     def gradients(recomputes: bool) -> dict[str, Tensor]:
         torch.manual_seed(0)
