@@ -13,17 +13,20 @@ test set is not looked at: that is for choosing, and for ours without one of its
 not done again, and a run that was interrupted is resumed: a long table can be made in pieces. Without --seeds, the
 table of what there is.
 
-Speed is measured apart, in this process, the models taking turns at forward and backward pass on one batch.
+Speed is measured apart: each model in a process of its own, as in training (in one process, they lose each other's
+memory), taking turns at forward and backward pass on one batch, in an order of its own each round.
 """
 
 import argparse
 import contextlib
 import json
+import multiprocessing
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -215,35 +218,47 @@ def results(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
 
 def measure(models: list[str], options: argparse.Namespace) -> dict[str, tuple[float, float, float]]:
     """Model -> images a second in training, millions of parameters, GMACs of an image."""
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    amounts: dict[str, tuple[int, float, float]] = {}
+    for model in models:
+        pipes[model], theirs = context.Pipe()
+        context.Process(target=take_steps, args=(model, options, theirs), daemon=True).start()
+        amounts[model] = pipes[model].recv()
+    seconds: dict[str, list[float]] = {model: [] for model in models}
+    for round_number in range(options.speed_rounds + 2):
+        for model in random.Random(round_number).sample(models, len(models)):
+            pipes[model].send("go")
+            taken = pipes[model].recv()
+            if round_number >= 2:
+                seconds[model].append(taken)
+    return {
+        model: (batch_size / statistics.median(seconds[model]), millions, gmacs)
+        for model, (batch_size, millions, gmacs) in amounts.items()
+    }
+
+
+def take_steps(model: str, options: argparse.Namespace, pipe: Connection) -> None:
+    """One model's process: tells how large it is, then, whenever it is asked, the mean seconds of a step."""
+    keep_freed_memory()
+    name, *own_flags = model.split()
     flags = ["--dataset-path", "x", "--backbone", options.backbone, "--no-pretrained", *RECIPE, *options.more]
-    flags += ["--img-size", str(options.img_size)]
-    args = cli.parse(["train", *flags])
+    args = cli.parse(["train", *flags, "--img-size", str(options.img_size), *own_flags])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(args.precision, device)
     images = torch.rand(args.batch_size, 3, args.img_size, args.img_size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     masks = (torch.rand(args.batch_size, 1, args.img_size, args.img_size, device=device) > 0.5).float()
-    networks = {}
-    for model in models:
-        name, *own_flags = model.split()
-        network = builder_of(name)(cli.parse(["train", *flags, *own_flags]), False)
-        networks[model] = builders.on_device(network, device, torch.channels_last)
-    seconds: dict[str, list[float]] = {model: [] for model in models}
-    for round_number in range(options.speed_rounds + 2):
-        # In an order of its own each time: whoever comes after a model that needs much memory is slower for it.
-        for model, network in random.Random(round_number).sample(list(networks.items()), len(networks)):
-            steps = [step_seconds(network.train(), images, masks, precision, scale) for scale in args.multi_scale]
-            taken = statistics.mean(steps)
-            if round_number >= 2:
-                seconds[model].append(taken)
-    amounts = {}
-    for model, network in networks.items():
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network.eval()(images[:1])
-        millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-        speed = len(images) / statistics.median(seconds[model])
-        amounts[model] = speed, millions, counter.get_total_flops() / 2e9
-    return amounts
+    network = builders.on_device(builder_of(name)(args, False), device, torch.channels_last)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.eval()(images[:1])
+    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    pipe.send((args.batch_size, millions, counter.get_total_flops() / 2e9))
+    network.train()
+    with contextlib.suppress(EOFError):  # the end
+        while pipe.recv() == "go":
+            steps = [step_seconds(network, images, masks, precision, scale) for scale in args.multi_scale]
+            pipe.send(statistics.mean(steps))
 
 
 def step_seconds(network: nn.Module, images: Tensor, masks: Tensor, precision: Precision, scale: float) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from launching import Launch
+from torch import nn
 
 import builders
 import inference
@@ -101,6 +102,20 @@ class SignalAt:
             self.left.discard(self.count)
             os.kill(os.getpid(), self.signal_number)
         return self.original(*args, **options)
+
+
+def bytes_kept(model: nn.Module, images: torch.Tensor) -> int:
+    """Of a forward pass, for the backward pass; weights left out."""
+    kept, weights = 0, {parameter.data_ptr() for parameter in model.parameters()}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += 0 if tensor.data_ptr() in weights else tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        model(images)
+    return kept
 
 
 def differing_tensors(first: Any, second: Any, name: str = "") -> list[str]:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import bytes_kept
 from torch import Tensor
 
 from models import CamouflageSegmenter, build_model
@@ -83,23 +84,9 @@ def test_more_frozen_levels_than_there_are_are_refused() -> None:
         build_model("test_efficientnet", decoder_channels=16, img_size=64, frozen_levels=5)
 
 
-def kept_for_the_backward_pass(model: CamouflageSegmenter) -> int:
-    """Bytes, weights left out."""
-    kept, weights = 0, {parameter.data_ptr() for parameter in model.parameters()}
-
-    def count(tensor: Tensor) -> Tensor:
-        nonlocal kept
-        kept += 0 if tensor.data_ptr() in weights else tensor.numel() * tensor.element_size()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        model.train()(torch.rand(2, 3, 224, 224))
-    return kept
-
-
 def test_a_frozen_level_of_a_convolutional_backbone_saves_much_of_the_memory() -> None:
     whole, less = (
-        kept_for_the_backward_pass(build_model("tf_efficientnet_lite0", 64, 224, frozen_levels=levels))
+        bytes_kept(build_model("tf_efficientnet_lite0", 64, 224, frozen_levels=levels), torch.rand(2, 3, 224, 224))
         for levels in (0, 1)
     )
     assert less < 0.65 * whole

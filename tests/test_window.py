@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import bytes_kept
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -308,15 +309,7 @@ def test_gradient_checkpointing_saves_memory_and_changes_no_bit(backbone: str) -
         model = build_model(backbone, 16, 64, freeze_norm_statistics=False)
         if recomputes:
             assert model.checkpoint_gradients()
-        kept, weights = 0, {parameter.data_ptr() for parameter in model.parameters()}
-
-        def count(tensor: Tensor) -> Tensor:
-            nonlocal kept
-            kept += 0 if tensor.data_ptr() in weights else tensor.numel() * tensor.element_size()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            model(torch.rand(2, 3, 64, 64))
+        kept = bytes_kept(model, torch.rand(2, 3, 64, 64))
         of = window((3, 3), size=64)
         runner(recomputes).gradients(model, of, BufferGuard(model))
         found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
