@@ -18,6 +18,7 @@ from data.dataset import header_problems
 from data.decoding import problem_of
 from data.layouts import (
     Pair,
+    by_name,
     describe,
     find_subsets,
     fingerprint,
@@ -394,7 +395,7 @@ def prepare(argv: Sequence[str] | None) -> Run:
     if not pairs[0].image.exists():
         where = f"not there for rank {ranks.rank}"
         raise ValueError(f"{pairs[0].image}: {where}; every machine needs the data set, at the same path")
-    names = [pair.image.relative_to(root).as_posix() for pair in pairs]
+    names = list(by_name(pairs, root))
     stages = build_stages(args)
     model = build_network(args, load_weights=checkpoint is None and weights_alone is None)
     if not ranks.shards:

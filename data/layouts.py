@@ -201,6 +201,11 @@ def describe(subsets: Sequence[Subset], num_used: int) -> list[str]:
     return lines
 
 
+def by_name(pairs: Sequence[Pair], root: Path) -> dict[str, Pair]:
+    """Each by the path of its image below ``root``: its name in checkpoints and logs."""
+    return {pair.image.relative_to(root).as_posix(): pair for pair in pairs}
+
+
 def split_as_before(pairs: Sequence[Pair], root: Path, validation: Sequence[str]) -> tuple[list[Pair], list[Pair]]:
     """The split of an earlier run, by the paths below ``root`` of its validation images; new images are trained on.
 
@@ -209,9 +214,9 @@ def split_as_before(pairs: Sequence[Pair], root: Path, validation: Sequence[str]
     Raises:
         ValueError: none of the validation images is there, or nothing else.
     """
-    names = set(validation)
-    chosen = [pair for pair in pairs if pair.image.relative_to(root).as_posix() in names]
-    rest = [pair for pair in pairs if pair.image.relative_to(root).as_posix() not in names]
+    names, named = set(validation), by_name(pairs, root)
+    chosen = [pair for name, pair in named.items() if name in names]
+    rest = [pair for name, pair in named.items() if name not in names]
     if not chosen:
         raise ValueError(
             f"{root}: none of the {len(names)} images that the checkpoint's run was validated on is there (such as "
@@ -228,14 +233,14 @@ def named_pairs(pairs: Sequence[Pair], root: Path, names: Sequence[str]) -> list
     Raises:
         ValueError: one of them is not there: scores of the others would be those of another set.
     """
-    by_name = {pair.image.relative_to(root).as_posix(): pair for pair in pairs}
-    missing = [name for name in names if name not in by_name]
+    named = by_name(pairs, root)
+    missing = [name for name in names if name not in named]
     if missing:
         raise ValueError(
             f"{root}: {len(missing)} of the {len(names)} images that the checkpoint's run held out are not there (such "
             f"as {missing[0]}); --dataset-path must name the folder that it was trained with"
         )
-    return [by_name[name] for name in names]
+    return [named[name] for name in names]
 
 
 def split_validation(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:

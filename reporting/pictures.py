@@ -15,7 +15,7 @@ from PIL import Image
 
 from data.decoding import decode_image, decode_mask
 from data.figures import thumbnail
-from data.layouts import Pair, find_subsets, training_pairs
+from data.layouts import Pair, by_name, find_subsets, training_pairs
 from metrics import quick_scores
 from reporting.history import BEST, RunHistory, whole
 
@@ -102,8 +102,7 @@ def _validation_pairs(run: RunHistory) -> list[tuple[str, Pair]]:
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder here")
     found = training_pairs(find_subsets(root, bool(run.settings.get("include_noncam"))), root)
-    pairs = [(pair.image.relative_to(root).as_posix(), pair) for pair in found]
-    pairs = [(name, pair) for name, pair in pairs if name in names]
+    pairs = [(name, pair) for name, pair in by_name(found, root).items() if name in names]
     if not pairs:
         raise ValueError(f"{root}: none of the {len(names)} validation images is there")
     return pairs
