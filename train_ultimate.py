@@ -14,13 +14,12 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-import cli
 import commands
+from data.processes import default_num_workers
+from training.feed import epoch_windows, settle_window, take_in
 
 if __name__ == "__main__":  # help, mistakes and the commands that do without torch answer before it is imported
     if (answered := commands.run()) is not None:
@@ -33,23 +32,25 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from builders import Run, prepare
 from data.dataset import Batch
-from data.loading import sampler_of, to_device, training_loader, validation_loader, windows
-from data.sampler import derive_seed, drawn
+from data.loading import sampler_of, to_device, training_loader, validation_loader
 from data.unreadable import UnreadableDataError
-from metrics import quick_scores
-from models import CamouflageSegmenter
-from recovery import RecoverySpentError
-from reporting.terminal import epoch_lines
-from training.checkpoint import unlock_directory
+from evaluation.metrics import quick_scores
+from models.network import CamouflageSegmenter
+from reporting.listeners import epoch_lines
+from runtime.folder import unlock_directory
+from runtime.sharding import whole_weights
+from training.batchnorm import BufferGuard
+from training.feed import WindowFeed
+from training.gate import PendingOutcome, gated_step, should_skip
 from training.ladder import LossHistory
 from training.optim import fresh_moments, gradient_norm, set_learning_rates
-from training.sharding import whole_weights
-from training.stability import BufferGuard, PendingOutcome, StepVerdict, WindowOutcome, gated_step, should_skip
-from training.stages import Stage, cosine_ramp, learning_rate
+from training.recovery import RecoverySpentError
+from training.run import Run
+from training.setup import prepare
+from training.stages import Stage
 from training.state import EpochStats
-from window import Window, WindowFeed
+from training.window import Window
 
 
 class StoppedError(Exception):
@@ -134,81 +135,6 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
             state.ladder.seconds_lost += time.perf_counter() - now
     bar.close()
     stats.seconds += time.perf_counter() - start
-
-
-def epoch_windows(
-    run: Run, stage: Stage, loader: DataLoader[Batch], num_windows: int, guard: BufferGuard
-) -> Iterator[Window]:
-    """The windows left in the epoch under way, without quarantined samples; one that has nothing else is left out.
-
-    Raises:
-        UnreadableDataError: too many images or masks cannot be decoded.
-    """
-    progress, first_global = run.state.progress, run.state.progress.global_window - run.state.progress.window
-    first_of_stage = (progress.epoch - stage.first_epoch) * num_windows
-    sampler = sampler_of(loader)
-    for number, batches in enumerate(windows(loader, progress.epoch, progress.window), start=progress.window):
-        for batch in batches:
-            run.unreadable.meet({run.recovery.images[index]: reason for index, reason in batch.errors.items()})
-        window = Window(
-            number=number,
-            global_number=first_global + number + 1,
-            batches=batches if run.share.of(sampler.samples_in(number)) else [],
-            total=sampler.samples_in(number),
-            blank=batches[0].blank(guard.least_batch) if run.ranks.size > 1 else None,
-            rounds=sampler.most_batches_in(number) if run.ranks.shards else 0,
-            lr=learning_rate(stage, first_of_stage + number, stage.num_epochs * num_windows),
-            uncertainty_weight=cosine_ramp((progress.epoch + number / num_windows) / run.args.epochs),
-            precision=run.precision,
-            scaler=run.state.scaler,
-            memory_format=run.memory_format,
-            scale=drawn(run.args.multi_scale, run.args.seed, first_global + number + 1),
-            seed=derive_seed(run.args.seed, first_global + number + 1, *([run.ranks.rank] if run.ranks.rank else [])),
-        )
-        window = run.recovery.without_quarantined(window, guard.least_batch)
-        window = window.in_parts(run.runner.num_parts, guard.least_batch)
-        if window.num_samples_everywhere:
-            full = run.state.ladder.full_precision
-            yield window.in_full_precision(halve=not guard.batch_matters) if full else window
-
-
-def take_in(run: Run, stage: Stage, window: Window, pending: PendingOutcome, guard: BufferGuard) -> WindowOutcome:
-    """Read and log a window's outcome, and have the average take in the weights it left: a state fit to be saved."""
-    state, outcome = run.state, pending.read()
-    state.epoch_stats.lr = window.lr * state.ladder.lr_factor
-    if outcome.verdict is StepVerdict.APPLIED and state.ema is not None:
-        state.ema.update(state.model, guard.at_start)
-    where = {"stage": stage.number, "epoch": state.progress.epoch + 1, "window": window.number + 1}
-    tried = {"attempt": window.attempt + 1, "precision": window.precision.name, "lr": state.epoch_stats.lr}
-    run.log.event("window", **where, **tried, global_window=window.global_number, **asdict(outcome))
-    run.consistent = True
-    return outcome
-
-
-def settle_window(
-    run: Run, stage: Stage, window: Window, pending: PendingOutcome, guard: BufferGuard, bar: "tqdm[NoReturn]"
-) -> list[Window] | None:
-    """Act on a window's verdict: update the weight average, recover, count and log.
-
-    Returns:
-        None to go on; else what is to be run before anything else. The gradient under way has been dropped then.
-    """
-    stats, outcome = run.state.epoch_stats, take_in(run, stage, window, pending, guard)
-    run.stop.hear(pending.requests)
-    run.store.tell()
-    run.consistent = False
-    try:
-        again = run.recovery.answer(window, outcome, guard)
-    except RecoverySpentError:
-        run.consistent = True
-        bar.close()
-        raise
-    run_again = any(other.number == window.number for other in again or ())
-    stats.add(outcome, run_again, large_norm=5 * run.args.grad_clip)
-    run.consistent = True
-    shown = {"loss": f"{outcome.loss:.2f}", "grad": f"{outcome.grad_norm:.3f}"}
-    bar.set_postfix(shown | ({"overflows": stats.num_overflows} if stats.num_overflows else {}), refresh=False)
-    return again
 
 
 def stop_if_asked(run: Run) -> None:
@@ -307,7 +233,7 @@ def run_stage(run: Run, stage: Stage) -> None:
     """
     state, progress = run.state, run.state.progress
     begin_stage(run, stage)
-    num_workers = cli.default_num_workers() if run.args.num_workers is None else run.args.num_workers
+    num_workers = default_num_workers() if run.args.num_workers is None else run.args.num_workers
     workers = {"num_workers": num_workers, "pin_memory": run.device.type == "cuda", "cache": run.cache}
     later = {"augment_on_device": run.args.augment_on == "device", "window_size": run.config["window_size"]}
     sizes = run.args.img_size, stage.batch_size

@@ -40,17 +40,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import builders
-import cli
-from data.figures import contact_sheet, thumbnail
+from commands import cli
 from data.layouts import find_subsets
 from data.processes import keep_freed_memory
+from evaluation import trained
+from evaluation.figures import contact_sheet, thumbnail
 from losses import deep_supervision_loss
-from models import CamouflageSegmenter, trained
 from models.backbone import speed_up_depthwise
+from models.network import CamouflageSegmenter
 from models.zoom import resized
+from runtime.machine import Precision, resolve_precision
 from train_ultimate import main as command
-from training.precision import Precision, resolve_precision
+from training import setup as builders
 
 RIVALS = ("unet", "fpn", "deeplabv3plus", "upernet", "segformer")
 ABLATIONS = tuple(f"without-{part}" for part in ("context", "estimate", "mix", "gate", "side-losses"))

@@ -20,7 +20,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from training.checkpoint import CheckpointStore
+from runtime.checkpoint import CheckpointStore
 from training.optim import Ema, fresh_moments
 
 WINDOWS_BETWEEN = 30

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from data.processes import keep_freed_memory
 from losses import deep_supervision_loss
 from models import backbone as backbone_module
-from models import build_model
 from models import decoder as decoder_module
+from models.network import build_model
 
 LEFT_IN_BF16 = {
     "depthwise": (backbone_module, "speed_up_depthwise", lambda _: None),

@@ -17,12 +17,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import builders
-import cli
+from commands import cli
 from losses import deep_supervision_loss
+from runtime.machine import Precision
+from training import setup as builders
+from training.batchnorm import BufferGuard
 from training.optim import Ema, build_optimizer
-from training.precision import Precision
-from training.stability import BufferGuard
 
 GB = 1e9
 CONTEXT = 0.7 * GB

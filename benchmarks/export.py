@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from commands.export import ExportedNetwork, trace, write_onnx
 from data.processes import keep_freed_memory
-from models import build_model
+from models.network import build_model
 
 
 def runners(

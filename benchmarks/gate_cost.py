@@ -23,10 +23,14 @@ from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data.loading import training_loader
-from train_ultimate import Run, begin_stage, epoch_windows, prepare
+from train_ultimate import begin_stage
+from training.batchnorm import BufferGuard
+from training.feed import epoch_windows
+from training.gate import PendingOutcome, StepVerdict, gated_step, should_skip
 from training.optim import gradient_norm, set_learning_rates
-from training.stability import BufferGuard, PendingOutcome, StepVerdict, gated_step, should_skip
-from window import Window, accumulate_gradients
+from training.run import Run
+from training.setup import prepare
+from training.window import Window, accumulate_gradients
 
 GRAD_CLIP, LR = 0.5, 1e-5
 

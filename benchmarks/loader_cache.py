@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import cli
 from data.cache import open_cache
 from data.dataset import Batch
 from data.layouts import find_subsets, training_pairs
 from data.loading import training_loader, validation_loader, windows
+from data.processes import num_cores
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     workers = {"num_workers": options.num_workers, "pin_memory": False}
 
     with tempfile.TemporaryDirectory(dir=options.cache_dir) as folder:
-        cache = open_cache(pairs, root, options.img_size, options.cache_dir or Path(folder), cli.num_cores())
+        cache = open_cache(pairs, root, options.img_size, options.cache_dir or Path(folder), num_cores())
         print(f"{root}: {len(pairs)} pairs at {options.img_size} px, {options.num_workers} workers, batches of "
               f"{options.batch_size}, {options.rounds} epochs of each, images per second, medians")  # fmt: skip
         for name in ("training", "validation"):

@@ -25,11 +25,15 @@ from torch.nn.utils import clip_grads_with_norm_
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data.loading import training_loader
-from train_ultimate import Run, begin_stage, epoch_windows, prepare
+from runtime.sharding import whole_weights
+from train_ultimate import begin_stage
+from training.batchnorm import BufferGuard
+from training.feed import epoch_windows
+from training.gate import gated_step, should_skip
 from training.optim import gradient_norm, set_learning_rates
-from training.sharding import whole_weights
-from training.stability import BufferGuard, gated_step, should_skip
-from window import Window, accumulate_gradients
+from training.run import Run
+from training.setup import prepare
+from training.window import Window, accumulate_gradients
 
 GRAD_CLIP, LR, WARM_UP = 0.5, 1e-5, 5
 

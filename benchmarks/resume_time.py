@@ -28,14 +28,15 @@ import lightning
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from builders import Run, prepare
 from data.dataset import Batch, CamouflageDataset, collate
 from data.loading import training_loader
 from data.sampler import EpochBatchSampler, SampleKey
 from losses import deep_supervision_loss
-from train_ultimate import epoch_windows
-from training.stability import BufferGuard
-from window import Window, accumulate_gradients
+from training.batchnorm import BufferGuard
+from training.feed import epoch_windows
+from training.run import Run
+from training.setup import prepare
+from training.window import Window, accumulate_gradients
 
 IMG_SIZE, BATCH_SIZE = 224, 8
 Timing = tuple[float, bool]  # seconds, and whether the samples were those due

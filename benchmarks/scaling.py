@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from memory import write_links
 
-from builders import prepare
 from data.loading import training_loader, validation_loader
 from train_ultimate import begin_stage, finish_epoch, train_epoch, validate
+from training.setup import prepare
 
 Settings = dict[str, str]
 BASE: Settings = {"backbone": "tf_efficientnet_lite0", "img-size": "224", "batch-size": "8"}

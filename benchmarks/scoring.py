@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train_ultimate  # noqa: E402
-from metrics import BoolArray, ByteArray, score_image  # noqa: E402
+from evaluation.metrics import BoolArray, ByteArray, score_image  # noqa: E402
 
 SIZES = ((352, 352), (768, 1024))
 

@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from training.stability import SpikeDetector
+from training.gate import SpikeDetector
 
 WARMUP = 200  # windows without spikes at the start, the same for all
 

@@ -37,11 +37,12 @@ import accelerate
 import lightning
 from torch.utils.data import DataLoader
 
-from builders import Run, prepare
 from data.dataset import Batch
 from data.loading import to_device, training_loader
 from losses import deep_supervision_loss
 from train_ultimate import begin_stage, train_epoch
+from training.run import Run
+from training.setup import prepare
 from training.state import EpochStats
 
 LR, GRAD_CLIP = 1e-5, 0.5

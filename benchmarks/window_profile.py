@@ -23,9 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from builders import Run, prepare
 from data.loading import training_loader
 from train_ultimate import begin_stage, train_epoch
+from training.run import Run
+from training.setup import prepare
 from training.state import EpochStats
 
 KINDS = {  # the first that matches an operator's or a kernel's name

@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import cli
+from commands import cli
+from data.processes import num_cores
+from training.settings import check
 
 T = TypeVar("T")
 
@@ -49,7 +51,7 @@ def attempt(call: Callable[[], T]) -> T | int:
 def _run(args: argparse.Namespace) -> int | None:
     if args.command in ("train", "demo"):
         if args.resume is None:  # else the checkpoint has settings, too
-            cli.check(args)
+            check(args)
         return None
     if args.command == "replay":
         from commands.replay import replay
@@ -63,7 +65,7 @@ def _run(args: argparse.Namespace) -> int | None:
         from commands.report import report
 
         return report(args.directories, args.output, args.epochs)
-    num_workers = min(8, cli.num_cores()) if args.num_workers is None else args.num_workers
+    num_workers = min(8, num_cores()) if args.num_workers is None else args.num_workers
     if args.command == "check-data":
         from commands.check_data import check_data
 

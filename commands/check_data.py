@@ -14,7 +14,7 @@ from tqdm import tqdm
 from commands.output import print_lines, require_writable
 from data.inspection import KINDS, SIZE_BINS, PairFacts, Report, assess, pairs_to_inspect, start_inspection
 from data.layouts import Pair, Split, find_subsets
-from training.runlog import write_json, write_text
+from runtime.files import write_json, write_text
 
 _SHOWN = 10  # files of a kind in the table
 _BAR = 30  # characters of the histogram's longest bar

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from commands.output import print_lines, require_writable
 from data.decoding import decode_mask, decode_prediction
-from data.figures import contact_sheet, thumbnail
 from data.layouts import (
     MASK_SUFFIXES,
     PAIR_FOLDER_NAMES,
@@ -31,8 +30,10 @@ from data.layouts import (
     training_pairs,
 )
 from data.processes import map_in_order
-from metrics import ByteArray, ImageScores, MeanScores, score_image
-from training.runlog import environment, write_json
+from evaluation.figures import contact_sheet, thumbnail
+from evaluation.metrics import ByteArray, ImageScores, MeanScores, score_image
+from runtime.files import write_json
+from runtime.log import environment
 
 _COLUMNS = {  # as papers print them
     "s_measure": "S", "weighted_f": "wF", "mae": "MAE", "adaptive_e": "adpE", "mean_e": "meanE", "max_e": "maxE",
@@ -207,7 +208,7 @@ def _scored(case: Case | str) -> Scored | str:
 def _cases_of_checkpoint(
     args: argparse.Namespace, num_processes: int
 ) -> tuple[Iterator[Case | str], int, dict[str, Any]]:
-    from inference import load_network, predict_pairs  # torch, which scoring alone does not need
+    from evaluation.predictor import load_network, predict_pairs  # torch, which scoring alone does not need
 
     sets = {} if args.held_out else _test_sets(args.dataset_path, args.include_noncam)
     network = load_network(Path(args.checkpoint), args.device, args.precision, args.img_size, args.tta)

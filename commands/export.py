@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from commands.output import print_lines, require_writable
-from inference import load_network
-from models import CamouflageSegmenter
+from evaluation.predictor import load_network
 from models.backbone import padding_for_multiples
-from training.checkpoint import read_checkpoint
-from training.runlog import environment
+from models.network import CamouflageSegmenter
+from runtime.checkpoint import read_checkpoint
+from runtime.log import environment
 
 MULTIPLE = 32  # of pixels: what sides that are left open are multiples of
 TOLERANCE = 1e-4  # in probabilities, between what is exported and the network it was made from

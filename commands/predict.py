@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from commands.output import print_lines
 from data.decoding import decode_image
-from data.figures import overlay
 from data.processes import map_in_order
-from data.sources import Source, find_sources, name_predictions
-from metrics import ByteArray
+from evaluation.figures import overlay
+from evaluation.metrics import ByteArray
+from evaluation.sources import Source, find_sources, name_predictions
 
 _OBJECT = 128  # from this level on a probability is one half or more
 _MARK = "train_ultimate predict"  # in each file written: what does not carry it is somebody's, and stays
@@ -65,7 +65,7 @@ def predict(args: argparse.Namespace, num_processes: int) -> int:
     _require_apart(sources.images, folders, output)
     _require_own([*names, *filter(None, overlays)], output)
 
-    from inference import load_network, predict_images  # torch: not for mistakes that show without it
+    from evaluation.predictor import load_network, predict_images  # torch: not for mistakes that show without it
 
     network = load_network(Path(args.checkpoint), args.device, args.precision, args.img_size, args.tta)
     for parent in {path.parent for path in [*names, *overlays] if path is not None}:

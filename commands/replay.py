@@ -9,25 +9,16 @@ from typing import Any
 
 import torch
 
-from builders import build_network, memory_format_of, on_device, settings_of
-from models import CamouflageSegmenter
-from training.incidents import (
-    OF_THE_RUN,
-    Diagnosis,
-    IncidentRecord,
-    diagnose,
-    find_culprits,
-    name_cause,
-    read_incident,
-    running_statistics,
-    stand_out,
-    untouched,
-)
+from models.network import CamouflageSegmenter, build_network
+from runtime.files import first_line
+from runtime.machine import memory_format_of, on_device, resolve_device
+from training.batchnorm import running_statistics, untouched
+from training.diagnosis import Diagnosis, diagnose, find_culprits, name_cause, stand_out
+from training.gate import StepVerdict
+from training.incidents import OF_THE_RUN, IncidentRecord, read_incident
 from training.optim import all_finite
-from training.precision import resolve_device
-from training.runlog import first_line
-from training.stability import StepVerdict
-from window import Window, accumulate_gradients, window_from_payload
+from training.setup import settings_of
+from training.window import Window, accumulate_gradients, window_from_payload
 
 _EXPLANATIONS = {
     "data": "other samples are fine under the same weights",

@@ -7,8 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from photograph import fixed_size, upright_rgb
-
 BoolArray = NDArray[np.bool_]
 UInt8Array = NDArray[np.uint8]
 
@@ -136,3 +134,32 @@ def image_size(path: Path) -> tuple[int, int]:
 def decode_message(path: Path, error: Exception) -> str:
     reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error) or type(error).__name__
     return f"{path}: cannot be decoded ({reason})"
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Any mode as RGB, turned as EXIF says; of an animation the frame it is at, which is the first when it is opened.
+
+    Raises:
+        Exception: of any kind, where the file behind it is damaged.
+    """
+    return to_rgb(ImageOps.exif_transpose(image))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB; transparency is dropped.
+
+    Numbers of more than 8 bits are taken for grey levels of 0 to 65,535 where one is above 255, and floats for shares
+    of white where none is above 1: ``convert("RGB")`` would clip the former to white, the latter to black.
+    """
+    if image.mode.startswith(("I", "F")):
+        values = np.nan_to_num(np.array(image, dtype=np.float64))
+        highest = values.max(initial=0)
+        scale = 257 if highest > 255 else 1 / 255 if image.mode == "F" and highest <= 1 else 1
+        image = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def fixed_size(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """An RGB image as (3, size, size), resized bilinearly, whatever its aspect ratio."""
+    resized = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(np.array(resized).transpose(2, 0, 1))

@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from data.decoding import binary_mask, mask_threshold, mask_values
+from data.decoding import binary_mask, mask_threshold, mask_values, to_rgb
 from data.duplicates import THUMBNAIL_SIDE, Likeness, find_alike, thumbnail
 from data.layouts import Pair, Split, Subset, each_once
 from data.processes import process_pool
-from photograph import to_rgb
 
 # What is looked for: in the order of the report, the gravest first.
 KINDS = {

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -101,3 +102,26 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+def num_cores(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """That this program may use: those it is bound to, or fewer where a container limits its share of their time.
+
+    On a host with 64 cores, threads for all of them in a container with the time of two would wait for each other.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroups of version 2, and 1
+        with suppress(OSError, ValueError):
+            quota, period = (int(number) for name in files for number in (cgroups / name).read_text().split())
+            if quota > 0 and period > 0:
+                cores = min(cores, max(1, -(-quota // period)))
+    return cores
+
+
+def default_num_workers() -> int:
+    """One process for each core but one, at most eight; of this rank's cores, where torchrun has started several here.
+
+    Of the machine, so never saved.
+    """
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(8, max(1, num_cores() // ranks_here - 1))

@@ -1,5 +1,6 @@
 """The network: input normalisation, backbone (at one zoom or several), decoder."""
 
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from models.backbone import Backbone, build_backbone
 from models.decoder import ForegroundBackgroundDecoder
-from models.folder import read_network, write_network
+from models.hub import read_network, write_network
 from models.zoom import ZoomedFeatures, resized, zoomed_side
 
 
@@ -179,3 +180,21 @@ def build_model(
     if frozen_levels:
         model.freeze_levels(frozen_levels, img_size)
     return model.train()
+
+
+def build_network(args: argparse.Namespace, load_weights: bool) -> CamouflageSegmenter:
+    """The network from the settings. Without ``load_weights`` its weights are random: a checkpoint brings its own."""
+    torch.manual_seed(args.seed)
+    if load_weights and args.pretrained and not args.backbone_weights:
+        print(f"Pretrained weights of {args.backbone}: from the Hugging Face hub, or its cache on this machine")
+    return build_model(
+        args.backbone,
+        args.decoder_channels,
+        args.img_size,
+        zooms=args.zoom,
+        scales=args.multi_scale,
+        frozen_levels=args.frozen_levels,
+        pretrained=load_weights and args.pretrained,
+        backbone_weights=Path(args.backbone_weights) if load_weights and args.backbone_weights else None,
+        freeze_norm_statistics=args.pretrained or args.backbone_weights is not None,
+    )

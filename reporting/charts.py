@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reporting.history import BEST, RunHistory, WindowPoint, number, whole
+from reporting.history import RunHistory, WindowPoint, number, whole
+from runtime.folder import BEST
 
 MOST_POINTS = 3000  # of a line; more do not show on any screen and make the page slow
 _TABLE_ROWS = 40  # of the table behind a chart of windows

@@ -15,9 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from runtime.folder import BEST, CONFIG, INCIDENTS, LOG, read_json
 from training.spikes import spike_limits
 
-LOG, CONFIG, INCIDENTS, BEST = "metrics.jsonl", "config.json", "incidents", "best_model.pth"
 _NOT_FACTS = ("event", "time", "progress")  # of run_start and resume; the rest is what config.json has
 _STATES = {
     0: "finished",
@@ -258,15 +258,6 @@ def _events(log: Path, run: RunHistory) -> Iterator[dict[str, Any]]:
                 yield event
             else:
                 run.num_spoilt += 1
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Empty where there is none, or one that cannot be read: a report leaves out what it does not have."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def number(event: dict[str, Any], key: str, default: float = math.nan) -> float:

@@ -2,7 +2,7 @@
 
 import importlib.util
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from data.dataset import load_image, load_mask
 from data.layouts import Pair
 from data.loading import unit_range
 from reporting.history import number
-from training.precision import Precision
-from training.runlog import Listener, first_line
-from training.state import TrainState
+from runtime.files import first_line
+from runtime.log import Listener
+from runtime.machine import Precision
+from training.state import EpochStats, TrainState
 
 NO_TENSORBOARD = "TensorBoard: not installed, so nothing is written for it (pip install tensorboard)"
 NO_PLOTLY_TO_TRAIN = "Report: plotly is not installed, so no report.html is written at the end (pip install plotly)"
@@ -175,7 +176,7 @@ class FinalReport:
             self.exit_code = fields["exit_code"]
 
     def close(self) -> None:
-        from commands.report import write_final_report
+        from reporting.report import write_final_report
 
         try:
             with torch.random.fork_rng(devices=[]):  # a network is built for the pictures
@@ -218,3 +219,28 @@ def _keep_quiet(threads: set[threading.Thread]) -> None:
             previous(arguments)
 
     threading.excepthook = hook
+
+
+def epoch_lines(
+    stats: "EpochStats", scores: Mapping[str, float], large_norm: float, loss_scale: float, warn: bool
+) -> list[str]:
+    """What an epoch came to.
+
+    Args:
+        stats: of its windows.
+        scores: of its validation: iou and dice.
+        large_norm: what ``stats`` counts as a large gradient norm.
+        loss_scale: now.
+        warn: of large norms; without, their number is told all the same.
+    """
+    lines = [
+        f"Loss: {stats.loss:.4f} | IoU: {scores['iou']:.4f} | Dice: {scores['dice']:.4f}",
+        f"   Gradient norm - Avg: {stats.grad_norm_avg:.3f}, Max: {stats.grad_norm_max:.3f}",
+    ]
+    if stats.num_overflows:
+        lines.append(f"   fp16 overflows: {stats.num_overflows}, none applied; loss scale now {loss_scale:g}")
+    if stats.num_large_norms:
+        share = f"{stats.num_large_norms} of {stats.num_applied} windows"
+        told = f"had a gradient norm above 5 x --grad-clip = {large_norm:g}; they were clipped"
+        lines.append(f"   Warning: {share} {told}" if warn else f"   {share} above {large_norm:g} were clipped")
+    return lines

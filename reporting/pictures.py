@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data.decoding import decode_image, decode_mask
-from data.figures import thumbnail
 from data.layouts import Pair, by_name, find_subsets, training_pairs
-from metrics import quick_scores
-from reporting.history import BEST, RunHistory, whole
+from evaluation.figures import thumbnail
+from evaluation.metrics import quick_scores
+from reporting.history import RunHistory, whole
+from runtime.folder import BEST
 
 SHOWN = 3  # of the worst, and of the best
 FEW, FEW_SECONDS = 16, 20.0  # images looked at when a run ends, and the time after which no further batch is begun
@@ -109,7 +110,10 @@ def _validation_pairs(run: RunHistory) -> list[tuple[str, Pair]]:
 
 
 def _predicted(run: RunHistory, file: Path, title: str, pairs: Sequence[tuple[str, Pair]], few: bool) -> Gallery:
-    from inference import load_network, predict_pairs  # torch: seconds that a page without pictures does not take
+    from evaluation.predictor import (  # torch: seconds that a page without pictures does not take
+        load_network,
+        predict_pairs,
+    )
 
     total = len(pairs)
     if few and total > FEW:

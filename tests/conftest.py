@@ -11,10 +11,10 @@ import torch
 from launching import Launch
 from torch import nn
 
-import builders
-import inference
 import train_ultimate
 from data.synthetic import write_synthetic_dataset
+from evaluation import predictor as inference
+from training import setup as builders
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs photographs and weights in ../shared")

@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-import builders
 import train_ultimate
-from training import checkpoint
-from training.precision import Precision
+from runtime import checkpoint
+from runtime.machine import Precision
+from training import setup as builders
 
 settle_window = train_ultimate.settle_window
 write_checkpoint = checkpoint.write_checkpoint

@@ -17,16 +17,16 @@ import pytest
 import torch
 from conftest import Argv, differing_tensors, tiny_arguments
 
-import cli
 import train_ultimate
+from commands import cli
 from data import cache as cache_module
 from data.cache import DecodedCache, default_directory, open_cache
 from data.dataset import CamouflageDataset
 from data.layouts import Pair, find_subsets, training_pairs
 from data.loading import training_loader, windows
 from data.sampler import SampleKey
+from runtime.checkpoint import read_checkpoint
 from train_ultimate import main
-from training.checkpoint import read_checkpoint
 
 PROGRAM = Path(train_ultimate.__file__).parent
 

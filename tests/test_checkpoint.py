@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from training import checkpoint as checkpoint_module
-from training.checkpoint import CheckpointError, CheckpointStore, read_checkpoint, write_checkpoint
+from runtime import checkpoint as checkpoint_module
+from runtime import folder
+from runtime.checkpoint import CheckpointError, CheckpointStore, read_checkpoint, write_checkpoint
 
 
 def payload(global_window: int, fill: float = 1.0) -> dict[str, Any]:
@@ -229,23 +230,23 @@ def kill_at(boundary: int) -> None:
 def test_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
     ready, tell = os.pipe()
     if (child := os.fork()) == 0:
-        checkpoint_module.lock_directory(tmp_path)
+        folder.lock_directory(tmp_path)
         os.write(tell, b"x")
         signal.pause()
     os.read(ready, 1)
     with pytest.raises(ValueError, match="another run is writing there"):
-        checkpoint_module.lock_directory(tmp_path)
+        folder.lock_directory(tmp_path)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    descriptor = checkpoint_module.lock_directory(tmp_path)
+    descriptor = folder.lock_directory(tmp_path)
     assert descriptor is not None
-    checkpoint_module.unlock_directory(descriptor)
+    folder.unlock_directory(descriptor)
 
 
 def test_worker_that_outlives_its_killed_main_process_does_not_hold_the_lock(tmp_path: Path) -> None:
     ready, tell = os.pipe()
     if (main := os.fork()) == 0:
-        checkpoint_module.lock_directory(tmp_path)
+        folder.lock_directory(tmp_path)
         if (worker := os.fork()) == 0:
             time.sleep(60)
             os._exit(0)
@@ -254,9 +255,9 @@ def test_worker_that_outlives_its_killed_main_process_does_not_hold_the_lock(tmp
     worker = int(os.read(ready, 20))
     os.kill(main, signal.SIGKILL)
     os.waitpid(main, 0)
-    descriptor = checkpoint_module.lock_directory(tmp_path)
+    descriptor = folder.lock_directory(tmp_path)
     assert descriptor is not None
-    checkpoint_module.unlock_directory(descriptor)
+    folder.unlock_directory(descriptor)
     os.kill(worker, signal.SIGKILL)
 
 

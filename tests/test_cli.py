@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 
-import cli
+from commands import cli
+from data import processes
+from training import settings
 
 # Other programs rely on these names and defaults: a change here is a breaking change.
 FROZEN = {
@@ -24,16 +26,16 @@ FROZEN = {
 def test_flags_and_defaults_are_frozen() -> None:
     settings = vars(cli.parse(["train", "--dataset-path", "somewhere"]))
     assert settings.pop("num_workers") is None  # of the machine: one for each core but one
-    assert 1 <= cli.default_num_workers() <= 8
+    assert 1 <= processes.default_num_workers() <= 8
     assert settings.pop("command") == "train"
     assert settings == {**FROZEN, "dataset_path": "somewhere"}
 
 
 def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "num_cores", lambda: 32)
-    assert cli.default_num_workers() == 8
+    monkeypatch.setattr(processes, "num_cores", lambda: 32)
+    assert processes.default_num_workers() == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert cli.default_num_workers() == 3
+    assert processes.default_num_workers() == 3
 
 
 def test_the_list_of_flags_has_each_with_its_default() -> None:
@@ -56,7 +58,7 @@ def test_settings_by_budget_in_the_readme_are_accepted() -> None:
     rows = re.findall(r"^\| [^|]+ \| `(--[^`]+)` \|", text, flags=re.MULTILINE)
     assert len(rows) == 4
     for flags in rows:
-        cli.check(cli.parse(["train", "--dataset-path", "somewhere", *flags.split()]))
+        settings.check(cli.parse(["train", "--dataset-path", "somewhere", *flags.split()]))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_settings_by_budget_in_the_readme_are_accepted() -> None:
 )
 def test_mistakes_are_told_in_one_line(flags: list[str], message: str) -> None:
     with pytest.raises(cli.UsageError) as error:
-        cli.check(cli.parse(["train", "--dataset-path", "somewhere", *flags]))
+        settings.check(cli.parse(["train", "--dataset-path", "somewhere", *flags]))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -111,8 +113,8 @@ def test_a_folder_stands_for_the_best_weights_in_it(tmp_path: Path) -> None:
 
 def test_data_set_is_needed_unless_resuming() -> None:
     with pytest.raises(cli.UsageError, match="--dataset-path is needed"):
-        cli.check(cli.parse(["train"]))
-    cli.check(cli.parse(["train", "--resume", "auto"], saved_settings()))
+        settings.check(cli.parse(["train"]))
+    settings.check(cli.parse(["train", "--resume", "auto"], saved_settings()))
 
 
 def test_demo_is_train_with_other_defaults_and_a_folder_of_its_own() -> None:
@@ -178,6 +180,6 @@ def test_a_containers_share_of_the_processors_counts(tmp_path: Path, files: dict
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    bound = cli.num_cores(tmp_path / "none")
+    bound = processes.num_cores(tmp_path / "none")
     assert bound >= 1
-    assert cli.num_cores(tmp_path) == (bound if limit is None else min(bound, limit))
+    assert processes.num_cores(tmp_path) == (bound if limit is None else min(bound, limit))

@@ -17,7 +17,8 @@ from conftest import differing_tensors
 from launching import Launch, read_events
 
 from data.sampler import Share
-from training.distributed import Ranks, meet
+from runtime.heartbeat import meet
+from runtime.ranks import Ranks
 
 
 @pytest.mark.parametrize(

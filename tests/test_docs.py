@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import builders
-import cli
+from commands import cli
 from data.synthetic import write_synthetic_dataset
 from train_ultimate import main
+from training import setup as builders
 
 ROOT = Path(__file__).parents[1]
 SMALL = shlex.split(

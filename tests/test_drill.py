@@ -12,8 +12,8 @@ from conftest import Argv, differing_tensors, tiny_arguments
 from launching import read_events
 
 import train_ultimate
+from runtime.checkpoint import read_checkpoint
 from train_ultimate import main
-from training.checkpoint import read_checkpoint
 from training.drill import KINDS, Drill
 
 

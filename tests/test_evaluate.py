@@ -22,10 +22,10 @@ import train_ultimate
 from commands import evaluate as evaluate_module
 from commands.evaluate import Case, Scored, score_case, scored_cases
 from data.decoding import decode_mask
-from inference import load_network
-from metrics import score_image
+from evaluation.metrics import score_image
+from evaluation.predictor import load_network
+from runtime.checkpoint import read_checkpoint
 from train_ultimate import main
-from training.checkpoint import read_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -16,16 +16,15 @@ from huggingface_hub import PyTorchModelHubMixin
 from PIL import Image
 from torch import Tensor
 
-import cli
-from builders import build_network
+from commands import cli
 from commands import export as export_module
 from commands.export import ExportedNetwork, trace
 from data.dataset import load_image
-from inference import load_network
-from models import CamouflageSegmenter, build_model
+from evaluation.predictor import load_network
 from models.backbone import build_backbone
+from models.network import CamouflageSegmenter, build_model, build_network
+from runtime.checkpoint import read_checkpoint, write_checkpoint
 from train_ultimate import main
-from training.checkpoint import read_checkpoint, write_checkpoint
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,18 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from training import incidents
-from training.incidents import (
-    Diagnosis,
-    IncidentRecord,
-    IncidentStore,
-    diagnose,
-    find_culprits,
-    name_cause,
-    read_incident,
-    running_statistics,
-    stand_out,
-    untouched,
-)
+from training.batchnorm import running_statistics, untouched
+from training.diagnosis import Diagnosis, diagnose, find_culprits, name_cause, stand_out
+from training.incidents import IncidentRecord, IncidentStore, read_incident
 
 
 class DividesByZero(nn.Module):

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.machine import PrecisionName
+from training.gate import StepVerdict, WindowOutcome
 from training.ladder import AFTER_QUARANTINE, BAD_AMONG, MOST_BAD, PROGRESS_WINDOWS, Action, Ladder, LossHistory
-from training.precision import PrecisionName
-from training.stability import StepVerdict, WindowOutcome
 
 
 def outcome(verdict: StepVerdict, loss: float = 1.0) -> WindowOutcome:

@@ -20,9 +20,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from reporting.listeners import FinalReport, TensorBoardCurves, listeners_of
+from runtime.checkpoint import read_checkpoint
+from runtime.log import RunLog
 from train_ultimate import main
-from training.checkpoint import read_checkpoint
-from training.runlog import RunLog
 
 
 def events_of(directory: Path) -> EventAccumulator:
@@ -73,7 +73,7 @@ def test_listeners_do_not_change_the_weights(
 ) -> None:
     extra = ("--ema-decay", "0", "--epochs", "3")  # then the pictures are of the very weights that are trained
     assert main(tiny_argv(*extra)) == 0
-    monkeypatch.setattr("builders.listeners_of", lambda *_: [])
+    monkeypatch.setattr("training.setup.listeners_of", lambda *_: [])
     assert main(tiny_argv(*extra, checkpoint_dir=tmp_path / "alone")) == 0
     with_them, alone = (read_checkpoint(tmp_path / name / "epoch_0003.pth") for name in ("run", "alone"))
     assert differing_tensors(with_them["model"], alone["model"]) == []

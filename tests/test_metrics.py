@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from py_sod_metrics import sod_metrics
 from py_sod_metrics.fmeasurev2 import DICEHandler, FmeasureV2, IOUHandler
 
-from metrics import BoolArray, ByteArray, MeanScores, quick_scores, score_image
+from evaluation.metrics import BoolArray, ByteArray, MeanScores, quick_scores, score_image
 
 CURVES = ("e_curve", "f_curve", "precision", "recall")
 

@@ -3,7 +3,7 @@ import torch
 from conftest import bytes_kept
 from torch import Tensor
 
-from models import CamouflageSegmenter, build_model
+from models.network import CamouflageSegmenter, build_model
 from models.zoom import zoomed_side
 
 

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from training.precision import LossScaler, Precision, resolve_device, resolve_precision
-from training.stages import ScalerSettings
+from runtime.machine import LossScaler, Precision, ScalerSettings, resolve_device, resolve_precision
 
 
 def overflow(scaler: LossScaler, parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> None:

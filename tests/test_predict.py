@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from conftest import tiny_arguments
 from PIL import Image
 
-import inference
 import train_ultimate
 from commands.predict import Prediction, save_prediction
-from data.figures import overlay
-from inference import load_network
+from evaluation import predictor as inference
+from evaluation.figures import overlay
+from evaluation.predictor import load_network
 from train_ultimate import main
 
 
@@ -390,7 +390,7 @@ def test_mistakes_are_told_without_torch_and_nothing_is_written(
     argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "inference", None)  # an ImportError where it is asked for
+    monkeypatch.setitem(sys.modules, "evaluation.predictor", None)  # an ImportError where it is asked for
     assert main(["predict", *argv]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")

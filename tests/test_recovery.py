@@ -17,18 +17,20 @@ from launching import read_events
 from PIL import Image
 from torch import Tensor, nn
 
-import builders
-import cli
 import train_ultimate
-import window as window_module
-from commands import replay
+import training.window as window_module
+from commands import cli, replay
 from data.loading import training_loader
 from losses import deep_supervision_loss
-from models import CamouflageSegmenter
-from train_ultimate import Run, main, prepare, train_epoch
-from training.checkpoint import read_checkpoint
+from models.network import CamouflageSegmenter
+from runtime.checkpoint import read_checkpoint
+from runtime.machine import ScalerSettings
+from train_ultimate import main, train_epoch
+from training import setup as builders
 from training.drill import Drill
-from training.stages import ScalerSettings
+from training.run import Run
+from training.setup import prepare
+from training.stages import learning_rate
 
 TRAINED = ("model", "ema", "optimizer", "scaler", "detector")
 
@@ -266,7 +268,7 @@ def test_weight_that_becomes_nan_is_rolled_back_with_half_the_rate(
     assert "rolled back by" in incident["action"]
     windows = read_events(directory, "window")
     bad = next(i for i, entry in enumerate(windows) if entry["verdict"] == "nonfinite_loss")
-    undisturbed_lr = train_ultimate.learning_rate(prepare_stages(tiny_argv)[0], bad + 1, 8)
+    undisturbed_lr = learning_rate(prepare_stages(tiny_argv)[0], bad + 1, 8)
     assert windows[bad + 1]["lr"] == pytest.approx(undisturbed_lr / 2)
     assert all(
         torch.isfinite(value).all() for value in read_checkpoint(directory / "epoch_0004.pth")["ema"]["model"].values()

@@ -14,8 +14,8 @@ from conftest import Argv, SignalAt, tiny_arguments
 from PIL import Image
 from test_history import epoch, log_of, start, window
 
-from commands.report import write_final_report
 from reporting.pictures import error_map
+from reporting.report import write_final_report
 from train_ultimate import main
 
 PROGRAM = Path(__file__).parents[1] / "train_ultimate.py"

@@ -22,13 +22,15 @@ from hypothesis import strategies as st
 from launching import read_events
 from torch import Tensor, nn
 
-import builders
 import train_ultimate
-import window as window_module
-from models import CamouflageSegmenter
+import training.window as window_module
+from models import network
+from models.network import CamouflageSegmenter
+from runtime.checkpoint import CheckpointStore, read_checkpoint
+from runtime.folder import unlock_directory
+from runtime.signals import StopRequest
 from train_ultimate import main
-from training.checkpoint import CheckpointStore, read_checkpoint, unlock_directory
-from training.interrupt import StopRequest
+from training import setup as builders
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def resume(directory: Path, *flags: str) -> int:
 @pytest.fixture
 def dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks with dropout in the decoder and stochastic depth in the backbone."""
-    original = builders.build_model
+    original = network.build_model
 
     def build(backbone: str, *args: Any, **options: Any) -> CamouflageSegmenter:
         model = original(backbone, *args, **options)
@@ -58,7 +60,7 @@ def dropout(monkeypatch: pytest.MonkeyPatch) -> None:
         model.backbone.body.blocks.append(DropPath()) if hasattr(model.backbone.body, "blocks") else None
         return model
 
-    monkeypatch.setattr(builders, "build_model", build)
+    monkeypatch.setattr(network, "build_model", build)
 
 
 class DropPath(nn.Module):

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from training import runlog
-from training.runlog import RunLog, environment, write_json
+from runtime import log as runlog
+from runtime.files import write_json
+from runtime.log import RunLog, environment
 
 
 def test_events_are_lines_of_strict_json(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from launching import Launch, load, read_events
 from safetensors.torch import save_file
 from torch import nn
 
-from training.sharding import load_local_state, local_state, split_like, whole_on_first, whole_weights
+from runtime.sharding import load_local_state, local_state, split_like, whole_on_first, whole_weights
 
 WINDOWS = ("--accumulation-steps", "3", "--checkpoint-every", "1")
 

@@ -5,7 +5,7 @@ from pathlib import Path, PurePath
 
 import pytest
 
-from data.sources import Source, Sources, find_sources, name_predictions
+from evaluation.sources import Source, Sources, find_sources, name_predictions
 
 
 def plant(root: Path, *names: str) -> None:

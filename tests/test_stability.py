@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from training.stability import BufferGuard, PendingOutcome, SpikeDetector, StepVerdict, gated_step, should_skip
+from training.batchnorm import BufferGuard
+from training.gate import PendingOutcome, SpikeDetector, StepVerdict, gated_step, should_skip
 
 
 class Norms(nn.Sequential):

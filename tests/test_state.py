@@ -5,10 +5,9 @@ import torch
 from conftest import differing_tensors
 from torch import nn
 
+from runtime.machine import ScalerSettings, resolve_precision
+from training.gate import SpikeDetector, StepVerdict, WindowOutcome
 from training.optim import Ema, build_optimizer, set_learning_rates
-from training.precision import resolve_precision
-from training.stability import SpikeDetector, StepVerdict, WindowOutcome
-from training.stages import ScalerSettings
 from training.state import EpochStats, Progress, TrainState
 
 

@@ -13,7 +13,7 @@ from conftest import Argv
 from launching import read_events
 
 import train_ultimate
-from reporting.terminal import LastingStream, OnlyWarnings
+from runtime.console import LastingStream, OnlyWarnings
 from train_ultimate import main
 
 DRILL = ("--drill", "bad-sample@2")

@@ -26,17 +26,20 @@ from test_metrics import assert_equals_reference
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-import builders
 import train_ultimate
-import window as window_module
+import training.window as window_module
 from data.dataset import Batch
 from data.loading import to_device, training_loader, validation_loader
 from losses import deep_supervision_loss
-from models import CamouflageSegmenter
 from models.backbone import Backbone, build_backbone
-from train_ultimate import Run, main, prepare, run_stage, train_epoch
-from training.checkpoint import read_checkpoint
-from training.stages import ScalerSettings, Stage
+from models.network import CamouflageSegmenter
+from runtime.checkpoint import read_checkpoint
+from runtime.machine import ScalerSettings
+from train_ultimate import main, run_stage, train_epoch
+from training import setup as builders
+from training.run import Run
+from training.setup import prepare
+from training.stages import Stage
 
 SCRIPT = Path(train_ultimate.__file__)
 

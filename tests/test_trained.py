@@ -13,11 +13,10 @@ from conftest import tiny_arguments
 from PIL import Image
 
 from data.decoding import decode_image
-from inference import load_network, probability_levels
-from models import load_model
-from models.trained import network_of
+from evaluation.predictor import load_network, probability_levels
+from evaluation.trained import load_model, network_of
+from runtime.checkpoint import read_checkpoint
 from train_ultimate import main
-from training.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,8 +11,8 @@ from conftest import Argv, SignalAt, differing_tensors, tiny_arguments
 from launching import read_events
 
 from data.unreadable import UnreadableDataError, UnreadablePairs, require_few
+from runtime.checkpoint import read_checkpoint
 from train_ultimate import main
-from training.checkpoint import read_checkpoint
 
 TRAINED = ("model", "ema", "optimizer", "scaler", "detector", "progress", "unreadable")
 

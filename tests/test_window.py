@@ -12,19 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from data.dataset import Batch
-from models import build_model
+from models.network import build_model
+from runtime.machine import Precision, PrecisionName, ScalerSettings
+from training.batchnorm import BufferGuard
 from training.drill import Drill
-from training.precision import Precision, PrecisionName
-from training.stability import BufferGuard
-from training.stages import ScalerSettings
-from window import (
-    Window,
-    WindowFeed,
-    WindowRunner,
-    accumulate_gradients,
-    window_from_payload,
-    window_to_payload,
-)
+from training.feed import WindowFeed
+from training.runner import WindowRunner
+from training.window import Window, accumulate_gradients, window_from_payload, window_to_payload
 
 
 class TinyNetwork(nn.Module):

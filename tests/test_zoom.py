@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from models import build_model
+from models.network import build_model
 from models.zoom import ScaleSelection, ZoomedFeatures, zoomed_side
 
 SIZES = ((24, 16), (40, 8), (112, 4), (320, 2))

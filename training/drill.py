@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from training.sharding import local
+from runtime.sharding import local
 
 KINDS = ("nan-loss", "inf-grad", "spike", "overflow", "nan-weight", "bad-sample", "kill")
 _SPIKE_FACTOR = 1e4

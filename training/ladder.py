@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from training.precision import PrecisionName
-from training.stability import StepVerdict, WindowOutcome
+from runtime.machine import PrecisionName
+from training.gate import StepVerdict, WindowOutcome
 
 OVERFLOWS_IN_A_ROW = 4  # fewer are how loss scaling finds its ceiling
 MOST_BAD, BAD_AMONG = 8, 50  # windows given up, of the last so many

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from training.sharding import load_whole_state, local, split_like
+from runtime.sharding import load_whole_state, local, split_like
 
 
 def build_optimizer(model: nn.Module, backbone: nn.Module, weight_decay: float) -> torch.optim.AdamW:

@@ -1,25 +1,10 @@
 """The stages of a run and their learning rate, as data and as a pure function."""
 
+import argparse
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True)
-class ScalerSettings:
-    """How fp16 loss scaling looks for the largest scale that does not overflow.
-
-    The scale starts at ``init_scale``, is multiplied by ``backoff_factor`` at each overflow and by ``growth_factor``
-    after ``growth_interval`` windows without one.
-    """
-
-    init_scale: float = 2.0**12
-    growth_factor: float = 2.0
-    backoff_factor: float = 0.5
-    growth_interval: int = 2000
-
-
-# The whole network at once is where explosions happen: start low, grow slowly.
-CONSERVATIVE_SCALER = ScalerSettings(init_scale=2.0**10, growth_factor=1.5, backoff_factor=0.5, growth_interval=1000)
+from runtime.machine import CONSERVATIVE_SCALER, ScalerSettings
 
 
 @dataclass(frozen=True)
@@ -34,7 +19,7 @@ class Stage:
     lr: float
     backbone_lr_scale: float
     freeze_backbone: bool
-    scaler: ScalerSettings = ScalerSettings()
+    scaler: ScalerSettings = field(default_factory=ScalerSettings)
     warmup_fraction: float = 0.1
 
     @property
@@ -61,3 +46,14 @@ def learning_rate(stage: Stage, window: int, num_windows: int) -> float:
 def cosine_ramp(fraction: float) -> float:
     """0 at fraction 0, 1 at fraction 1, flat at both ends."""
     return 0.5 * (1 - math.cos(math.pi * min(max(fraction, 0.0), 1.0)))
+
+
+def build_stages(args: argparse.Namespace) -> list[Stage]:
+    """Stage 1 trains the decoder, stage 2 everything; a stage without epochs is left out."""
+    batch, split = (args.batch_size, args.accumulation_steps), args.stage1_epochs
+    lr2, scale = args.lr * args.stage2_lr_scale, args.backbone_lr_scale
+    stages = [
+        Stage(1, 0, split, *batch, args.lr, scale, freeze_backbone=True),
+        Stage(2, split, args.epochs - split, *batch, lr2, scale, freeze_backbone=False, scaler=CONSERVATIVE_SCALER),
+    ]
+    return [stage for stage in stages if stage.num_epochs > 0]

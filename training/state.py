@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from runtime.machine import LossScaler, Precision
+from runtime.sharding import load_whole_state
+from training.gate import SpikeDetector, StepVerdict, WindowOutcome
 from training.ladder import Ladder, LossHistory
 from training.optim import Ema, load_optimizer_state
-from training.precision import LossScaler, Precision
-from training.sharding import load_whole_state
-from training.stability import SpikeDetector, StepVerdict, WindowOutcome
 from training.stages import Stage
 
 

@@ -3,12 +3,11 @@
 import io
 import re
 import threading
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
-    from training.state import EpochStats
+    pass
 
 _WORTH_A_LOOK = re.compile(  # the last: an incident
     r"\s*Warning|Unreadable:|Out of memory|Passed over |Set aside |Ignored |Epoch \d+, window \d+:"
@@ -74,28 +73,3 @@ class OnlyWarnings(io.TextIOBase):
                     self._to.write(line + "\n")
                     self._to.flush()
         return len(text)
-
-
-def epoch_lines(
-    stats: "EpochStats", scores: Mapping[str, float], large_norm: float, loss_scale: float, warn: bool
-) -> list[str]:
-    """What an epoch came to.
-
-    Args:
-        stats: of its windows.
-        scores: of its validation: iou and dice.
-        large_norm: what ``stats`` counts as a large gradient norm.
-        loss_scale: now.
-        warn: of large norms; without, their number is told all the same.
-    """
-    lines = [
-        f"Loss: {stats.loss:.4f} | IoU: {scores['iou']:.4f} | Dice: {scores['dice']:.4f}",
-        f"   Gradient norm - Avg: {stats.grad_norm_avg:.3f}, Max: {stats.grad_norm_max:.3f}",
-    ]
-    if stats.num_overflows:
-        lines.append(f"   fp16 overflows: {stats.num_overflows}, none applied; loss scale now {loss_scale:g}")
-    if stats.num_large_norms:
-        share = f"{stats.num_large_norms} of {stats.num_applied} windows"
-        told = f"had a gradient norm above 5 x --grad-clip = {large_norm:g}; they were clipped"
-        lines.append(f"   Warning: {share} {told}" if warn else f"   {share} above {large_norm:g} were clipped")
-    return lines

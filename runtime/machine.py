@@ -1,17 +1,35 @@
 """Number formats: what the hardware offers, autocast, and fp16 loss scaling that can be trusted at its lower end."""
 
+import argparse
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from training.stages import ScalerSettings
-
+Network = TypeVar("Network", bound=nn.Module)
 PrecisionName = Literal["fp16", "bf16", "fp32"]
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ScalerSettings:
+    """How fp16 loss scaling looks for the largest scale that does not overflow.
+
+    The scale starts at ``init_scale``, is multiplied by ``backoff_factor`` at each overflow and by ``growth_factor``
+    after ``growth_interval`` windows without one.
+    """
+
+    init_scale: float = 2.0**12
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    growth_interval: int = 2000
+
+
+# The whole network at once is where explosions happen: start low, grow slowly.
+CONSERVATIVE_SCALER = ScalerSettings(init_scale=2.0**10, growth_factor=1.5, backoff_factor=0.5, growth_interval=1000)
 
 
 @dataclass(frozen=True)
@@ -135,3 +153,11 @@ class LossScaler(torch.amp.GradScaler):
             ours = {"growth_factor", "backoff_factor", "growth_interval"}
             kept = {key: value for key, value in self.state_dict().items() if key in ours}
             self.load_state_dict({**state, **kept})
+
+
+def memory_format_of(args: argparse.Namespace) -> torch.memory_format:
+    return torch.channels_last if args.channels_last else torch.contiguous_format
+
+
+def on_device(model: Network, device: torch.device, memory_format: torch.memory_format) -> Network:
+    return model.to(device).to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types no such one

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import subprocess
@@ -11,6 +10,8 @@ from collections.abc import Callable, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol, TextIO
+
+from runtime.files import first_line, json_safe
 
 
 class Listener(Protocol):
@@ -53,7 +54,7 @@ class RunLog:
         """Append a line; one that the disk does not take is lost, with a warning the first time."""
         if self._file is None:
             return
-        line = json.dumps({"event": event, "time": round(time.time(), 3), **_finite(fields)}, allow_nan=False)
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **json_safe(fields)}, allow_nan=False)
         if (error := self._append(line.encode() + b"\n")) and not self._has_failed:
             self._has_failed = True
             print(f"Warning: {self._file.name}: cannot be written ({error}); training goes on, its events are lost")
@@ -95,11 +96,6 @@ class RunLog:
                 print(f"Warning: {type(listener).__name__} gives up ({first_line(error)}); training goes on without it")
 
 
-def first_line(error: BaseException) -> str:
-    """Of its message, or its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def environment(program: Path, packages: Sequence[str]) -> dict[str, Any]:
     """Versions and, where the program lies in a git checkout, its commit ("-dirty" with local changes)."""
     try:
@@ -124,29 +120,3 @@ def _ends_in_mid_line(path: Path) -> bool:
             return False
         file.seek(-1, os.SEEK_END)
         return file.read() != b"\n"
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Replace a JSON file in one step."""
-    write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a UTF-8 file in one step; bytes of file names that are not UTF-8 are written as they came."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")  # two processes may write one report
-    try:
-        unfinished.write_text(text, encoding="utf-8", errors="surrogateescape")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN or infinity: they become the strings "nan", "inf" and "-inf"."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _finite(child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(child) for child in value]
-    return value

@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from builders import memory_format_of, on_device, settings_of
-from data.evaluation import PreparedBatch, images_to_predict, images_to_score
 from data.layouts import Pair
 from data.loading import unit_range
-from metrics import ByteArray
-from models import CamouflageSegmenter
-from models.trained import network_of
-from training.checkpoint import read_checkpoint
-from training.precision import Precision, resolve_device, resolve_precision
+from evaluation.images import PreparedBatch, images_to_predict, images_to_score
+from evaluation.metrics import ByteArray
+from evaluation.trained import network_of
+from models.network import CamouflageSegmenter
+from runtime.checkpoint import read_checkpoint
+from runtime.machine import Precision, memory_format_of, on_device, resolve_device, resolve_precision
+from training.setup import settings_of
 
 OUT_OF_MEMORY = "out of memory with one image: choose a smaller --img-size, or --device cpu"
 

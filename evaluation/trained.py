@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data.decoding import fixed_size, upright_rgb
 from models.network import CamouflageSegmenter, build_model
-from photograph import fixed_size, upright_rgb
 
 
 @dataclass(frozen=True)

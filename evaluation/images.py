@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.decoding import decode_image, image_size
+from data.decoding import decode_image, fixed_size, image_size
 from data.layouts import Pair
 from data.loading import begin_loader_process
-from photograph import fixed_size
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,16 @@
 """From the command line to a run that is ready to train: settings, data, network, state, folder."""
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Collection, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import cli
+from commands import cli
 from data.cache import DecodedCache, default_directory, open_cache
 from data.dataset import header_problems
 from data.decoding import problem_of
@@ -28,116 +26,40 @@ from data.layouts import (
     split_validation,
     training_pairs,
 )
-from data.processes import keep_freed_memory
+from data.processes import keep_freed_memory, num_cores
 from data.sampler import Share
 from data.synthetic import write_synthetic_dataset
 from data.unreadable import UnreadablePairs, require_few
-from models import CamouflageSegmenter, build_model
-from recovery import Recovery
-from reporting.history import CONFIG, LOG, read_json
+from models.network import build_network
+from reporting.history import CONFIG
 from reporting.listeners import SamplePredictions, listeners_of
-from reporting.terminal import LastingStream, OnlyWarnings
-from training.checkpoint import CheckpointStore, find_checkpoint, lock_directory, unlock_directory
-from training.distributed import Ranks, is_launched, is_started_again, join
+from runtime.checkpoint import CheckpointStore, find_checkpoint
+from runtime.console import LastingStream, OnlyWarnings
+from runtime.files import write_json
+from runtime.folder import LOG, lock_directory, require_free, settings_begun
+from runtime.log import RunLog, environment
+from runtime.machine import (
+    Precision,
+    memory_format_of,
+    on_device,
+    resolve_device,
+    resolve_precision,
+    use_deterministic_algorithms,
+)
+from runtime.ranks import Ranks, is_launched, is_started_again, join
+from runtime.sharding import shard
+from runtime.signals import StopRequest
 from training.drill import Drill
-from training.interrupt import StopRequest
+from training.gate import SpikeDetector
 from training.optim import Ema, all_finite, build_optimizer
-from training.precision import Precision, resolve_device, resolve_precision, use_deterministic_algorithms
-from training.runlog import RunLog, environment, write_json
-from training.sharding import shard, whole_on_first
-from training.stability import SpikeDetector
-from training.stages import CONSERVATIVE_SCALER, Stage
+from training.recovery import Recovery
+from training.run import Run
+from training.runner import WindowRunner
+from training.settings import check
+from training.stages import build_stages
 from training.state import TrainState, load_weights, resume, window_size
-from window import WindowRunner
 
 SYNTHETIC_TRAIN_IMAGES, SYNTHETIC_TEST_IMAGES = 640, 64
-FEW_WINDOWS = 300  # in which a network learns little, at the default learning rate
-
-
-@dataclass
-class Run:
-    """One training run. ``state`` changes; the rest is settled when the run is prepared."""
-
-    args: argparse.Namespace
-    config: dict[str, Any]  # the settings and the data's fingerprint, as saved
-    device: torch.device
-    precision: Precision
-    memory_format: torch.memory_format
-    stages: list[Stage]
-    train_pairs: list[Pair]
-    val_pairs: list[Pair]
-    cache: DecodedCache | None
-    state: TrainState
-    store: CheckpointStore
-    log: RunLog
-    recovery: Recovery
-    unreadable: UnreadablePairs
-    drills: list[Drill]
-    runner: WindowRunner
-    stop: StopRequest
-    ranks: Ranks  # the processes that train together; this one alone, without a launcher
-    share: Share  # of this one
-    lock: int | None  # on the checkpoint directory
-    consistent: bool = True  # no step is half done: the state could be saved
-    norm_warned: bool = False  # of norms far above --grad-clip: once is enough
-
-    def checkpoint(self) -> dict[str, Any]:
-        return {"config": self.config, **whole_on_first(self.state.state_dict(), self.ranks.is_first)}
-
-    @property
-    def save_is_due(self) -> bool:
-        since = self.state.progress.global_window - self.store.last_window
-        return self.stop.save or 0 < self.args.checkpoint_every <= since
-
-    def log_end(self, exit_code: int) -> None:
-        progress, ladder = self.state.progress, self.state.ladder
-        best = {"best_iou": progress.best_iou, "best_epoch": progress.best_epoch}
-        unreadable = list(self.unreadable.reasons)
-        self.log.event("run_end", exit_code=exit_code, **best, recovery=ladder.summary(), unreadable=unreadable)
-
-    @property
-    def resume_command(self) -> str:
-        return shlex.join(
-            ["python", sys.argv[0], "train", "--resume", "auto", "--checkpoint-dir", self.args.checkpoint_dir]
-        )
-
-    @property
-    def hides_bars(self) -> bool | None:
-        """None: where standard error is no terminal."""
-        return True if self.args.quiet or self.args.json_logs or not self.ranks.is_first else None
-
-    def last_lines(self) -> list[str]:
-        """What came of it, where it is, and the next command."""
-        progress, best = self.state.progress, self.store.best_path
-        is_synthetic = self.args.dataset_path == "synthetic"
-        data = self.store.directory / "synthetic" if is_synthetic else Path(self.args.dataset_path)
-        ends = ["predict", "--checkpoint", str(best), "PHOTOGRAPHS", "--output", "found", "--overlay"]
-        with suppress(ValueError, OSError):  # the data set may have gone
-            if any(subset.split == "test" for subset in find_subsets(data)):
-                ends = ["evaluate", "--checkpoint", str(best), "--dataset-path", str(data)]
-        windows = progress.global_window
-        few = f"Only {windows} windows (optimizer steps) were trained: docs/recipes.md has settings for small data sets"
-        return [
-            *([few] if windows < FEW_WINDOWS and not is_synthetic else []),
-            f"Done: validation IoU {progress.best_iou:.4f}, reached at epoch {progress.best_epoch}",
-            f"Weights: {best}, curves: {self.store.directory / LOG}",
-            f"Next: {shlex.join(['python', sys.argv[0], *ends])}",
-        ]
-
-    @property
-    def precision_in_use(self) -> Precision:
-        return self.state.precision_in_use(self.precision)
-
-
-def build_stages(args: argparse.Namespace) -> list[Stage]:
-    """Stage 1 trains the decoder, stage 2 everything; a stage without epochs is left out."""
-    batch, split = (args.batch_size, args.accumulation_steps), args.stage1_epochs
-    lr2, scale = args.lr * args.stage2_lr_scale, args.backbone_lr_scale
-    stages = [
-        Stage(1, 0, split, *batch, args.lr, scale, freeze_backbone=True),
-        Stage(2, split, args.epochs - split, *batch, lr2, scale, freeze_backbone=False, scaler=CONSERVATIVE_SCALER),
-    ]
-    return [stage for stage in stages if stage.num_epochs > 0]
 
 
 def size_of_windows(args: argparse.Namespace, num_ranks: int, before: dict[str, Any] | None) -> int:
@@ -167,34 +89,6 @@ def size_of_windows(args: argparse.Namespace, num_ranks: int, before: dict[str, 
 def settings_of(saved: dict[str, Any]) -> argparse.Namespace:
     """The settings of a run as it saved them; flags that there were not yet have the values of runs without them."""
     return cli.parse(["train"], saved)
-
-
-def build_network(args: argparse.Namespace, load_weights: bool) -> CamouflageSegmenter:
-    """The network from the settings. Without ``load_weights`` its weights are random: a checkpoint brings its own."""
-    torch.manual_seed(args.seed)
-    if load_weights and args.pretrained and not args.backbone_weights:
-        print(f"Pretrained weights of {args.backbone}: from the Hugging Face hub, or its cache on this machine")
-    return build_model(
-        args.backbone,
-        args.decoder_channels,
-        args.img_size,
-        zooms=args.zoom,
-        scales=args.multi_scale,
-        frozen_levels=args.frozen_levels,
-        pretrained=load_weights and args.pretrained,
-        backbone_weights=Path(args.backbone_weights) if load_weights and args.backbone_weights else None,
-        freeze_norm_statistics=args.pretrained or args.backbone_weights is not None,
-    )
-
-
-def memory_format_of(args: argparse.Namespace) -> torch.memory_format:
-    return torch.channels_last if args.channels_last else torch.contiguous_format
-
-
-def on_device(
-    model: CamouflageSegmenter, device: torch.device, memory_format: torch.memory_format
-) -> CamouflageSegmenter:
-    return model.to(device).to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types no such one
 
 
 def excluded_names(args: argparse.Namespace, before: dict[str, Any] | None) -> list[str]:
@@ -255,37 +149,11 @@ def find_unreadable(
     named = list(zip(pairs, names, strict=True))
     if args.cache:
         cache_dir = default_directory() if args.cache_dir is None else Path(args.cache_dir)
-        cache = open_cache(pairs, root, args.img_size, cache_dir, cli.num_cores())
+        cache = open_cache(pairs, root, args.img_size, cache_dir, num_cores())
         return cache, {name: cache.problems[pair.image] for pair, name in named if pair.image in cache.problems}
     problems = {names[position]: problem for position, problem in header_problems(pairs).items()}
     again = {name: problem_of(pair.image, pair.mask) for pair, name in named if name in known}
     return None, {**problems, **{name: problem for name, problem in again.items() if problem}}
-
-
-def require_free(directory: Path) -> None:
-    """Refuse a folder that cannot be had, before the data is looked at.
-
-    Raises:
-        ValueError: another run is writing there, or nobody can.
-    """
-    try:
-        if directory.exists():
-            lock = lock_directory(directory)
-            if lock is not None:
-                unlock_directory(lock)
-        parent = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
-    except OSError as error:
-        raise ValueError(f"--checkpoint-dir {directory}: {error.strerror or error}; choose another folder") from error
-    if not parent.is_dir():
-        raise ValueError(f"--checkpoint-dir {directory}: {parent} is a file; name a folder")
-    if not os.access(parent, os.W_OK):
-        raise ValueError(f"--checkpoint-dir {directory}: {parent} is read-only; choose another folder")
-
-
-def settings_begun(directory: Path) -> dict[str, Any] | None:
-    """Those of a run that ended before its first checkpoint, from its ``config.json``; None where there are none."""
-    settings = read_json(directory / CONFIG).get("settings")
-    return settings if isinstance(settings, dict) else None
 
 
 def take_directory(store: CheckpointStore, global_window: int, resumed: bool) -> tuple[int | None, bool]:
@@ -363,7 +231,7 @@ def prepare(argv: Sequence[str] | None) -> Run:
         print(f"{directory / CONFIG}: what is not given is as in the run that was begun here")
     if before is not None or begun is not None:
         args = cli.parse(argv, saved=begun if before is None else before["settings"], has_weights=before is not None)
-    ranks.from_first(lambda: cli.check(args))
+    ranks.from_first(lambda: check(args))
     ranks.shards = args.shard and ranks.size > 1
     if args.shard and ranks.size == 1:
         print("--shard: one process alone, started without torchrun, has nothing to share: it keeps all weights")
@@ -379,7 +247,7 @@ def prepare(argv: Sequence[str] | None) -> Run:
         use_deterministic_algorithms()
     torch.backends.cudnn.benchmark = not args.deterministic  # tries kernels for each new shape, and there are few
     keep_freed_memory()
-    torch.set_num_threads(min(torch.get_num_threads(), cli.num_cores()))  # torch counts cores, not a container's share
+    torch.set_num_threads(min(torch.get_num_threads(), num_cores()))  # torch counts cores, not a container's share
     precision = agreed_precision(args.precision, device, ranks)
     memory_format = memory_format_of(args)
     no_cuda = "" if torch.cuda.is_available() else " (no CUDA device found)"

@@ -1,7 +1,6 @@
 """Checkpoint files: written so that a crash leaves the older ones, read so that nothing in them can run."""
 
 import errno
-import fcntl
 import itertools
 import os
 import pickle
@@ -15,7 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from training.runlog import first_line
+from runtime.files import first_line
 
 FORMAT = "train_ultimate/2"
 
@@ -224,47 +223,6 @@ class HostCopy:
         if isinstance(value, list):
             return [self._copy(child, f"{name}[{index}]") for index, child in enumerate(value)]
         return value
-
-
-def lock_directory(directory: Path) -> int | None:
-    """Make this process the only one that writes there, for as long as it lives: a crash leaves no lock behind.
-
-    Returns:
-        a descriptor to be kept open; None where the file system knows no locks.
-
-    Raises:
-        ValueError: another process has it.
-    """
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ValueError(
-            f"{directory}: another run is writing there; wait for it or stop it, or choose another --checkpoint-dir"
-        ) from None
-    except OSError:  # some network file systems
-        os.close(descriptor)
-        return None
-    _locks.add(descriptor)
-    return descriptor
-
-
-def unlock_directory(descriptor: int) -> None:
-    _locks.discard(descriptor)
-    os.close(descriptor)
-
-
-_locks: set[int] = set()
-
-
-def _give_up_locks() -> None:
-    """In a forked process, which would hold them for as long as it lives, even when the one that took them is gone."""
-    while _locks:
-        os.close(_locks.pop())
-
-
-os.register_at_fork(after_in_child=_give_up_locks)
 
 
 def find_checkpoint(requested: str | None, directory: Path) -> tuple[Path | None, dict[str, Any] | None]:

@@ -11,29 +11,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.checkpoint import HostCopy
-from training.distributed import Ranks
-from training.incidents import (
-    DIVERGED,
-    NONFINITE_WEIGHTS,
-    Diagnosis,
-    IncidentRecord,
-    IncidentStore,
-    diagnose,
-    find_culprits,
-    name_cause,
-    running_statistics,
-    untouched,
-)
+from runtime.checkpoint import HostCopy
+from runtime.log import RunLog
+from runtime.machine import Precision, ScalerSettings
+from runtime.ranks import Ranks
+from runtime.sharding import load_local_state, local_state, whole_on_first, whole_weights
+from training.batchnorm import BufferGuard, running_statistics, untouched
+from training.diagnosis import Diagnosis, diagnose, find_culprits, name_cause
+from training.gate import StepVerdict, WindowOutcome
+from training.incidents import DIVERGED, NONFINITE_WEIGHTS, IncidentRecord, IncidentStore
 from training.ladder import AFTER_QUARANTINE, LEAST_LR_FACTOR, Action, LossHistory
 from training.optim import all_finite, fresh_moments
-from training.precision import Precision
-from training.runlog import RunLog
-from training.sharding import load_local_state, local_state, whole_on_first, whole_weights
-from training.stability import BufferGuard, StepVerdict, WindowOutcome
-from training.stages import ScalerSettings
 from training.state import TrainState
-from window import Window, accumulate_gradients, window_to_payload
+from training.window import Window, accumulate_gradients, window_to_payload
 
 SNAPSHOT_EVERY = 50  # applied windows
 _HOW_APPLIED = {  # attempt -> what was done, and what that says about the cause

@@ -1,0 +1,1 @@
+"""From a checkpoint to predictions and scores. Independent of training/."""

@@ -1,0 +1,191 @@
+"""A window, one optimizer step's worth of batches: how it is handed out, and how its gradients come about."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data.dataset import Batch
+from data.loading import to_device
+from losses import deep_supervision_loss
+from runtime.machine import LossScaler, Precision, ScalerSettings
+from training.drill import Drill
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one optimizer step is computed from, complete enough to be computed again."""
+
+    number: int  # in its epoch, from 0
+    global_number: int  # in the run, from 1
+    batches: Sequence[Batch]
+    lr: float  # the decoder's, as scheduled: before what recovery takes off it
+    uncertainty_weight: float
+    precision: Precision
+    scaler: LossScaler
+    memory_format: torch.memory_format
+    seed: int  # of dropout and drop-path
+    total: int | None = None  # samples that count, over all ranks; None: those here are all
+    blank: Batch | None = None  # to be run, and not to count, by a rank that has fewer batches than others
+    rounds: int = 0  # batches to run at the least, where ranks wait for one another in each
+    scale: float = 1.0  # of the images, as the backbone sees them
+    attempt: int = 0  # how often it has been run before
+    drill: Drill | None = None  # strikes this attempt
+    spoilt_by: str = ""  # the kind of drill that has changed its samples
+
+    @property
+    def rehearses(self) -> str:
+        """The kind of drill, where one strikes."""
+        return self.spoilt_by if self.drill is None else self.drill.kind
+
+    @property
+    def num_samples(self) -> int:
+        """Of this rank."""
+        return sum(len(batch.images) for batch in self.batches)
+
+    @property
+    def num_samples_everywhere(self) -> int:
+        return self.num_samples if self.total is None else self.total
+
+    @property
+    def sample_indices(self) -> list[int]:
+        return [index for batch in self.batches for index in batch.indices.tolist()]
+
+    def only(self, positions: Iterable[int], least: int = 1) -> "Window":
+        """The window made of some of this rank's samples alone, by position, in the batches they are in.
+
+        Args:
+            positions: over all batches, from 0.
+            least: batches left with fewer samples are left out.
+        """
+        wanted, batches, first = set(positions), [], 0
+        if len(wanted) == self.num_samples:
+            return replace(self, total=None)
+        for batch in self.batches:
+            chosen = [position for position in range(len(batch.images)) if first + position in wanted]
+            first += len(batch.images)
+            if len(chosen) >= least:
+                batches.append(batch.take(chosen))
+        return replace(self, batches=batches, total=None)
+
+    def in_full_precision(self, halve: bool) -> "Window":
+        """The same in fp32, without loss scaling.
+
+        Args:
+            halve: each batch in two halves, so that it needs no more memory than it did. Not the same computation where
+                layers normalise by the batch's statistics.
+        """
+        if self.precision.name == "fp32":
+            return self
+        full = self.precision.full()
+        window = self.in_parts(2) if halve else self
+        return replace(window, precision=full, scaler=full.new_scaler(self.scaler.settings))
+
+    def in_parts(self, parts: int, least: int = 1) -> "Window":
+        """The same samples in smaller batches: the same gradient, but for what layers make of a batch's statistics.
+
+        Args:
+            parts: that each batch is cut into, nearly equal.
+            least: samples that a part must have.
+        """
+        if parts == 1:
+            return self
+        batches: list[Batch] = []
+        for batch in self.batches:
+            size = len(batch.images)
+            number = max(1, min(parts, size // least))
+            ends = [-(-size * part // number) for part in range(number + 1)]  # the larger ones first
+            batches += [batch.take(range(start, end)) for start, end in pairwise(ends)]
+        return replace(self, batches=batches, rounds=parts * self.rounds)
+
+
+def batch_loss(
+    model: nn.Module, images: Tensor, masks: Tensor, uncertainty_weight: Tensor, precision: Precision, scale: float
+) -> Tensor:
+    """Forward pass and loss of a batch: what ``--compile`` compiles.
+
+    Shape:
+        images (B, 3, S, S), masks (B, 1, S, S), uncertainty_weight () -> ()
+    """
+    with precision.autocast():
+        side_logits = model(images, scale)
+    return deep_supervision_loss(side_logits, masks, uncertainty_weight)
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    window: Window,
+    loss_of: Callable[..., Tensor] = batch_loss,
+    around_backward: Callable[[], AbstractContextManager[None]] = nullcontext,
+    num_ranks: int = 1,
+) -> Tensor:
+    """Forward and backward pass of each batch of a window; gradients, scaled by its scaler, are summed in ``.grad``.
+
+    Dropout is a function of the window, too: run again, now or after a resume, it is the same computation.
+
+    Args:
+        model: in training mode.
+        window: what to compute them from.
+        loss_of: ``batch_loss``, or something faster that computes the same.
+        around_backward: entered for each backward pass.
+        num_ranks: that average gradients in the model's backward pass: a replica in that of the last batch, a sharded
+            one in each. What each rank has of the loss is multiplied by their number, so that the mean is the sum.
+
+    Returns:
+        the window's loss, unscaled, a scalar on the device: the mean over its samples, or this rank's part of it. A
+        batch counts by the samples it has, so that the short last one, too, contributes as it would to one large batch.
+    """
+    device = torch.device(window.precision.device_type)
+    total = torch.zeros((), device=device)
+    uncertainty_weight = torch.full((), window.uncertainty_weight, device=device)  # a number would be compiled in
+    torch.manual_seed(window.seed)
+    idle = max(1, len(window.batches), window.rounds if num_ranks > 1 else 0) - len(window.batches)
+    batches = [*window.batches, *[window.blank] * idle]
+    for number, batch in enumerate(batches):
+        assert batch is not None, "an empty window is left out, or has something blank to run"
+        images, masks = to_device(batch, device, window.memory_format)
+        counts = number < len(window.batches)
+        share = num_ranks * len(images) / window.num_samples_everywhere if counts else 0.0
+        is_last = number == len(batches) - 1
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last else nullcontext():
+            loss = loss_of(model, images, masks, uncertainty_weight, window.precision, window.scale) * share
+            if window.drill is not None:
+                loss = window.drill.spoil_loss(loss, window.scaler.is_enabled())
+            with around_backward():
+                window.scaler.scale(loss).backward()
+        total += loss.detach()
+    return total / num_ranks
+
+
+def window_to_payload(window: Window, loss_scale: float) -> dict[str, Any]:
+    """Tensors and plain numbers, to be run again elsewhere."""
+    return {
+        "global_number": window.global_number,
+        "batches": [batch._asdict() for batch in window.batches],
+        "uncertainty_weight": window.uncertainty_weight,
+        "precision": window.precision.name,
+        "loss_scale": loss_scale,
+        "seed": window.seed,
+        "scale": window.scale,
+    }
+
+
+def window_from_payload(payload: dict[str, Any], device_type: str, memory_format: torch.memory_format) -> Window:
+    precision = Precision(payload["precision"], device_type)
+    return Window(
+        number=0,
+        global_number=payload["global_number"],
+        batches=[Batch(**batch) for batch in payload["batches"]],
+        lr=0.0,
+        uncertainty_weight=payload["uncertainty_weight"],
+        precision=precision,
+        scaler=precision.new_scaler(ScalerSettings(init_scale=payload["loss_scale"])),
+        memory_format=memory_format,
+        seed=payload["seed"],
+        scale=payload.get("scale", 1.0),  # incidents from before there were several have none
+    )
