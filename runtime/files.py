@@ -1,15 +1,61 @@
-"""Files replaced in one step, and errors in one line."""
+"""Files replaced in one step, and errors shortened to one line."""
 
 import json
 import math
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+UNFINISHED = ".*.unfinished"  # what a kill during ``replacing`` leaves behind, as a pattern
+_LONGEST_NAME = 200  # bytes; file systems take 255, with what is added here
 
-def first_line(error: BaseException) -> str:
-    """Of its message, or its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+@contextmanager
+def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
+    """Yield a temporary path beside ``path``, and rename it onto ``path`` if the block succeeds.
+
+    Readers see the old content or the new, never half of one. If the block fails, what it wrote is removed.
+
+    Args:
+        path: The file or folder to write.
+        suffix: Ending of the temporary name, for writers that choose a format by it.
+    """
+    name = os.fsdecode(os.fsencode(path.name)[:_LONGEST_NAME])
+    unfinished = path.with_name(f".{name}.{os.getpid()}.unfinished{suffix}")  # two processes may write one report
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished)
+        unfinished.unlink(missing_ok=True)
+
+
+def remove_leftovers(directory: Path, pattern: str = UNFINISHED) -> None:
+    """Remove what killed writers left in a folder. Lock it first: a file being written looks the same."""
+    for leftover in directory.glob(pattern):
+        leftover.unlink(missing_ok=True)
+
+
+def sync_directory(directory: Path) -> None:
+    """Flush a folder's entries to the disk, so that a rename survives a loss of power.
+
+    Some network file systems cannot, and answer with an OSError: then nothing more can be done.
+    """
+    with suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """Return the first line of an error's message, cut to ``limit`` characters; its type if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -18,17 +64,13 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a UTF-8 file in one step; bytes of file names that are not UTF-8 are written as they came."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")  # two processes may write one report
-    try:
+    """Replace a UTF-8 file in one step; bytes of file names that are not UTF-8 are written unchanged."""
+    with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8", errors="surrogateescape")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def json_safe(value: Any) -> Any:
-    """JSON knows no NaN or infinity: they become the strings "nan", "inf" and "-inf"."""
+    """Return nested values with NaN and infinity, which JSON lacks, as the strings "nan", "inf" and "-inf"."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
