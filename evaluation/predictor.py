@@ -15,8 +15,7 @@ from evaluation.metrics import ByteArray
 from evaluation.trained import network_of
 from models.network import CamouflageSegmenter
 from runtime.checkpoint import read_checkpoint
-from runtime.machine import Precision, memory_format_of, on_device, resolve_device, resolve_precision
-from training.setup import settings_of
+from runtime.machine import Precision, on_device, resolve_device, resolve_precision
 
 OUT_OF_MEMORY = "out of memory with one image: choose a smaller --img-size, or --device cpu"
 
@@ -59,11 +58,11 @@ def load_network(
     """
     checkpoint = read_checkpoint(path)
     model = network_of(checkpoint, path, img_size)
-    settings = settings_of(checkpoint["config"]["settings"])
-    device, memory_format = resolve_device(device_name), memory_format_of(settings)
+    settings, device = checkpoint["config"]["settings"], resolve_device(device_name)
+    memory_format = torch.channels_last if settings.get("channels_last", True) else torch.contiguous_format
     return TrainedNetwork(
         on_device(model, device, memory_format),
-        img_size or settings.img_size,
+        img_size or settings["img_size"],
         device,
         resolve_precision(precision_name, device),
         memory_format,

@@ -1,8 +1,7 @@
-"""A trained network from its checkpoint, for use: the way in for other programs."""
+"""Trained networks from their checkpoints: the entry point for other programs."""
 
-import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,23 @@ from PIL import Image
 from torch import Tensor
 
 from data.decoding import fixed_size, upright_rgb
-from models.network import CamouflageSegmenter, build_model
+from models.backbone import reason_of
+from models.network import CamouflageSegmenter, NetworkSettings, build_network
+from runtime.checkpoint import read_checkpoint
 
 
 @dataclass(frozen=True)
 class Transform:
-    """Photographs to the network's input, as in training: upright by EXIF, RGB, resized bilinearly to a square."""
+    """The way from photographs to the network's input, as in training: upright by EXIF, RGB, resized bilinearly."""
 
-    img_size: int  # S
+    img_size: int  # side S of the network's input in pixels
     device: torch.device
 
     def __call__(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """One photograph, or several of any sizes, of any mode.
+        """Return a batch of one photograph, or of several, of any sizes and modes.
 
         Shape:
-            -> (B, 3, S, S) float32 in [0, 1] on the network's device; B is 1 for one photograph
+            -> (B, 3, S, S) float32 in [0, 1] on ``device``; B is 1 for one photograph
         """
         batch = [images] if isinstance(images, Image.Image) else images
         pixels = np.stack([fixed_size(upright_rgb(image), self.img_size) for image in batch])
@@ -34,14 +35,14 @@ class Transform:
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[CamouflageSegmenter, Transform]:
-    """The network of a checkpoint of ``train``, in evaluation mode, and what prepares photographs for it.
+    """Load the network of a checkpoint, in evaluation mode, and the transform that prepares photographs for it.
 
-    Its averaged weights where it has them: those that were validated. Needs nothing but the file; nothing in it is
-    executed.
+    The weights are the averaged ones if the checkpoint has them: those that were validated. The file is all it takes,
+    and nothing in it is executed.
 
     Args:
         path: ``best_model.pth``, or any other checkpoint of a run.
-        device: that the network is to be on, and ``Transform`` puts its batches on.
+        device: where the network computes, and where the transform puts its batches.
 
     Returns:
         network, transform. ``network(transform(photograph))[-1]`` are logits, (1, 1, S, S): resize them to the
@@ -49,63 +50,40 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Ca
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no checkpoint of this program, holds weights alone, is damaged, or its weights are not finite.
+        ValueError: it is no checkpoint of this program, holds only weights, is damaged, or its weights are not finite.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load takes a flipped bit as it is; the checksums tell
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"damaged: checksum of {damaged}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged archive raises anything; what could run code, UnpicklingError
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not a readable checkpoint ({reason})") from error
-    model = network_of(checkpoint, path)
-    for name, weight in model.state_dict().items():
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"{path}: {name} is not finite")
-    model = model.to(device)
+    with open(path, "rb"):  # an OSError, as programs expect it of a file that is missing
+        pass
+    checkpoint = read_checkpoint(Path(path))
+    model = network_of(checkpoint, path).to(device)
     return model, Transform(checkpoint["config"]["settings"]["img_size"], torch.device(device))
 
 
-def network_of(checkpoint: Any, path: str | Path, img_size: int | None = None) -> CamouflageSegmenter:
-    """The network that a checkpoint is of, on the CPU, with its weights for use, in evaluation mode.
+def network_of(checkpoint: Mapping[str, Any], path: str | Path, img_size: int | None = None) -> CamouflageSegmenter:
+    """Build the network of a checkpoint on the CPU, with its averaged weights if it has them, in evaluation mode.
 
     Args:
-        checkpoint: what its file holds.
-        path: of the file, for messages.
-        img_size: side of the images it is to take; None for that of training.
+        checkpoint: content of the file, from ``read_checkpoint``.
+        path: name of the file, for messages.
+        img_size: side of the images in pixels; None for that of training.
 
     Raises:
-        ValueError: it does not tell which network it is of, or its weights fit no images of this size.
+        ValueError: the checkpoint does not describe its network, or the weights do not fit it or this size.
     """
-    if not isinstance(checkpoint, dict) or "model" not in checkpoint or "config" not in checkpoint:
+    if "model" not in checkpoint or "config" not in checkpoint:
         raise ValueError(
-            f"{path}: holds weights alone and does not tell which network they are of; "
+            f"{path}: holds only weights and does not say which network they belong to; "
             f"use a checkpoint of a run, such as best_model.pth"
         )
     try:
-        settings, average = checkpoint["config"]["settings"], checkpoint.get("ema")
+        settings, average = NetworkSettings.of(checkpoint["config"]["settings"], img_size), checkpoint.get("ema")
         weights = checkpoint["model"] if average is None else average["model"]
-        model = build_as_trained(settings, img_size or settings["img_size"])
-    except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:  # made by other programs
+        # What only training needs is left out: the weights may fit this size, but not all scales of it.
+        model = build_network(replace(settings, scales=(1.0,), frozen_levels=0))
+    except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:  # written by other programs
         raise ValueError(f"{path}: its settings describe no network ({type(error).__name__}: {error})") from error
     try:
         model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])[:300]
-        raise ValueError(f"{path}: the checkpoint's weights do not fit its network ({reason})") from error
+        raise ValueError(f"{path}: the checkpoint's weights do not fit its network ({reason_of(error)})") from error
     return model.eval()
-
-
-def build_as_trained(settings: Mapping[str, Any], img_size: int) -> CamouflageSegmenter:
-    """The network that a run's settings describe, with random weights. Runs from before ``--zoom`` had none."""
-    return build_model(
-        settings["backbone"],
-        settings["decoder_channels"],
-        img_size,
-        freeze_norm_statistics=settings["pretrained"] or settings["backbone_weights"] is not None,
-        zooms=settings.get("zoom", [1.0]),
-    )

@@ -1,6 +1,5 @@
-"""Models: a timm backbone, the decoder, the network that joins them, and the way to one that has been trained."""
+"""Models: a timm backbone, the decoder, and the network that joins them."""
 
-from evaluation.trained import Transform, load_model
-from models.network import CamouflageSegmenter, build_model
+from models.network import CamouflageSegmenter, NetworkSettings, build_network
 
-__all__ = ["CamouflageSegmenter", "Transform", "build_model", "load_model"]
+__all__ = ["CamouflageSegmenter", "NetworkSettings", "build_network"]

@@ -1,8 +1,9 @@
 """timm backbones as multi-scale feature extractors. The only module that imports timm."""
 
 import difflib
+import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 
 _MAX_LEVELS = 4
 
-# timm warns about every classifier weight that a feature extractor has no use for. What matters, weights that are
-# missing, is an error below.
-logging.getLogger("timm.models._builder").setLevel(logging.ERROR)
+# Silenced while timm builds a network: it warns about every classifier weight that a feature extractor does not use
+# (missing weights are an error below), and the hub logs a page of retries if there is no connection.
+_NOISY_LOGGERS = ("timm.models._builder", "huggingface_hub")
 
 
 class Backbone(nn.Module):
@@ -80,31 +81,47 @@ class Backbone(nn.Module):
         return switch is not None
 
 
-class _TrainsInFp32OnCpu:
-    """For a convolution whose backward pass is faster in fp32 than in bf16 on a CPU; forward, bf16 is twice as fast."""
+class _TrainsInFp32OnCpu(nn.Conv2d):
+    """Convolution whose training is computed in fp32 under bf16 autocast on a CPU."""
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         in_bf16 = (
-            images.is_cpu and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
+            input.is_cpu and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
         )
-        trains = images.requires_grad or self.weight.requires_grad  # type: ignore[attr-defined]  # of the convolution
+        trains = input.requires_grad or self.weight.requires_grad
         if in_bf16 and trains and torch.is_grad_enabled():
             with torch.autocast("cpu", enabled=False):
-                return super().forward(images.float()).to(torch.bfloat16)  # type: ignore[misc]  # of the convolution
-        return super().forward(images)  # type: ignore[misc]
+                return super().forward(input.float()).to(torch.bfloat16)
+        return super().forward(input)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # pickle and copy look classes up by name, and those of ``_trains_in_fp32`` are in no module.
+        _, kind = type(self).__bases__
+        return _empty_convolution, (kind,), self.__getstate__()
+
+
+@functools.cache
+def _trains_in_fp32(kind: type[nn.Conv2d]) -> type[nn.Conv2d]:
+    """Return the same kind of convolution, trained in fp32: a plain one, or one of timm's with padding of its own."""
+    return type(kind.__name__, (_TrainsInFp32OnCpu, kind), {})
+
+
+def _empty_convolution(kind: type[nn.Conv2d]) -> nn.Conv2d:
+    """Return a convolution without its state, which pickle restores afterwards."""
+    subclass = _trains_in_fp32(kind)
+    return subclass.__new__(subclass)
 
 
 def speed_up_depthwise(module: nn.Module) -> None:
-    """Give depthwise convolutions that are not 3x3 with stride 1 to fp32 where a CPU trains them in bf16.
+    """Train depthwise convolutions in fp32 under bf16 autocast on a CPU, unless they are 3x3 with stride 1.
 
-    oneDNN has no fast backward pass for them in bf16: 5x5 or strided ones take 4 to 30 times as long as in fp32, in all
-    more than half of a step of EfficientNet's. Where nothing of them trains, they stay in bf16.
+    oneDNN has no fast backward pass for them in bf16: 5x5 and strided ones take 4 to 30 times as long as in fp32, in
+    total more than half of a step of EfficientNet. Inference and frozen layers stay in bf16, twice as fast.
     """
     for layer in module.modules():
         depthwise = isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels
         if depthwise and (layer.kernel_size, layer.stride) != ((3, 3), (1, 1)):
-            kind = type(layer)
-            layer.__class__ = type(kind.__name__, (_TrainsInFp32OnCpu, kind), {})  # type: ignore[assignment]  # a kind of it
+            layer.__class__ = _trains_in_fp32(type(layer))
 
 
 @contextmanager
@@ -150,15 +167,14 @@ def build_backbone(name: str, pretrained: bool, weights_file: Path | None, img_s
         raise ValueError(f"--backbone {name}: timm {timm.__version__} has no model of that name{hint}")
     if weights_file is not None:
         return Backbone(_create_from_file(name, weights_file, img_size))
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a page of retries where there is no connection
     try:
         return Backbone(_create(name, img_size, pretrained=pretrained))
     except (OSError, RuntimeError) as error:
         if not pretrained:
-            raise ValueError(f"--backbone {name}: timm cannot build it ({_summary(error)})") from error
+            raise ValueError(f"--backbone {name}: timm cannot build it ({reason_of(error)})") from error
         raise ValueError(
-            f"--backbone {name}: its pretrained weights could not be loaded ({_summary(error)}). Without a connection, "
-            f"give a file with --backbone-weights, or start from random weights with --no-pretrained"
+            f"--backbone {name}: its pretrained weights could not be loaded ({reason_of(error)}). Without a "
+            f"connection, give a file with --backbone-weights, or start from random weights with --no-pretrained"
         ) from error
 
 
@@ -167,9 +183,12 @@ def _create(name: str, img_size: int, **options: Any) -> nn.Module:
     if config is not None and config.fixed_input_size:
         options["img_size"] = img_size
     try:
-        return timm.create_model(name, features_only=True, **options)
+        with _silenced(_NOISY_LOGGERS):
+            return timm.create_model(name, features_only=True, **options)
     except (AttributeError, AssertionError, NotImplementedError, TypeError, IndexError) as error:
-        raise ValueError(f"--backbone {name}: timm cannot build it as a feature pyramid ({_summary(error)})") from error
+        raise ValueError(
+            f"--backbone {name}: timm cannot build it as a feature pyramid ({reason_of(error)})"
+        ) from error
     except RuntimeError as error:
         if "features_only" not in str(error):
             raise
@@ -195,7 +214,7 @@ def _create_from_file(name: str, weights_file: Path, img_size: int) -> nn.Module
             loaded = _create(name, img_size, pretrained=True, pretrained_cfg_overlay={"state_dict": weights})
         except Exception as error:  # safetensors, pickle, zip and shape errors share no base class
             raise ValueError(
-                f"--backbone-weights {weights_file}: does not load into {name} ({_summary(error)})"
+                f"--backbone-weights {weights_file}: does not load into {name} ({reason_of(error)})"
             ) from error
     before = dict(initial.named_parameters())
     matrices = [(key, weight) for key, weight in loaded.named_parameters() if weight.ndim >= 2]
@@ -208,6 +227,23 @@ def _create_from_file(name: str, weights_file: Path, img_size: int) -> nn.Module
     return loaded
 
 
-def _summary(error: Exception) -> str:
+@contextmanager
+def _silenced(names: Sequence[str]) -> Iterator[None]:
+    """Drop what these loggers say below an error; restore their levels afterwards."""
+    levels = {name: logging.getLogger(name).level for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first two lines of an error's message as one of at most 300 characters, or else the error's type.
+
+    Two, because torch's first line about weights that do not fit only says that there are some.
+    """
     lines = [line.strip() for line in str(error).strip().splitlines()]
-    return " ".join(lines[:2])[:200] or type(error).__name__
+    return " ".join(lines[:2])[:300] or type(error).__name__

@@ -1,7 +1,8 @@
 """The network: input normalisation, backbone (at one zoom or several), decoder."""
 
-import argparse
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,10 +10,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.backbone import Backbone, build_backbone
+from models.backbone import Backbone, build_backbone, reason_of
 from models.decoder import ForegroundBackgroundDecoder
 from models.hub import read_network, write_network
 from models.zoom import ZoomedFeatures, resized, zoomed_side
+
+logger = logging.getLogger("train_ultimate")
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """The settings that decide a network's architecture, and which of its parts train."""
+
+    backbone: str
+    decoder_channels: int  # a multiple of 8
+    img_size: int  # side of the square images in pixels, a multiple of 32
+    zooms: tuple[float, ...] = (1.0,)
+    scales: tuple[float, ...] = (1.0,)  # --multi-scale; they change no weight
+    frozen_levels: int = 0
+    freeze_norm_statistics: bool = True
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], img_size: int | None = None) -> Self:
+        """Read a run's settings, as checkpoints, incidents and ``config.json`` hold them.
+
+        Settings added since the file was written take their defaults.
+
+        Args:
+            settings: the run's settings by name.
+            img_size: side of the images in pixels; None for the one in ``settings``.
+
+        Raises:
+            KeyError, TypeError: these are not the settings of a run.
+        """
+        return cls(
+            settings["backbone"],
+            settings["decoder_channels"],
+            img_size or settings["img_size"],
+            tuple(settings.get("zoom", cls.zooms)),
+            tuple(settings.get("multi_scale", cls.scales)),
+            settings.get("frozen_levels", cls.frozen_levels),
+            settings["pretrained"] or settings["backbone_weights"] is not None,
+        )
 
 
 class CamouflageSegmenter(nn.Module):
@@ -127,15 +166,17 @@ class CamouflageSegmenter(nn.Module):
         """
         config, weights = read_network(source, **hub_options)
         try:
-            model = build_model(
-                config["backbone"], config["decoder_channels"], config["img_size"], zooms=config["zooms"]
+            settings = NetworkSettings(
+                config["backbone"], config["decoder_channels"], config["img_size"], tuple(config["zooms"])
             )
+            model = build_network(settings)
             model.load_state_dict(weights)
-            for name in ("mean", "std"):  # as it was trained, whatever the timm of today says
+            for name in ("mean", "std"):  # as in training, even if the installed timm has other constants
                 model.get_buffer(name).copy_(torch.tensor(config[name]).view(1, 3, 1, 1))
         except (RuntimeError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
-            reason = " ".join(line.strip() for line in str(error).splitlines()[:2])[:300]
-            raise ValueError(f"{source}: its weights do not fit the network of its config.json ({reason})") from error
+            raise ValueError(
+                f"{source}: its weights do not fit the network of its config.json ({reason_of(error)})"
+            ) from error
         model.config = config
         return model.eval()
 
@@ -150,51 +191,42 @@ class CamouflageSegmenter(nn.Module):
         return self
 
 
-def build_model(
-    backbone: str, decoder_channels: int, img_size: int, pretrained: bool = False, backbone_weights: Path | None = None,
-    freeze_norm_statistics: bool = True, zooms: Sequence[float] = (1.0,), scales: Sequence[float] = (1.0,),
-    frozen_levels: int = 0,
-) -> CamouflageSegmenter:  # fmt: skip
-    """Build the network and run it on an empty image, at each of the scales that it is to be trained at.
+def build_network(
+    settings: NetworkSettings, pretrained: bool = False, backbone_weights: Path | None = None
+) -> CamouflageSegmenter:
+    """Build the network and run it on an empty image, at each of the scales it will train at.
 
-    See ``CamouflageSegmenter.freeze_levels`` for ``frozen_levels``, and ``build_backbone`` for the other arguments and
-    the errors.
+    Args:
+        settings: the architecture.
+        pretrained: start the backbone from timm's pretrained weights.
+        backbone_weights: file to load the backbone's weights from; takes precedence over ``pretrained``.
+
+    Raises:
+        ValueError: unknown backbone, unusable weights, or images of a size that the backbone does not take.
     """
-    sides = [zoomed_side(img_size, zoom) for zoom in zooms]
-    if len(set(sides)) < len(sides) or (sides == [img_size] and list(zooms) != [1]):
+    size, zooms = settings.img_size, settings.zooms
+    sides = [zoomed_side(size, zoom) for zoom in zooms]
+    if len(set(sides)) < len(sides) or (sides == [size] and zooms != (1,)):
         factors = " ".join(f"{zoom:g}" for zoom in zooms)
         raise ValueError(
-            f"--zoom {factors}: at --img-size {img_size} that is {sides} pixels, in multiples of 32: not a size of its "
+            f"--zoom {factors}: at --img-size {size} that is {sides} pixels, in multiples of 32: not a size of its "
             f"own for each; choose zooms that are further apart"
         )
-    body = build_backbone(backbone, pretrained, backbone_weights, img_size)
-    model = CamouflageSegmenter(body, decoder_channels, freeze_norm_statistics, zooms)
-    for scale in {1.0, *scales}:
+    if pretrained and backbone_weights is None:
+        logger.info(
+            "Pretrained weights of %s: from the Hugging Face hub, or its cache on this machine", settings.backbone
+        )
+    backbone = build_backbone(settings.backbone, pretrained, backbone_weights, size)
+    model = CamouflageSegmenter(backbone, settings.decoder_channels, settings.freeze_norm_statistics, zooms)
+    for scale in {1.0, *settings.scales}:
         try:
             with torch.no_grad():
-                model.eval()(torch.zeros(1, 3, img_size, img_size), scale)
+                model.eval()(torch.zeros(1, 3, size, size), scale)
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            size = f"--img-size {img_size}" + (f" at --multi-scale {scale:g}" if scale != 1 else "")
-            raise ValueError(f"--backbone {backbone} does not take images of {size} ({reason})") from error
-    if frozen_levels:
-        model.freeze_levels(frozen_levels, img_size)
+            where = f"--img-size {size}" + (f" at --multi-scale {scale:g}" if scale != 1 else "")
+            raise ValueError(
+                f"--backbone {settings.backbone} does not take images of {where} ({reason_of(error)})"
+            ) from error
+    if settings.frozen_levels:
+        model.freeze_levels(settings.frozen_levels, size)
     return model.train()
-
-
-def build_network(args: argparse.Namespace, load_weights: bool) -> CamouflageSegmenter:
-    """The network from the settings. Without ``load_weights`` its weights are random: a checkpoint brings its own."""
-    torch.manual_seed(args.seed)
-    if load_weights and args.pretrained and not args.backbone_weights:
-        print(f"Pretrained weights of {args.backbone}: from the Hugging Face hub, or its cache on this machine")
-    return build_model(
-        args.backbone,
-        args.decoder_channels,
-        args.img_size,
-        zooms=args.zoom,
-        scales=args.multi_scale,
-        frozen_levels=args.frozen_levels,
-        pretrained=load_weights and args.pretrained,
-        backbone_weights=Path(args.backbone_weights) if load_weights and args.backbone_weights else None,
-        freeze_norm_statistics=args.pretrained or args.backbone_weights is not None,
-    )
