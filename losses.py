@@ -1,7 +1,7 @@
 """Losses for camouflaged-object segmentation.
 
 Shapes: B batch, H W height and width. Logits are unbounded scores before the sigmoid; masks are 0 or 1. Every loss is
-computed in float32 with autocast off: the sums run over H*W pixels, far past fp16's 65,504.
+computed in float32 with autocast off: sums over H*W pixels exceed fp16's maximum of 65,504.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 def boundary_weights(masks: Tensor, kernel_size: int = 31) -> Tensor:
-    """Weight 1 to 6 for each pixel, high where its neighbourhood disagrees with it: outlines and thin parts.
+    """Return a weight from 1 to 6 for each pixel, high at outlines and in thin parts.
 
     w = 1 + 5 * |mean of the mask over kernel_size x kernel_size - mask|  (Wei et al., "F3Net", AAAI 2020)
 
-    The mean is counted: differences of running sums, in whole numbers, which takes the same time for any kernel size.
+    The mean comes from differences of running integer sums: exact, and equally fast for any kernel size.
 
     Shape:
         masks (B, 1, H, W), 0 or 1 -> (B, 1, H, W)
@@ -30,10 +30,10 @@ def boundary_weights(masks: Tensor, kernel_size: int = 31) -> Tensor:
 
 
 def structure_loss(logits: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
-    """Boundary-weighted binary cross-entropy plus boundary-weighted IoU, averaged over the batch (Wei et al., 2020).
+    """Return boundary-weighted binary cross-entropy plus IoU loss, averaged over the batch (Wei et al., 2020).
 
     Each image's cross-entropy is normalised by its own sum of weights. Adding 1 to intersection and union keeps the IoU
-    term defined, with a usable gradient, for an empty mask.
+    term defined, with a usable gradient, if a mask is empty.
 
     Shape:
         logits, masks, weights: (B, 1, H, W)
@@ -53,7 +53,7 @@ def structure_loss(logits: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
 
 
 def uncertainty_loss(logits: Tensor) -> Tensor:
-    """1 - |2p - 1|^2 averaged over pixels: 1 where p = 0.5, 0 where p is 0 or 1 (UAL; Pang et al., CVPR 2022).
+    """Return 1 - |2p - 1|^2 averaged over pixels: 1 if all p are 0.5, 0 if all are 0 or 1 (Pang et al., CVPR 2022).
 
     Shape:
         logits (B, 1, H, W)
@@ -65,14 +65,14 @@ def uncertainty_loss(logits: Tensor) -> Tensor:
 
 
 def deep_supervision_loss(side_logits: Sequence[Tensor], masks: Tensor, uncertainty_weight: float | Tensor) -> Tensor:
-    """Structure loss on every side output plus the uncertainty loss on the finest: the loss this program trains with.
+    """Return the training loss: structure loss of every side output plus uncertainty loss of the finest.
 
-    Side outputs are brought to the masks' size and weighted ..., 1/4, 1/2, 1 from coarse to fine.
+    Side outputs are resized to the masks' size and weighted ..., 1/4, 1/2, 1 from coarse to fine.
 
     Args:
         side_logits: coarse to fine, each (B, 1, h, w) of any float type and size.
         masks: (B, 1, H, W) float, 0 or 1.
-        uncertainty_weight: factor of the uncertainty loss, meant to rise from 0 to 1 over training: early on, pushing
+        uncertainty_weight: factor of the uncertainty loss, meant to rise from 0 to 1 during training: early on, pushing
             probabilities to the extremes would harden guesses.
 
     Returns:

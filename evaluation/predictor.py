@@ -1,4 +1,4 @@
-"""From a checkpoint to predictions: the network as it was validated, and the field's way from logits to grey levels."""
+"""Predictions of a checkpoint's network, at the sizes of masks or photographs, as grey levels or masks."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,18 +22,22 @@ OUT_OF_MEMORY = "out of memory with one image: choose a smaller --img-size, or -
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """A network ready to be used, and how its images are to be prepared."""
+    """Trained network, and what its input has to look like."""
 
     model: CamouflageSegmenter  # in evaluation mode
-    img_size: int
+    img_size: int  # side of the square input in pixels
     device: torch.device
     precision: Precision
     memory_format: torch.memory_format
-    tta: bool  # test-time augmentation: the mean over each image and its mirror image
-    held_out: tuple[str, ...]  # images that its run was validated on: paths below the folder of its data
+    tta: bool  # test-time augmentation: average over each image and its mirror image
+    held_out: tuple[str, ...]  # validation images of its run, as paths below the dataset's folder
 
     def logits(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) float in [0, 1] -> (B, 1, S, S) float32."""
+        """Return the finest logits.
+
+        Shape:
+            (B, 3, S, S) float in [0, 1] -> (B, 1, S, S) float32
+        """
         with self.precision.autocast():
             logits = self.model(images)[-1].float()
             if self.tta:
@@ -44,17 +48,17 @@ class TrainedNetwork:
 def load_network(
     path: Path, device_name: str, precision_name: str, img_size: int | None, tta: bool = False
 ) -> TrainedNetwork:
-    """The averaged weights of a checkpoint, where it has them: those that were validated.
+    """Load a checkpoint's network, with its averaged weights if it has them: those that were validated.
 
     Args:
-        path: a checkpoint of ``train``.
+        path: checkpoint of a run.
         device_name: auto, cpu or cuda.
         precision_name: auto, fp16, bf16 or fp32.
-        img_size: side of the network's input; None for that of training.
+        img_size: side of the network's input in pixels; None for that of training.
         tta: average over each image and its mirror image.
 
     Raises:
-        ValueError: no checkpoint of this program, one that holds weights alone, or weights that fit no other size.
+        ValueError: it is no checkpoint of this program, holds only weights, or its weights do not fit this size.
     """
     checkpoint = read_checkpoint(path)
     model = network_of(checkpoint, path, img_size)
@@ -74,7 +78,7 @@ def load_network(
 def predict_pairs(
     network: TrainedNetwork, pairs: Sequence[Pair], batch_size: int, num_workers: int
 ) -> Iterator[tuple[int, ByteArray | str]]:
-    """For each pair, in order: its index, and the prediction at its mask's size, or why there is none."""
+    """Yield each pair's index with the prediction at its mask's size, or with the reason why there is none."""
     loader = images_to_score(pairs, network.img_size, batch_size, num_workers, network.device.type == "cuda")
     return _predict(network, loader, [pair.image for pair in pairs], grey_levels)
 
@@ -82,9 +86,10 @@ def predict_pairs(
 def predict_images(
     network: TrainedNetwork, images: Sequence[Path], batch_size: int, num_workers: int, threshold: float | None = None
 ) -> Iterator[tuple[int, ByteArray | str]]:
-    """For each image, in order: its index, and the prediction at its own size, upright, or why there is none.
+    """Yield each image's index with the prediction at its upright size, or with the reason why there is none.
 
-    The prediction is the probability times 255, or with a threshold 255 where the probability reaches it, else 0.
+    Predictions are probabilities times 255. With a threshold they are masks: 255 for a probability that reaches it,
+    else 0.
     """
     loader = images_to_predict(images, network.img_size, batch_size, num_workers, network.device.type == "cuda")
     return _predict(network, loader, images, lambda logits, size: probability_levels(logits, size, threshold))
@@ -107,9 +112,9 @@ def _predict(
             except torch.OutOfMemoryError:
                 if parts >= len(inputs):
                     raise ValueError(OUT_OF_MEMORY) from None
-                parts *= 2  # and so from here on
+                parts *= 2  # for later batches too
         for index, size, error, image_logits in zip(batch.indices, batch.sizes, batch.errors, logits, strict=True):
-            if not error and not torch.isfinite(image_logits).all():  # a host sync, as are both kinds of levels
+            if not error and not torch.isfinite(image_logits).all():  # waits for the device, as ``levels`` does
                 error = f"{images[index]}: the network's output is not finite; try --precision fp32"
             yield index, error or _levels_that_fit(levels, image_logits, size)
 
@@ -117,7 +122,7 @@ def _predict(
 def _levels_that_fit(
     levels: Callable[[Tensor, tuple[int, int]], ByteArray], logits: Tensor, size: tuple[int, int]
 ) -> ByteArray:
-    """On the CPU where a photograph is too large for the device's memory."""
+    """Compute grey levels, on the CPU if the photograph is too large for the device's memory."""
     try:
         return levels(logits, size)
     except torch.OutOfMemoryError:
@@ -126,10 +131,13 @@ def _levels_that_fit(
 
 
 def probability_levels(logits: Tensor, size: tuple[int, int], threshold: float | None = None) -> ByteArray:
-    """Logits of one image, (1, h, w), as probabilities times 255, (H, W), or as a mask of 0 and 255.
+    """Return one image's probabilities times 255, or with a threshold a mask of 0 and 255. Waits for the device.
 
-    Resized as logits, bilinearly; then the logistic function. Nothing is stretched: an image without an object stays
-    dark. In place, for the sake of large photographs. A host sync.
+    The logits are resized bilinearly before the logistic function. Values are not stretched, so that an image without
+    an object stays dark. Works in place, to save memory with large photographs.
+
+    Shape:
+        logits (1, h, w) -> (H, W) uint8
     """
     probabilities = _resized(logits, size).sigmoid_()
     if threshold is not None:
@@ -138,10 +146,13 @@ def probability_levels(logits: Tensor, size: tuple[int, int], threshold: float |
 
 
 def grey_levels(logits: Tensor, size: tuple[int, int]) -> ByteArray:
-    """Logits of one image, (1, h, w), as the 8-bit prediction that is scored and saved, (H, W).
+    """Return one image's 8-bit prediction, as it is scored and saved. Waits for the device.
 
-    The field's way: resized as logits, bilinearly; then the logistic function; then stretched from the least to the
-    largest value. A host sync.
+    As customary in this field: the logits are resized bilinearly, then the logistic function, then the values are
+    stretched from the smallest to the largest.
+
+    Shape:
+        logits (1, h, w) -> (H, W) uint8
     """
     probabilities = _resized(logits, size).sigmoid_()
     low, high = probabilities.aminmax()
@@ -150,5 +161,5 @@ def grey_levels(logits: Tensor, size: tuple[int, int]) -> ByteArray:
 
 
 def _resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """(1, h, w) -> (H, W), in memory of its own."""
+    """Return resized logits, (1, h, w) -> (H, W), as a new tensor."""
     return F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0, 0]

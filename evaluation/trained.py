@@ -18,7 +18,7 @@ from runtime.checkpoint import read_checkpoint
 
 @dataclass(frozen=True)
 class Transform:
-    """The way from photographs to the network's input, as in training: upright by EXIF, RGB, resized bilinearly."""
+    """Preparation of photographs as in training: upright by EXIF, RGB, resized bilinearly to a square."""
 
     img_size: int  # side S of the network's input in pixels
     device: torch.device
@@ -52,7 +52,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Ca
         OSError: the file cannot be read.
         ValueError: it is no checkpoint of this program, holds only weights, is damaged, or its weights are not finite.
     """
-    with open(path, "rb"):  # an OSError, as programs expect it of a file that is missing
+    with open(path, "rb"):  # an OSError if the file is missing: read_checkpoint's ValueErrors are about its content
         pass
     checkpoint = read_checkpoint(Path(path))
     model = network_of(checkpoint, path).to(device)
@@ -78,7 +78,7 @@ def network_of(checkpoint: Mapping[str, Any], path: str | Path, img_size: int | 
     try:
         settings, average = NetworkSettings.of(checkpoint["config"]["settings"], img_size), checkpoint.get("ema")
         weights = checkpoint["model"] if average is None else average["model"]
-        # What only training needs is left out: the weights may fit this size, but not all scales of it.
+        # Without what only training needs: a backbone may take images of this size, but not at all scales.
         model = build_network(replace(settings, scales=(1.0,), frozen_levels=0))
     except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:  # written by other programs
         raise ValueError(f"{path}: its settings describe no network ({type(error).__name__}: {error})") from error

@@ -23,12 +23,12 @@ _NOISY_LOGGERS = ("timm.models._builder", "huggingface_hub")
 
 
 class Backbone(nn.Module):
-    """The last four feature levels of a timm model (fewer where it has fewer), fine to coarse.
+    """The last four feature levels of a timm model, or all if it has fewer, fine to coarse.
 
     Attributes:
-        channels: channels of each level.
-        mean, std: the input normalisation its weights were trained with, per RGB channel of values in [0, 1].
-        fixed_size: it takes images of the one size it was built for.
+        channels: number of channels of each level.
+        mean, std: input normalisation that the weights were trained with, per RGB channel of values in [0, 1].
+        fixed_size: whether it takes only images of the size it was built for.
 
     Shape:
         images (B, 3, H, W), normalised -> list of (B, C_i, H / stride_i, W / stride_i)
@@ -38,7 +38,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.body = body
         speed_up_depthwise(body)
-        # Swin and its kin return (B, H, W, C). Told by timm: shapes alone cannot tell 96 channels from a height of 96.
+        # Swin and its kin return (B, H, W, C). Shapes do not say so: 96 channels look like a height of 96.
         self.channels_last_features = "NHWC" in str(getattr(body, "output_fmt", ""))
         self.channels: list[int] = body.feature_info.channels()[-_MAX_LEVELS:]
         config = getattr(body, "pretrained_cfg", None) or getattr(getattr(body, "model", None), "pretrained_cfg", {})
@@ -52,10 +52,10 @@ class Backbone(nn.Module):
         return [level.permute(0, 3, 1, 2) for level in levels] if self.channels_last_features else levels
 
     def parameters_of(self, num_levels: int, img_size: int) -> frozenset[str]:
-        """Names of the parameters that the finest ``num_levels`` levels are computed from. Told by gradients.
+        """Return the names of the parameters that the finest ``num_levels`` levels depend on: those with gradients.
 
         Raises:
-            ValueError: there are not that many levels.
+            ValueError: the backbone has fewer levels.
         """
         mode = self.training
         levels = self.eval()(torch.zeros(1, 3, img_size, img_size))
@@ -68,10 +68,10 @@ class Backbone(nn.Module):
         return frozenset(name for name, gradient in zip(named, gradients, strict=True) if gradient is not None)
 
     def checkpoint_gradients(self) -> bool:
-        """Keep what enters a stage, in training, and compute what is in it again in the backward pass.
+        """Keep only each stage's input during training, and recompute its activations in the backward pass.
 
         Returns:
-            whether timm can do that for this architecture.
+            whether timm supports it for this architecture.
         """
         switch = getattr(self.body, "set_grad_checkpointing", None) or getattr(
             getattr(self.body, "model", None), "set_grad_checkpointing", None
@@ -126,10 +126,10 @@ def speed_up_depthwise(module: nn.Module) -> None:
 
 @contextmanager
 def padding_for_multiples() -> Iterator[None]:
-    """Within, timm's "same" padding of a side that its stride divides is what it comes to then: a number.
+    """Replace timm's "same" padding, inside the block, with a constant if the stride divides the image's side.
 
-    For exports with sizes that are left open, multiples of 32. What timm computes, divided with fractions and rounded
-    up layer after layer, takes torch.export minutes to make sense of.
+    Meant for exports whose image sides are any multiple of 32: timm's own formula divides and rounds up in each layer,
+    which takes torch.export minutes to simplify.
     """
     original = timm.layers.padding.get_same_padding
 
@@ -146,16 +146,16 @@ def padding_for_multiples() -> Iterator[None]:
 
 
 def build_backbone(name: str, pretrained: bool, weights_file: Path | None, img_size: int) -> Backbone:
-    """Create a backbone, with ImageNet weights from timm's hub, from a file, or with random ones.
+    """Create a backbone with weights from timm's hub or a file, or with random ones.
 
     Args:
         name: any timm model that supports ``features_only``.
-        pretrained: download timm's weights; ignored where ``weights_file`` is given.
-        weights_file: .pth or .safetensors under timm's key names, or names that timm knows how to convert.
-        img_size: side of the square input; models with a fixed input size are built for it.
+        pretrained: download timm's weights; ignored if ``weights_file`` is given.
+        weights_file: .pth or .safetensors with timm's key names, or with names that timm can convert.
+        img_size: side of the square input in pixels; models with a fixed input size are built for it.
 
     Raises:
-        ValueError: unknown name, no feature pyramid, weights that cannot be had or do not fit.
+        ValueError: unknown name, no feature pyramid, or weights that cannot be loaded or do not fit.
     """
     if not timm.is_model(name):
         matches = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
@@ -196,10 +196,11 @@ def _create(name: str, img_size: int, **options: Any) -> nn.Module:
 
 
 def _create_from_file(name: str, weights_file: Path, img_size: int) -> nn.Module:
-    """Timm's own loading from a file, made strict.
+    """Load weights from a file with timm, but strictly.
 
-    As a feature extractor timm loads non-strictly: a file of another architecture is accepted without a word and leaves
-    random weights. Built twice from one seed, with the file and without, a weight that came out the same was not in it.
+    timm loads feature extractors non-strictly: it silently accepts a file of another architecture and leaves random
+    weights. So build the model twice from one seed, with and without the file: a weight that is equal in both was not
+    in the file.
     """
     if not weights_file.is_file():
         raise ValueError(f"--backbone-weights {weights_file}: no such file")
@@ -208,9 +209,7 @@ def _create_from_file(name: str, weights_file: Path, img_size: int) -> nn.Module
         initial = _create(name, img_size, pretrained=False)
         torch.manual_seed(0)
         try:
-            weights = timm.models.load_state_dict(
-                str(weights_file), weights_only=True
-            )  # executes nothing from the file
+            weights = timm.models.load_state_dict(str(weights_file), weights_only=True)
             loaded = _create(name, img_size, pretrained=True, pretrained_cfg_overlay={"state_dict": weights})
         except Exception as error:  # safetensors, pickle, zip and shape errors share no base class
             raise ValueError(
@@ -243,7 +242,7 @@ def _silenced(names: Sequence[str]) -> Iterator[None]:
 def reason_of(error: Exception) -> str:
     """Return the first two lines of an error's message as one of at most 300 characters, or else the error's type.
 
-    Two, because torch's first line about weights that do not fit only says that there are some.
+    Two, because the first line of torch's error about weights that do not fit names none of them.
     """
     lines = [line.strip() for line in str(error).strip().splitlines()]
     return " ".join(lines[:2])[:300] or type(error).__name__

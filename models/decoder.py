@@ -1,8 +1,8 @@
-"""Coarse-to-fine decoder that models foreground and background apart.
+"""Coarse-to-fine decoder that models foreground and background separately.
 
-A camouflaged object is found coarsely first (context over the whole scene), then each finer level looks at its features
-twice, once under the estimated object and once under its complement: what is hidden shows in how the two differ at the
-border. The estimate is detached, so a level cannot shape it to its own convenience.
+The coarsest level finds the object from the context of the whole scene. Each finer level then masks its features twice,
+with the current estimate of the object and with its complement: a camouflaged object differs from the background mostly
+at its border. The estimate is detached, so that no level trains the coarser ones to suit itself.
 
 Shapes: B batch, C the decoder's width, h w the height and width of a feature level.
 """
@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 
 class ForegroundBackgroundDecoder(nn.Module):
-    """Context module, a coarse estimate, then one refinement block per feature level.
+    """Decoder made of a context module, a coarse estimate and one refinement block per feature level.
 
     Args:
-        in_channels: channels of the backbone's levels, fine to coarse.
-        channels: the decoder's width C; a multiple of 8.
+        in_channels: number of channels of each backbone level, fine to coarse.
+        channels: width C of the decoder, a multiple of 8.
 
     Shape:
         features, fine to coarse: (B, in_channels[i], h_i, w_i)
@@ -32,7 +32,7 @@ class ForegroundBackgroundDecoder(nn.Module):
         self.context = PyramidContext(in_channels[-1], channels)
         self.coarse_head = nn.Conv2d(channels, 1, kernel_size=1)
         self.blocks = nn.ModuleList(RefinementBlock(width, channels) for width in reversed(in_channels))
-        self.checkpoints_gradients = False  # each block computed again in the backward pass, instead of kept
+        self.checkpoints_gradients = False  # recompute each block in the backward pass, to save memory
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         hidden = self.context(features[-1])
@@ -48,7 +48,7 @@ class ForegroundBackgroundDecoder(nn.Module):
 
 
 class PyramidContext(nn.Module):
-    """Parallel dilated convolutions and the global mean (ASPP; Chen et al., 2017).
+    """Context module of parallel dilated convolutions and the global mean (ASPP; Chen et al., 2017).
 
     Shape:
         (B, in_channels, h, w) -> (B, channels, h, w)
@@ -68,7 +68,7 @@ class PyramidContext(nn.Module):
 
 
 class RefinementBlock(nn.Module):
-    """Refine the estimate at one feature level.
+    """Block that refines the estimate at one feature level.
 
     Shape:
         feature (B, in_channels, h, w), hidden (B, C, h', w'), coarser_logits (B, 1, h', w')
@@ -93,11 +93,11 @@ class RefinementBlock(nn.Module):
 
 
 class GatedGroupMix(nn.Module):
-    """Residual 3x3 convolutions over four channel groups in sequence, then a gate over channels.
+    """Residual 3x3 convolutions over four channel groups in sequence, followed by a gate over channels.
 
-    Each group also sees the group before it, so that one block holds receptive fields of 3, 5, 7 and 9 pixels (Gao et
-    al., "Res2Net", 2019) at a quarter of a full convolution's cost; the gate weighs them by the scene's content (Hu et
-    al., "Squeeze-and-Excitation", 2018).
+    Each group also receives the output of the group before it, which gives receptive fields of 3, 5, 7 and 9 pixels
+    (Gao et al., "Res2Net", 2019) at a quarter of a full convolution's cost. The gate weighs channels by the content of
+    the scene (Hu et al., "Squeeze-and-Excitation", 2018).
 
     Shape:
         (B, C, h, w) -> (B, C, h, w)
@@ -123,7 +123,7 @@ class GatedGroupMix(nn.Module):
 
 
 class ConvNormAct(nn.Sequential):
-    """Convolution, GroupNorm, ReLU; the size is kept."""
+    """Convolution that keeps the image size, GroupNorm and ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1) -> None:
         padding = dilation * (kernel_size // 2)
@@ -135,14 +135,17 @@ class ConvNormAct(nn.Sequential):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Groups of eight channels where they divide evenly: independent of the batch size, which may be 1 or 2 here."""
+    """Return a normalisation that does not depend on the batch size, which may be 1 or 2 here.
+
+    Groups have eight channels if these divide evenly; otherwise all channels are one group.
+    """
     return GroupNorm(channels // 8 if channels % 8 == 0 else 1, channels)
 
 
 class GroupNorm(nn.GroupNorm):
-    """In fp32 under autocast on a CPU, too, as CUDA's autocast has it.
+    """GroupNorm that computes in fp32 under autocast on a CPU, as CUDA's autocast does.
 
-    In bf16 with channels last, its backward pass takes 3 to 5 times as long there.
+    In bf16 with channels last, its backward pass takes 3 to 5 times as long on a CPU.
     """
 
     def forward(self, input: Tensor) -> Tensor:

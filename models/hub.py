@@ -1,4 +1,4 @@
-"""A network in a folder, as the Hugging Face hub keeps them: ``config.json`` and ``model.safetensors``."""
+"""Networks in the folder format of the Hugging Face hub: ``config.json`` and ``model.safetensors``."""
 
 import json
 from collections.abc import Mapping
@@ -7,37 +7,40 @@ from typing import Any
 
 from torch import Tensor
 
+from models.backbone import reason_of
+
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # huggingface_hub's names
 ARCHITECTURE = "CamouflageSegmenter"
 _NEEDED = ("backbone", "decoder_channels", "zooms", "img_size", "mean", "std")
 
 
 def write_network(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Write both files into a folder that is there.
+    """Write both files into an existing folder.
 
     Args:
-        folder: theirs.
-        config: what ``read_network`` needs: backbone, decoder_channels, zooms, img_size, mean and std; and more, which
-            it hands on.
-        weights: by name; written contiguous, each with memory of its own.
+        folder: the existing folder.
+        config: backbone, decoder_channels, zooms, img_size, mean and std, which ``read_network`` requires; other keys
+            are written too.
+        weights: tensors by name; written contiguous, even if some share memory.
     """
     from safetensors.torch import save
 
     text = json.dumps({"architectures": [ARCHITECTURE], **config}, indent=2, allow_nan=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     own = {name: weight.detach().cpu().contiguous().clone() for name, weight in weights.items()}
-    (folder / WEIGHTS).write_bytes(save(own, metadata={"format": "pt"}))  # save_file's are for their owner alone
+    # not save_file(): only their owner can read the files it makes
+    (folder / WEIGHTS).write_bytes(save(own, metadata={"format": "pt"}))
 
 
 def read_network(source: str | Path, **hub_options: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and weights, from a folder or from the hub. Nothing in the files is executed.
+    """Read config and weights from a folder or from the hub. Nothing in the files is executed.
 
     Args:
-        source: a folder, or else "owner/name" on the hub.
-        hub_options: of ``huggingface_hub.hf_hub_download``: revision, token, cache_dir, local_files_only.
+        source: a folder, or "owner/name" on the hub.
+        hub_options: options of ``huggingface_hub.hf_hub_download``: revision, token, cache_dir, local_files_only.
 
     Raises:
-        ValueError: there is no such folder and no such repository, or what is in it is no network of this program.
+        ValueError: there is no such folder or repository, or it holds no network of this program.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -47,7 +50,10 @@ def read_network(source: str | Path, **hub_options: Any) -> tuple[dict[str, Any]
         files = [folder / name for name in (CONFIG, WEIGHTS)]
         missing = [path.name for path in files if not path.is_file()]
         if missing:
-            raise ValueError(f"{source}: no {' and no '.join(missing)} there; train_ultimate.py export writes both")
+            raise ValueError(
+                f"{source}: it holds no {' and no '.join(missing)}; "
+                f"train_ultimate.py export --format safetensors writes both"
+            )
     else:
         files = [_from_hub(str(source), name, hub_options) for name in (CONFIG, WEIGHTS)]
     try:
@@ -68,7 +74,7 @@ def _from_hub(repository: str, name: str, options: dict[str, Any]) -> Path:
     try:
         return Path(hf_hub_download(repository, name, **options))
     except (OSError, HfHubHTTPError, HFValidationError) as error:  # no connection, no such repository, no such name
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{repository}: no such folder, and nothing to be had from the Hugging Face hub ({reason})"
+            f"{repository}: no such folder, and no such repository could be read from the Hugging Face hub "
+            f"({reason_of(error)})"
         ) from error

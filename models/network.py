@@ -1,4 +1,4 @@
-"""The network: input normalisation, backbone (at one zoom or several), decoder."""
+"""The network: input normalisation, backbone (at one zoom or several), decoder; and how settings become one."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -55,21 +55,24 @@ class NetworkSettings:
 
 
 class CamouflageSegmenter(nn.Module):
-    """Camouflaged-object segmentation from RGB images.
+    """Network for camouflaged-object segmentation of RGB images.
 
     Normalisation is part of the network, so that training, validation and every later use agree on it.
 
     Args:
         backbone: feature extractor.
-        decoder_channels: width of the decoder; a multiple of 8.
-        freeze_norm_statistics: keep the running statistics of the backbone's BatchNorm layers as they are even while
-            its weights train: right for pretrained ones, which small batches would only disturb. A backbone that
-            starts from random weights has none worth keeping.
-        zooms: factors of its size at which the backbone sees an image: see ``ZoomedFeatures``.
+        decoder_channels: width of the decoder, a multiple of 8.
+        freeze_norm_statistics: keep the running statistics of the backbone's BatchNorm layers even while its weights
+            train. Right for pretrained statistics, which small batches would only disturb; random weights come with
+            none worth keeping.
+        zooms: factors of the image's size at which the backbone sees it, see ``ZoomedFeatures``.
+
+    Attributes:
+        config: content of ``config.json`` after ``from_pretrained``; empty otherwise.
 
     Shape:
-        images (B, 3, H, W) float RGB in [0, 1]; and a factor of the size at which the backbone sees them, for training
-        at several: see ``--multi-scale``
+        images (B, 3, H, W) float RGB in [0, 1]; scale, a further factor of the size that the backbone sees, for
+        ``--multi-scale``
         -> side logits, coarse to fine: (B, 1, h_i, w_i); the last one (B, 1, H, W)
     """
 
@@ -85,9 +88,9 @@ class CamouflageSegmenter(nn.Module):
         self.zoom = ZoomedFeatures(backbone.channels, decoder_channels, zooms) if list(zooms) != [1] else None
         self.decoder = ForegroundBackgroundDecoder(backbone.channels, decoder_channels)
         self.freeze_norm_statistics = freeze_norm_statistics
-        self.config: dict[str, Any] = {}  # of ``from_pretrained``
+        self.config: dict[str, Any] = {}
         self.backbone_frozen = False
-        self.always_frozen: frozenset[str] = frozenset()  # names of parameters of the backbone
+        self.always_frozen: frozenset[str] = frozenset()  # names of backbone parameters
         self.register_buffer("mean", torch.tensor(backbone.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std).view(1, 3, 1, 1), persistent=False)
 
@@ -102,36 +105,40 @@ class CamouflageSegmenter(nn.Module):
         return [*side_logits[:-1], finest]
 
     def set_backbone_frozen(self, frozen: bool) -> None:
-        """Frozen: no gradients, and evaluation mode whatever ``train()`` says, so that no statistic moves either."""
+        """Freeze or unfreeze the backbone.
+
+        A frozen backbone gets no gradients, and stays in evaluation mode during ``train()`` so that its BatchNorm
+        statistics do not change either.
+        """
         self.backbone_frozen = frozen
         for name, parameter in self.backbone.named_parameters():
             parameter.requires_grad_(not frozen and name not in self.always_frozen)
         self.train(self.training)
 
     def freeze_levels(self, number: int, img_size: int) -> None:
-        """Keep what the backbone's finest levels are computed from as it is, for good.
+        """Freeze for good the layers that compute the backbone's finest levels.
 
-        Nothing of it is kept for the backward pass, which ends above it: in a convolutional network, where those layers
-        see the most pixels, that is much of the time and the memory of a step.
+        The backward pass ends above them and needs none of their activations. In a convolutional network these layers
+        see the most pixels, so this saves much of a step's time and memory.
 
         Args:
-            number: of levels, fine to coarse.
-            img_size: of images that the backbone takes.
+            number: number of levels, counted from the finest.
+            img_size: side in pixels of images that the backbone takes.
 
         Raises:
-            ValueError: it has fewer levels.
+            ValueError: the backbone has fewer levels.
         """
         self.always_frozen = self.backbone.parameters_of(number, img_size)
         self.set_backbone_frozen(self.backbone_frozen)
 
     def checkpoint_gradients(self) -> bool:
-        """Trade time for memory: compute activations again in the backward pass, not keep them (Chen et al., 2016).
+        """Trade time for memory: recompute activations in the backward pass, not keep them (Chen et al., 2016).
 
-        The same gradients. BatchNorm layers that learn their statistics take in each batch twice, unless whoever runs
-        the backward pass puts them back.
+        Gradients do not change. BatchNorm layers in training mode count each batch twice, unless the caller restores
+        their statistics after the backward pass.
 
         Returns:
-            whether the backbone can do it; the decoder always can.
+            whether the backbone supports it; the decoder always does.
         """
         self.decoder.checkpoints_gradients = True
         return self.backbone.checkpoint_gradients()
@@ -140,9 +147,8 @@ class CamouflageSegmenter(nn.Module):
         """Write ``config.json`` and ``model.safetensors`` for ``from_pretrained`` and huggingface_hub's mixin.
 
         Args:
-            folder: made where it is missing.
-            config: backbone, decoder_channels and img_size, as given to ``build_model``; and whatever else is to be
-                told there.
+            folder: created if it is missing.
+            config: backbone, decoder_channels and img_size, as in ``NetworkSettings``; other keys are written too.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
         zooms = [1.0] if self.zoom is None else self.zoom.zooms
@@ -151,18 +157,18 @@ class CamouflageSegmenter(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **hub_options: Any) -> "CamouflageSegmenter":
-        """A trained network from a folder that ``train_ultimate.py export --format safetensors`` has written.
+        """Load a trained network that ``train_ultimate.py export --format safetensors`` wrote.
 
         Args:
-            source: the folder, or else "owner/name" on the Hugging Face hub.
+            source: the folder, or "owner/name" on the Hugging Face hub.
             hub_options: revision, token, cache_dir, local_files_only: see ``huggingface_hub.hf_hub_download``.
 
         Returns:
-            the network in evaluation mode on the CPU, with the weights bit for bit; ``config`` is what ``config.json``
-            says: ``config["img_size"]`` the side of the images it was trained with.
+            the network in evaluation mode on the CPU, with bitwise the exported weights. Its ``config`` holds
+            ``config.json``: ``config["img_size"]`` is the side of the images it was trained with.
 
         Raises:
-            ValueError: neither is there, or its weights do not fit the network it describes.
+            ValueError: there is no such folder or repository, or its weights do not fit the network it describes.
         """
         config, weights = read_network(source, **hub_options)
         try:
@@ -209,8 +215,8 @@ def build_network(
     if len(set(sides)) < len(sides) or (sides == [size] and zooms != (1,)):
         factors = " ".join(f"{zoom:g}" for zoom in zooms)
         raise ValueError(
-            f"--zoom {factors}: at --img-size {size} that is {sides} pixels, in multiples of 32: not a size of its "
-            f"own for each; choose zooms that are further apart"
+            f"--zoom {factors}: at --img-size {size} that is {sides} pixels, in multiples of 32, which are not "
+            f"different sizes; choose zooms further apart, or further from 1"
         )
     if pretrained and backbone_weights is None:
         logger.info(
@@ -223,9 +229,9 @@ def build_network(
             with torch.no_grad():
                 model.eval()(torch.zeros(1, 3, size, size), scale)
         except (RuntimeError, AssertionError) as error:
-            where = f"--img-size {size}" + (f" at --multi-scale {scale:g}" if scale != 1 else "")
+            images = f"--img-size {size}" + (f" at --multi-scale {scale:g}" if scale != 1 else "")
             raise ValueError(
-                f"--backbone {settings.backbone} does not take images of {where} ({reason_of(error)})"
+                f"--backbone {settings.backbone} does not take images of {images} ({reason_of(error)})"
             ) from error
     if settings.frozen_levels:
         model.freeze_levels(settings.frozen_levels, size)

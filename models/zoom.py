@@ -1,4 +1,4 @@
-"""The same image at several zooms, and for every place in it the ones to look at (Pang et al., "ZoomNet", CVPR 2022).
+"""Features of an image at several zooms, mixed pixel by pixel with learned weights (Pang et al., ZoomNet, CVPR 2022).
 
 Shapes: B batch, c a level's channels, h w its height and width at one of the zooms.
 """
@@ -13,23 +13,23 @@ from torch import Tensor, nn
 from models.backbone import Backbone
 from models.decoder import ConvNormAct
 
-_MULTIPLE = 32  # of pixels: the sides of images that every backbone takes
+_MULTIPLE = 32  # pixels; every backbone takes images whose sides are multiples of this
 
 
 class ZoomedFeatures(nn.Module):
-    """Features of a backbone at other sizes of its input, merged level by level by ``ScaleSelection``.
+    """Features of a backbone at several sizes of its input, merged level by level by ``ScaleSelection``.
 
-    The backbone's weights are shared by all sizes, and belong to it: here is what chooses between them. One zoom alone
-    is not merged with anything: an image of 224 pixels at 1.25 is a finer map of what 224 pixels show.
+    All sizes share the backbone's weights; this module holds only the layers that choose between the sizes. A single
+    zoom needs no such layers: it only changes how finely the backbone sees the image.
 
     Args:
-        in_channels: channels of the backbone's levels.
-        channels: width of the layers that choose; a multiple of 8.
-        zooms: factors of the image's sides, which become the nearest multiples of 32.
+        in_channels: number of channels of each backbone level.
+        channels: width of the layers that choose, a multiple of 8.
+        zooms: factors of the image's sides, which are rounded to multiples of 32.
 
     Shape:
-        images (B, 3, H, W), normalised, and a factor of all zooms
-        -> the backbone's levels for images of the middle zoom, of two the larger
+        images (B, 3, H, W), normalised; scale, a factor of all zooms
+        -> the backbone's levels, in the sizes of the middle zoom, or of the larger of two
     """
 
     def __init__(self, in_channels: Sequence[int], channels: int, zooms: Sequence[float]) -> None:
@@ -46,10 +46,10 @@ class ZoomedFeatures(nn.Module):
 
 
 class ScaleSelection(nn.Module):
-    """A mean of maps, weighted at each place by what is seen there at all zooms.
+    """Mean of feature maps, with weights that are computed for each pixel from all maps.
 
     Shape:
-        maps, small to large: (B, c, h_i, w_i) -> (B, c, h, w), the size of the middle one
+        maps, small to large: (B, c, h_i, w_i) -> (B, c, h, w), the size of the middle map
     """
 
     def __init__(self, in_channels: int, channels: int, num_zooms: int) -> None:
@@ -66,18 +66,20 @@ class ScaleSelection(nn.Module):
 
 
 def zoomed_side(side: int, zoom: float) -> int:
-    """In pixels: the nearest multiple of 32, of two the even multiple.
+    """Return the side in pixels after zooming: the nearest multiple of 32; ties go to the even multiple.
 
-    In whole numbers alone, for the sake of exports: there a side may be a symbol, which does not round.
+    Only integer arithmetic: during an export a side may be a symbol, which cannot be rounded.
     """
     ratio = Fraction(zoom).limit_denominator(10_000)
     part, whole = side * ratio.numerator, _MULTIPLE * ratio.denominator
     multiple = (2 * part + whole - 1 + part // whole % 2) // (2 * whole)
-    return _MULTIPLE * torch.sym_max(multiple, 1)  # type: ignore[return-value]  # an int of an int
+    return _MULTIPLE * torch.sym_max(multiple, 1)  # type: ignore[return-value]  # int for int
 
 
 def resized(images: Tensor, zoom: float) -> Tensor:
-    """Images with sides of ``zoomed_side``. Not smoothed before: at half the size, each pixel is the mean of four.
+    """Resize images bilinearly to ``zoomed_side``.
+
+    No smoothing beforehand: at half the size, each pixel is already the mean of four.
 
     Shape:
         (B, 3, H, W) -> (B, 3, H', W')

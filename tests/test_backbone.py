@@ -13,7 +13,7 @@ from models import backbone as backbone_module
 from models.backbone import build_backbone, padding_for_multiples, speed_up_depthwise
 
 
-def test_channels_last_features_are_turned_where_shapes_cannot_tell() -> None:
+def test_channels_last_features_are_turned_even_if_shapes_are_ambiguous() -> None:
     backbone = build_backbone("swin_tiny_patch4_window7_224", False, None, img_size=384).eval()
     images = torch.rand(1, 3, 384, 384)
     with torch.no_grad():
@@ -24,7 +24,7 @@ def test_channels_last_features_are_turned_where_shapes_cannot_tell() -> None:
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    """Weights of a test_efficientnet, as a classifier's checkpoint would name them."""
+    """Weights of a test_efficientnet, named as in a classifier's checkpoint."""
     torch.manual_seed(11)
     body = build_backbone("test_efficientnet", pretrained=False, weights_file=None, img_size=64).body
     path = tmp_path / "weights.safetensors"
@@ -37,8 +37,8 @@ def weights(tmp_path: Path) -> Path:
     [
         ("test_efficientnet", 64, [4, 8, 16, 32]),  # five levels, the finest is dropped
         ("test_convnext", 64, [4, 8, 16, 32]),
-        ("swin_tiny_patch4_window7_224", 384, [4, 8, 16, 32]),  # channels last, and as high as wide as deep: 96
-        ("vit_tiny_patch16_224", 160, [16, 16, 16]),  # one resolution, another size than it was trained at
+        ("swin_tiny_patch4_window7_224", 384, [4, 8, 16, 32]),  # channels last; height, width and channels are all 96
+        ("vit_tiny_patch16_224", 160, [16, 16, 16]),  # one resolution; not the size it was trained at
     ],
 )
 def test_levels_are_channels_first_fine_to_coarse(name: str, img_size: int, strides: list[int]) -> None:
@@ -51,12 +51,12 @@ def test_levels_are_channels_first_fine_to_coarse(name: str, img_size: int, stri
     ]
 
 
-def test_unknown_name_is_answered_with_near_matches() -> None:
+def test_error_for_an_unknown_name_lists_close_matches() -> None:
     with pytest.raises(ValueError, match=r"no model of that name; did you mean .*pvt_v2_b2"):
         build_backbone("pvt2_v2_b2", pretrained=False, weights_file=None, img_size=64)
 
 
-def test_failed_download_names_the_two_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_for_a_failed_download_names_both_alternatives(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_connection(*_: object, **__: object) -> None:
         raise OSError("Connection refused")
 
@@ -72,7 +72,7 @@ def test_weights_file_is_loaded_whole(weights: Path) -> None:
     assert all(torch.equal(saved[key], loaded[key]) for key in saved)
 
 
-def test_pickled_weights_load_too_from_under_a_state_dict_key(weights: Path, tmp_path: Path) -> None:
+def test_pickled_weights_under_a_state_dict_key_load_too(weights: Path, tmp_path: Path) -> None:
     torch.save({"state_dict": load_file(weights)}, tmp_path / "weights.pth")
     first = build_backbone("test_efficientnet", True, weights, 64).body.state_dict()
     second = build_backbone("test_efficientnet", True, tmp_path / "weights.pth", 64).body.state_dict()
@@ -108,11 +108,11 @@ def test_weights_that_do_not_fit_are_refused(weights: Path, tmp_path: Path) -> N
         build_backbone("test_efficientnet", True, tmp_path / "nowhere.pth", 64)
 
 
-# Depthwise convolutions that a CPU computes faster in fp32 than in bf16
+# Depthwise convolutions that a CPU trains faster in fp32 than in bf16
 
 
-def test_depthwise_convolutions_but_the_common_kind_are_computed_in_fp32_under_bf16_on_a_cpu() -> None:
-    """What comes out is what fp32 gives, rounded once, and so is the gradient; the others are as they were."""
+def test_depthwise_convolutions_but_the_common_kind_train_in_fp32_under_bf16_on_a_cpu() -> None:
+    """The output is that of fp32, rounded once; the gradient is that of fp32; other convolutions do not change."""
     body = build_backbone("tf_efficientnet_lite0", pretrained=False, weights_file=None, img_size=64).body
     plain = timm.create_model("tf_efficientnet_lite0", features_only=True)
     chosen = set()
@@ -131,14 +131,14 @@ def test_depthwise_convolutions_but_the_common_kind_are_computed_in_fp32_under_b
             found = layer(images)
         assert torch.equal(found, expected.to(torch.bfloat16))
         assert torch.equal(torch.autograd.grad(found.sum(), layer.weight)[0], expected_gradient)
-        layer.requires_grad_(False)  # nothing to train: bf16 as torch has it, twice as fast
+        layer.requires_grad_(False)  # nothing to train: torch's bf16, twice as fast
         plain.get_submodule(name).load_state_dict(layer.state_dict())
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(layer(images), plain.get_submodule(name)(images))
     assert chosen == {(3, 2), (5, 1), (5, 2)}
 
 
-def test_fp32_is_as_it_was_and_state_and_copies_keep_their_names() -> None:
+def test_in_fp32_outputs_names_and_copies_do_not_change() -> None:
     plain = timm.create_model("test_efficientnet", features_only=True)
     sped_up = copy.deepcopy(plain)
     speed_up_depthwise(sped_up)
@@ -149,7 +149,7 @@ def test_fp32_is_as_it_was_and_state_and_copies_keep_their_names() -> None:
         assert all(torch.equal(a, b) for a, b in zip(model.eval()(images), plain.eval()(images), strict=True))
 
 
-def test_padding_for_multiples_is_timms_own_and_gone_afterwards() -> None:
+def test_padding_for_multiples_equals_timms_own_which_is_restored_afterwards() -> None:
     padding = timm.layers.padding
     original = padding.get_same_padding
     cases = [(side, k, s, d) for side in (7, 16, 32, 96) for k in (1, 3, 5) for s in (1, 2, 4) for d in (1, 2)]

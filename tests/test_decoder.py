@@ -16,19 +16,19 @@ def test_one_coarse_estimate_and_one_side_output_per_level() -> None:
 
 
 def test_every_parameter_gets_a_gradient_from_the_side_outputs() -> None:
-    """None is left unused: distributed training needs no search for such parameters."""
+    """No parameter is unused, so distributed training need not search for such parameters."""
     decoder = ForegroundBackgroundDecoder([24, 40, 112, 320], channels=16)
     sum(logits.square().mean() for logits in decoder(features())).backward()  # type: ignore[union-attr]
     assert [name for name, p in decoder.named_parameters() if p.grad is None] == []
 
 
-def test_a_level_does_not_train_the_estimate_it_is_given() -> None:
-    """The finest output alone sends no gradient into the coarser heads: the estimates are detached."""
+def test_a_level_does_not_train_the_coarser_estimate() -> None:
+    """The finest output sends no gradient into the coarser heads: the estimates are detached."""
     decoder = ForegroundBackgroundDecoder([24, 40, 112, 320], channels=16)
     decoder(features())[-1].square().mean().backward()
     assert decoder.coarse_head.weight.grad is None
     assert all(block.head.weight.grad is None for block in decoder.blocks[:-1])  # type: ignore[union-attr]
-    assert decoder.context.reduce[0].weight.grad is not None  # through the hidden state it does
+    assert decoder.context.reduce[0].weight.grad is not None  # but through the hidden state
 
 
 def test_an_image_does_not_influence_its_batch_mates() -> None:
@@ -48,7 +48,7 @@ def test_outputs_and_gradients_stay_finite_under_fp16_for_inputs_far_out_of_rang
     assert all(torch.isfinite(p.grad).all() for p in decoder.parameters() if p.grad is not None)
 
 
-def test_group_norm_is_in_fp32_under_autocast_and_in_the_weights_type_without() -> None:
+def test_group_norm_computes_in_fp32_under_autocast_and_otherwise_in_the_type_of_its_weights() -> None:
     norm, images = group_norm(16), torch.randn(2, 16, 8, 8).to(torch.bfloat16)
     expected = norm(images.float())
     with torch.autocast("cpu", dtype=torch.bfloat16):

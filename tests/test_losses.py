@@ -37,8 +37,8 @@ def test_structure_loss_equals_its_formula_pixel_by_pixel() -> None:
     assert structure_loss(logits, masks, weights).item() == pytest.approx(sum(losses) / 2, rel=1e-6)
 
 
-def test_boundary_weighting_acts() -> None:
-    """The same mistake costs more at the outline than far from it. With ``reduce='none'`` it would cost the same."""
+def test_a_mistake_costs_more_at_the_outline_than_far_from_it() -> None:
+    """The published code's ``reduce='none'`` averages, so that both would cost the same."""
     masks = square_mask()
     weights = boundary_weights(masks)
     right = (masks * 2 - 1) * 6

@@ -1,4 +1,4 @@
-"""``load_model``: a trained network in another program."""
+"""Tests of ``load_model``: a trained network in another program."""
 
 import os
 import re
@@ -13,8 +13,10 @@ from conftest import tiny_arguments
 from PIL import Image
 
 from data.decoding import decode_image
+from evaluation import load_model
 from evaluation.predictor import load_network, probability_levels
-from evaluation.trained import load_model, network_of
+from evaluation.trained import network_of
+from models.network import NetworkSettings, build_network
 from runtime.checkpoint import read_checkpoint
 from train_ultimate import main
 
@@ -61,7 +63,7 @@ def test_float_photographs_in_the_unit_range_are_not_black(checkpoint: Path) -> 
     assert transform(Image.fromarray(values * 200)).amax() == pytest.approx(150 / 255)
 
 
-def test_it_says_what_the_commands_say(checkpoint: Path, tiny_dataset: Path) -> None:
+def test_predictions_are_those_of_the_commands(checkpoint: Path, tiny_dataset: Path) -> None:
     image = next((tiny_dataset / "TestDataset" / "Imgs").iterdir())
     model, transform = load_model(checkpoint)
     network = load_network(checkpoint, "cpu", "fp32", img_size=None)
@@ -70,7 +72,7 @@ def test_it_says_what_the_commands_say(checkpoint: Path, tiny_dataset: Path) -> 
         here, there = model(inputs)[-1][0], network.logits(inputs)[0]
     assert torch.equal(transform(decode_image(image)), inputs)
     a, b = (probability_levels(logits, (50, 70)).astype(int) for logits in (here, there))
-    assert abs(a - b).max() <= 1  # another memory layout, another order of sums
+    assert abs(a - b).max() <= 1  # grey levels; the memory layouts differ, and so does the order of sums
 
 
 def test_the_example_in_the_readme_runs(checkpoint: Path, tmp_path: Path) -> None:
@@ -97,15 +99,27 @@ def test_the_example_in_the_readme_runs(checkpoint: Path, tmp_path: Path) -> Non
     assert ran.stdout == "(90, 40) True\n"
 
 
-def test_what_is_no_checkpoint_of_a_run_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_scales_and_frozen_levels_of_training_are_ignored_in_use() -> None:
+    """The backbone takes images of one size only, so that building it for those scales would fail."""
+    settings = {
+        "backbone": "vit_tiny_patch16_224", "decoder_channels": 16, "img_size": 64, "pretrained": True,
+        "backbone_weights": None,
+    }  # fmt: skip
+    weights = build_network(NetworkSettings.of(settings)).state_dict()
+    config = {"settings": {**settings, "multi_scale": [1.0, 2.0], "frozen_levels": 9}}
+    model = network_of({"config": config, "model": weights}, "vit.pth")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_files_that_are_no_checkpoint_of_a_run_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_model(tmp_path / "nowhere.pth")
     (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(ValueError, match=r"text.pth: not a readable checkpoint"):
+    with pytest.raises(ValueError, match=r"text.pth: not a checkpoint"):
         load_model(tmp_path / "text.pth")
     state = torch.load(checkpoint, weights_only=True)
     torch.save(state["model"], tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"weights.pth: holds weights alone"):
+    with pytest.raises(ValueError, match=r"weights.pth: holds only weights"):
         load_model(tmp_path / "weights.pth")
     state["config"]["settings"]["decoder_channels"] = 8
     with pytest.raises(ValueError, match="do not fit its network"):
@@ -122,7 +136,7 @@ def test_a_flipped_bit_and_weights_that_are_not_finite_are_refused(checkpoint: P
     data = bytearray(checkpoint.read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "flipped.pth").write_bytes(data)
-    with pytest.raises(ValueError, match=r"flipped\.pth: not a readable checkpoint \(damaged"):
+    with pytest.raises(ValueError, match=r"flipped\.pth: damaged"):
         load_model(tmp_path / "flipped.pth")
     state = torch.load(checkpoint, weights_only=True)
     next(iter(state["model"].values())).fill_(torch.nan)
@@ -137,6 +151,40 @@ def test_nothing_in_the_file_is_executed(tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / "executed"),)
 
     torch.save({"model": Trap(), "config": {}}, tmp_path / "trap.pth")
-    with pytest.raises(ValueError, match="not a readable checkpoint"):
+    with pytest.raises(ValueError, match=r"refused: .* could run code"):
         load_model(tmp_path / "trap.pth")
     assert not (tmp_path / "executed").exists()
+
+
+def test_importing_and_building_leave_the_log_levels_of_other_libraries_alone() -> None:
+    """A process of its own, because this one has imported everything before."""
+    code = """
+import logging
+import timm, huggingface_hub, torchvision, safetensors.torch
+
+def levels():
+    loggers = {name: logging.getLogger(name) for name in ("", "timm.models._builder", *logging.root.manager.loggerDict)}
+    return {name: logger.level for name, logger in loggers.items() if not name.startswith("train_ultimate")}
+
+for level in (logging.NOTSET, logging.DEBUG):
+    logging.getLogger("timm.models._builder").setLevel(level)
+    logging.getLogger("huggingface_hub").setLevel(level)
+    before = levels()
+    from evaluation import load_model
+    from models import NetworkSettings, build_network
+    build_network(NetworkSettings("test_efficientnet", 16, 64))
+    try:
+        build_network(NetworkSettings("test_efficientnet", 16, 64), pretrained=True)
+    except ValueError as error:
+        assert "could not be loaded" in str(error)
+    assert before.items() <= levels().items()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_scoring_saved_predictions_imports_no_torch() -> None:
+    code = "import sys, evaluation, evaluation.metrics; assert 'torch' not in sys.modules"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
