@@ -1,4 +1,4 @@
-"""The charts of a report, as plotly's figures with the numbers behind them. Colours hold on dark paper and on light."""
+"""The charts of a report, as plotly's figures with their numbers as tables; colours suit a light and a dark page."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,21 +8,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reporting.history import RunHistory, WindowPoint, number, whole
+from reporting.history import EPOCH_FILE, RunHistory, WindowPoint, label, number, whole
 from runtime.folder import BEST
 
-MOST_POINTS = 3000  # of a line; more do not show on any screen and make the page slow
-_TABLE_ROWS = 40  # of the table behind a chart of windows
+MOST_POINTS = 3000  # per line: no screen shows more, and more make the page slow
+_TABLE_ROWS = 40  # at most, in the table behind a chart of windows
 _MEAN_OVER = 50  # windows
-_MOST_TRIANGLES, _MOST_TICKS = 30, 120  # marks of checkpoints; more than the first are drawn as thin ticks
-_HEIGHT, _LEGEND_LINE = 320, 12  # pixels; the second for each line of the legend, of which a phone has as many as names
-# Each at least 3:1 against white and against the dark paper.
+_MOST_TRIANGLES = 30  # marks of checkpoints in a chart; more are drawn as thin ticks
+_MOST_TICKS = 120
+_HEIGHT = 320  # pixels
+_LEGEND_LINE = 12  # pixels added for each name in the legend: on a phone each takes a line of its own
+# Contrast of at least 3:1 on white and on the dark page.
 COLOURS = ("#3b82f6", "#d97706", "#0d9488", "#a855f7", "#db2777", "#65a30d", "#0891b2", "#b45309")
 INCIDENT, CHECKPOINT, LIMIT = "#ef4444", "#16a34a", "#8b8f98"
-_DASHES = ("solid", "dash", "dot", "dashdot")
+_DASHES = ("solid", "dash")  # decoder, backbone
 
 FloatArray = NDArray[np.float64]
 Trace = dict[str, Any]
+NamedRuns = Sequence[tuple[RunHistory, str]]
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart with what a reader who does not see it, or wants the numbers, needs."""
+    """A chart, with its description and table for readers who cannot see it or want the numbers."""
 
-    key: str  # for ids in the page
+    key: str  # of its ids in the page
     title: str
     description: str
     figure: dict[str, Any]  # plotly's "data" and "layout"
@@ -44,32 +47,32 @@ class Chart:
 
 
 def charts_of(runs: Sequence[RunHistory], names: Sequence[str]) -> list[Chart]:
-    """Of one run, or of several on top of each other. A chart that would be empty is left out."""
-    labelled = list(zip(runs, names, strict=True))
-    together: list[Chart | None] = []
+    """Return the charts of a run, or of several runs overlaid; empty charts are left out."""
+    named = list(zip(runs, names, strict=True))
+    scores = {"iou": "IoU", "dice": "Dice", "s_measure": "S-measure"}
     if len(runs) == 1:
-        scores = {"iou": "IoU", "dice": "Dice", "s_measure": "S-measure"}
-        together.append(_epoch_chart(labelled, "scores", "Validation scores", scores, "Means over images, 0 to 1."))
+        charts = [_epoch_chart(named, "scores", "Validation scores", scores, "Means over images, 0 to 1.")]
     else:
-        for key, title in (("iou", "IoU"), ("dice", "Dice"), ("s_measure", "S-measure")):
-            together.append(_epoch_chart(labelled, key, f"Validation {title}", {key: title}, "Mean over images."))
-    together += [
-        _epoch_chart(labelled, "epoch-loss", "Loss by epoch", {"loss": "loss"}, "Mean over applied windows."),
-        _loss_chart(labelled),
-        _norm_chart(labelled),
-        _learning_rate_chart(labelled),
-        _scale_chart(labelled),
-        _epoch_chart(
-            labelled, "throughput", "Throughput", {"images_per_second": "images/s"}, "Training alone, by epoch."
-        ),
+        charts = [
+            _epoch_chart(named, key, f"Validation {title}", {key: title}, "Mean over images.")
+            for key, title in scores.items()
+        ]
+    speed = {"images_per_second": "images/s"}
+    charts += [
+        _epoch_chart(named, "epoch-loss", "Loss by epoch", {"loss": "loss"}, "Mean over applied windows."),
+        _loss_chart(named),
+        _norm_chart(named),
+        _learning_rate_chart(named),
+        _scale_chart(named),
+        _epoch_chart(named, "throughput", "Throughput", speed, "During training, without validation."),
     ]
-    return [chart for chart in together if chart is not None]
+    return [chart for chart in charts if chart is not None]
 
 
 def thin(values: FloatArray, most: int = MOST_POINTS) -> NDArray[np.intp]:
-    """Positions of at most so many values that look like all of them: the least and the largest of each span.
+    """Return the positions of at most ``most`` values that draw the same curve: minimum and maximum of each span.
 
-    The first and the last one are among them, and one value that is not finite of each span that has any.
+    The first and the last value are kept, and one non-finite value of each span that has any.
     """
     if len(values) <= most:
         return np.arange(len(values))
@@ -83,22 +86,27 @@ def thin(values: FloatArray, most: int = MOST_POINTS) -> NDArray[np.intp]:
     return np.array(sorted(kept), dtype=np.intp)
 
 
-def _epoch_chart(
-    runs: Sequence[tuple[RunHistory, str]], key: str, title: str, series: dict[str, str], description: str
-) -> Chart | None:
+def _epoch_chart(runs: NamedRuns, key: str, title: str, series: dict[str, str], description: str) -> Chart | None:
+    """Return a chart of some fields of the epoch events.
+
+    Args:
+        runs: one or several, with their names.
+        key: see ``Chart``.
+        title: see ``Chart``.
+        series: field -> its name in the chart.
+        description: see ``Chart``.
+    """
     traces: list[Trace] = []
-    rows = []
+    rows: list[list[str]] = []
     for index, (run, name) in enumerate(runs):
         epochs = sorted(run.epochs)
-        for position, (field, label) in enumerate(series.items()):
+        for position, (field, title_of_field) in enumerate(series.items()):
             values = [number(run.epochs[epoch], field) for epoch in epochs]
-            colour = COLOURS[(index if len(runs) > 1 else position) % len(COLOURS)]
-            shown = name if len(runs) > 1 else label
-            traces.append(_line(epochs, values, shown, colour, hover=f"{shown} %{{y:.4g}}<extra></extra>", dots=True))
-        rows += [
-            [*([name] if len(runs) > 1 else []), str(epoch), *(_text(number(run.epochs[epoch], f)) for f in series)]
-            for epoch in epochs
-        ]
+            shown = name if len(runs) > 1 else title_of_field
+            hover = f"{shown} %{{y:.4g}}<extra></extra>"
+            traces.append(_line(epochs, values, shown, _colour(runs, index, position), hover=hover, dots=True))
+        for epoch in epochs:
+            rows.append([*_run_cell(runs, name), str(epoch), *(_text(number(run.epochs[epoch], f)) for f in series)])
         if key == "scores":
             traces += _saved_epochs(run)
     if not rows:
@@ -107,13 +115,13 @@ def _epoch_chart(
     if key == "throughput":
         layout["yaxis"]["rangemode"] = "tozero"
     layout["xaxis"] |= {"tickformat": "d", **({"dtick": 1} if len(rows) <= 12 * len(runs) else {})}
-    columns = [*(["run"] if len(runs) > 1 else []), "epoch", *series.values()]
+    columns = [*_run_cell(runs, "run"), "epoch", *series.values()]
     return Chart(key, title, description, _figure(traces, layout), Table(title, columns, rows))
 
 
 def _saved_epochs(run: RunHistory) -> list[Trace]:
-    """A mark below the curves for each checkpoint of an epoch, a star on the best IoU."""
-    saved = {epoch: file for file, (epoch, _) in run.checkpoints.items() if epoch and file.startswith("epoch_")}
+    """Return marks below the curves for the checkpoints of epochs, and a star on the best IoU."""
+    saved = {epoch: file for file, (epoch, _) in run.checkpoints.items() if EPOCH_FILE.fullmatch(file)}
     traces = [_marks(list(saved), list(saved.values()), "checkpoints", "triangle-up", CHECKPOINT, 0.02)]
     if run.best is not None:
         iou, epoch = run.best
@@ -123,51 +131,39 @@ def _saved_epochs(run: RunHistory) -> list[Trace]:
     return [trace for trace in traces if trace["x"]]
 
 
-def _loss_chart(runs: Sequence[tuple[RunHistory, str]]) -> Chart | None:
+def _loss_chart(runs: NamedRuns) -> Chart | None:
     description = (
-        "Each window (one optimizer step's worth of batches) by its number in the run, and the mean of "
-        f"those applied among the last {_MEAN_OVER}. Gaps are losses that were not finite."
+        "Each window (the batches of one optimizer step) by its number in the run, and the mean over those applied "
+        f"among the last {_MEAN_OVER}. Gaps are losses that were not finite."
     )
     return _window_chart(runs, "window-loss", "Loss by window", "loss", lambda p: p.loss, description, mean=True)
 
 
-def _norm_chart(runs: Sequence[tuple[RunHistory, str]]) -> Chart | None:
-    description = "Before clipping, on a logarithmic scale."
-    if len(runs) == 1 and runs[0][0].settings.get("spike_policy") != "off":
-        description += (
-            " Above the spike limit, recomputed here from the norms before it, a window is skipped or clipped, "
-        )
-        description += "as --spike-policy says."
-    chart = _window_chart(
-        runs,
-        "gradient-norm",
-        "Gradient norm by window",
-        "norm",
-        lambda p: p.grad_norm,
-        description,
-        mean=True,
-        log=True,
-    )
+def _norm_chart(runs: NamedRuns) -> Chart | None:
+    """Return the chart of gradient norms; for a single run with its clip and spike limits."""
+    key, title, description = "gradient-norm", "Gradient norm by window", "Before clipping, on a logarithmic scale."
+    chart = _window_chart(runs, key, title, "norm", lambda p: p.grad_norm, description, mean=True, log=True)
     if chart is None or len(runs) > 1:
         return chart
-    (run, _), traces = runs[0], chart.figure["data"]
+    run, traces = runs[0][0], chart.figure["data"]
     numbers = [point.number for point in run.points]
     clip = number(run.settings, "grad_clip")
-    ends = [numbers[0], numbers[-1]]
     if not math.isnan(clip):
-        for height, name, dash in ((clip, "--grad-clip", "dash"), (5 * clip, "5 x --grad-clip: warned of", "dot")):
+        ends = [numbers[0], numbers[-1]]
+        for height, name, dash in ((clip, "--grad-clip", "dash"), (5 * clip, "5 x --grad-clip: warning", "dot")):
             traces.append(_line(ends, [height] * 2, name, LIMIT, dash, hover=f"{name}: {height:g}<extra></extra>"))
-    if run.settings.get("spike_policy") != "off":
-        limits = np.array(run.spike_limits)
+    limits = np.array([point.spike_limit for point in run.points])
+    if np.isfinite(limits).any():
+        description += " Above the spike limit, a window is skipped or clipped, as --spike-policy says."
         chosen = thin(limits, MOST_POINTS // 2)
+        x = [numbers[i] for i in chosen]
         hover = "spike limit %{y:.3g}<extra></extra>"
-        x = [numbers[index] for index in chosen]
         traces.append(_line(x, limits[chosen], "spike limit", INCIDENT, "dot", hover=hover))
-    return replace(chart, figure=_figure(traces, chart.figure["layout"]))
+    return replace(chart, description=description, figure=_figure(traces, chart.figure["layout"]))
 
 
-def _learning_rate_chart(runs: Sequence[tuple[RunHistory, str]]) -> Chart | None:
-    """The decoder's as logged; the backbone's is a fixed multiple of it, and 0 while it is frozen, in stage 1."""
+def _learning_rate_chart(runs: NamedRuns) -> Chart | None:
+    """Return the chart of learning rates: the decoder's is logged, the backbone's is computed from it."""
     traces: list[Trace] = []
     rows: list[list[str]] = []
     for index, (run, name) in enumerate(runs):
@@ -177,38 +173,54 @@ def _learning_rate_chart(runs: Sequence[tuple[RunHistory, str]]) -> Chart | None
         for position, (part, values) in enumerate((("decoder", decoder), ("backbone", backbone))):
             chosen = thin(values)
             x = [run.points[i].number for i in chosen]
-            colour = COLOURS[(index if len(runs) > 1 else position) % len(COLOURS)]
             shown = f"{name}, {part}" if len(runs) > 1 else part
             hover = f"{shown} %{{y:.3g}}<extra></extra>"
+            colour = _colour(runs, index, position)
             traces.append(_line(x, values[chosen], shown, colour, _DASHES[position], hover=hover))
         for span in _spans(run):
-            first, last = run.points[span[0]], run.points[span[-1]]
-            run_column = [name] if len(runs) > 1 else []
+            windows = f"{run.points[span[0]].number} to {run.points[span[-1]].number}"
             rates = [_text(float(values[i])) for values in (decoder, backbone) for i in (span[0], span[-1])]
-            rows.append([*run_column, f"{first.number} to {last.number}", *rates])
+            rows.append([*_run_cell(runs, name), windows, *rates])
     if not rows:
         return None
     columns = ["windows", "decoder, first", "decoder, last", "backbone, first", "backbone, last"]
-    columns = [*(["run"] if len(runs) > 1 else []), *columns]
+    table = Table("Learning rates", [*_run_cell(runs, "run"), *columns], rows)
     layout = _layout("window", "learning rate")
     layout["yaxis"] |= {"exponentformat": "e", "rangemode": "tozero"}
-    description = "Of the decoder and of the backbone, which is frozen in stage 1."
-    title = "Learning rates"
-    return Chart("learning-rates", title, description, _figure(traces, layout), Table(title, columns, rows))
+    description = "Decoder and backbone. The backbone is frozen in stage 1."
+    return Chart("learning-rates", "Learning rates", description, _figure(traces, layout), table)
 
 
-def _scale_chart(runs: Sequence[tuple[RunHistory, str]]) -> Chart | None:
-    """Only where there is one: without fp16 it is 1 throughout."""
+def _scale_chart(runs: NamedRuns) -> Chart | None:
+    """Return the chart of the loss scale; None without fp16, when it is 1 in every window."""
     if all(point.loss_scale == 1 for run, _ in runs for point in run.points):
         return None
-    description = "Of fp16: halved by each overflow, raised after many windows without one."
+    description = "Used by fp16: halved at each overflow, raised after many windows without one."
     return _window_chart(runs, "loss-scale", "Loss scale", "scale", lambda p: p.loss_scale, description, log=True)
 
 
 def _window_chart(
-    runs: Sequence[tuple[RunHistory, str]], key: str, title: str, axis: str,
-    value: Callable[[WindowPoint], float], description: str, mean: bool = False, log: bool = False,
-) -> Chart | None:  # fmt: skip
+    runs: NamedRuns,
+    key: str,
+    title: str,
+    axis: str,
+    value: Callable[[WindowPoint], float],
+    description: str,
+    mean: bool = False,
+    log: bool = False,
+) -> Chart | None:
+    """Return a chart of one number of each window; for a single run with its incidents and checkpoints.
+
+    Args:
+        runs: one or several, with their names.
+        key: see ``Chart``.
+        title: see ``Chart``.
+        axis: title of the vertical axis.
+        value: returns the number of a window.
+        description: see ``Chart``.
+        mean: add a running mean over applied windows.
+        log: make the vertical axis logarithmic.
+    """
     traces: list[Trace] = []
     rows: list[list[str]] = []
     annotations: list[dict[str, Any]] = []
@@ -216,52 +228,49 @@ def _window_chart(
         points = run.points
         values = np.array([value(point) for point in points], dtype=np.float64)
         applied = np.array([point.applied for point in points], dtype=bool)
-        steps = np.where(applied, values, np.nan)  # a window that was skipped, by a spike for one, has moved nothing
-        smooth = _running_mean(steps) if mean and len(values) > 2 * _MEAN_OVER else None
+        smooth = None
+        if mean and len(values) > 2 * _MEAN_OVER:
+            smooth = _running_mean(np.where(applied, values, np.nan))
         chosen = thin(values)
         shown = name if len(runs) > 1 else axis
-        x, where = (
-            [points[i].number for i in chosen],
-            [f"epoch {points[i].epoch}, window {points[i].window}" for i in chosen],
-        )
+        x = [points[i].number for i in chosen]
         hover = f"{shown} %{{y:.4g}}<br>%{{text}}<extra></extra>"
-        colour = COLOURS[index % len(COLOURS)]
-        line = _line(x, values[chosen], shown, colour, hover=hover)
-        traces.append({**line, "text": where, "opacity": 0.45 if smooth is not None else 1.0})
+        line = _line(x, values[chosen], shown, _colour(runs, index, 0), hover=hover)
+        places = [f"epoch {points[i].epoch}, window {points[i].window}" for i in chosen]
+        traces.append({**line, "text": places, "opacity": 0.45 if smooth is not None else 1.0})
         if smooth is not None:
-            few = thin(smooth, MOST_POINTS // 2)
-            label = f"{shown}, mean over {_MEAN_OVER}"
-            hover = f"{label} %{{y:.4g}}<extra></extra>"
-            mean_colour = colour if len(runs) > 1 else COLOURS[1]
-            traces.append(_line([points[i].number for i in few], smooth[few], label, mean_colour, hover=hover))
-        for span in _spans(run):
-            rows.append([*([name] if len(runs) > 1 else []), *_summary(points, values, span)])
+            chosen = thin(smooth, MOST_POINTS // 2)
+            x = [points[i].number for i in chosen]
+            mean_of = f"{shown}, mean over {_MEAN_OVER}"
+            hover = f"{mean_of} %{{y:.4g}}<extra></extra>"
+            traces.append(_line(x, smooth[chosen], mean_of, _colour(runs, index, 1), hover=hover))
+        rows += [[*_run_cell(runs, name), *_summary(points, values, span)] for span in _spans(run)]
         if len(runs) == 1:
-            found, annotations = _incident_marks(run)
-            traces += [*found, *_saved_windows(run)]
+            incidents, annotations = _incident_marks(run)
+            traces += [*incidents, *_saved_windows(run)]
     if not rows:
         return None
     layout = _layout("window", axis, annotations)
     if log:
         layout["yaxis"] |= {"type": "log", "exponentformat": "power", "dtick": 1 if _decades(traces) > 1 else "D2"}
-    columns = [*(["run"] if len(runs) > 1 else []), "windows", "epochs", "least", "mean", "largest", "not finite"]
+    columns = [*_run_cell(runs, "run"), "windows", "epochs", "minimum", "mean", "maximum", "not finite"]
     return Chart(key, title, description, _figure(traces, layout), Table(title, columns, rows))
 
 
 def _incident_marks(run: RunHistory) -> tuple[list[Trace], list[dict[str, Any]]]:
-    """A mark above the curve for each incident, and beside it its number, a link to its entry in the page."""
+    """Return a mark above the curve for each incident, and its number, a link to its entry in the page."""
     incidents = []
     for folder, record in run.incidents.items():
         at = run.window_number(whole(record, "epoch"), number(record, "window"))
         if not math.isnan(at):
-            incidents.append((at, folder, f"{record.get('verdict', '')}: {record.get('action', '')}".replace("_", " ")))
+            incidents.append((at, folder, f"{label(record.get('verdict', ''))}: {record.get('action', '')}"))
     incidents.sort()
     if not incidents:
         return [], []
     x, folders, texts = (list(column) for column in zip(*incidents, strict=True))
     marks = _marks(x, texts, "incidents", "triangle-down", INCIDENT, 0.97)
     marks["customdata"] = [f"incident-{folder}" for folder in folders]
-    reach = 0.08 * max(1, run.points[-1].number - run.points[0].number)  # closer ones share a link to the first
+    reach = 0.08 * max(1, run.points[-1].number - run.points[0].number)  # incidents closer than this share a link
     groups: list[list[int]] = []
     for index, at in enumerate(x):
         if groups and at - x[groups[-1][0]] < reach:
@@ -271,9 +280,9 @@ def _incident_marks(run: RunHistory) -> tuple[list[Trace], list[dict[str, Any]]]
     annotations = []
     for group in groups:
         first, last = (folders[group[position]].lstrip("0") for position in (0, -1))
-        label = str(first) if first == last else f"{first}, …"
+        shown = str(first) if first == last else f"{first}, …"
         entry = f"incident-{folders[group[0]]}"
-        link = f'<a href="#{entry}" target="_self">{label}</a>'
+        link = f'<a href="#{entry}" target="_self">{shown}</a>'
         place = {"x": x[group[0]], "y": 1.0, "yref": "paper", "yanchor": "bottom", "showarrow": False}
         annotations.append({"name": entry, "text": link, **place, "font": {"color": INCIDENT, "size": 13}})
     return [marks], annotations
@@ -289,15 +298,14 @@ def _saved_windows(run: RunHistory) -> list[Trace]:
 
 
 def _marks(x: Sequence[float], texts: Sequence[str], name: str, symbol: str, colour: str, height: float) -> Trace:
-    """Marks at a height of the chart, from 0 to 1, whatever its values are: on an axis of their own."""
+    """Return marks on an axis of their own: at a height from 0 to 1 of the chart, whatever the curve's values."""
     marker: dict[str, Any] = {"symbol": symbol, "size": 11, "color": colour}
     if symbol == "triangle-up" and len(x) > _MOST_TRIANGLES:
         marker |= {"symbol": "line-ns", "size": 8, "line": {"width": 1, "color": colour}}
     wrapped = ["<br>".join(_wrapped(text)) for text in texts]
     return {
         "type": "scatter", "mode": "markers", "name": name, "x": list(x), "y": [height] * len(x), "yaxis": "y2",
-        "text": wrapped, "hovertemplate": "%{text}<extra></extra>",
-        "marker": marker,
+        "text": wrapped, "hovertemplate": "%{text}<extra></extra>", "marker": marker,
     }  # fmt: skip
 
 
@@ -311,9 +319,14 @@ def _wrapped(text: str, width: int = 44) -> list[str]:
 
 
 def _line(
-    x: Sequence[float], y: Sequence[float] | FloatArray, name: str, colour: str, dash: str = "solid",
-    hover: str = "", dots: bool = False,
-) -> Trace:  # fmt: skip
+    x: Sequence[float],
+    y: Sequence[float] | FloatArray,
+    name: str,
+    colour: str,
+    dash: str = "solid",
+    hover: str = "",
+    dots: bool = False,
+) -> Trace:
     return {
         "type": "scatter", "mode": "lines+markers" if dots and len(x) <= 60 else "lines", "name": name,
         "x": [int(value) for value in x], "y": [_rounded(value) for value in y], "hovertemplate": hover,
@@ -340,27 +353,37 @@ def _layout(x_title: str, y_title: str, annotations: Sequence[dict[str, Any]] = 
 
 
 def _figure(traces: list[Trace], layout: dict[str, Any]) -> dict[str, Any]:
-    """With a legend where there is more than one thing to tell apart, and room for it."""
+    """Return the figure, with a legend and room for it if it has more than one trace."""
     if len(traces) > 1:
         layout |= {"showlegend": True, "height": _HEIGHT + _LEGEND_LINE * len(traces)}
     return {"data": traces, "layout": layout}
 
 
 def _running_mean(values: FloatArray) -> FloatArray:
-    """Over the last windows with a finite value; NaN before there is one."""
+    """Return the mean of the finite ones among the last ``_MEAN_OVER`` values; NaN if there are none."""
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.where(finite, values, 0).cumsum()])
     counts = np.concatenate([[0], finite.cumsum()])
     first = np.maximum(np.arange(len(values)) + 1 - _MEAN_OVER, 0)
     last = np.arange(len(values)) + 1
-    number_of = counts[last] - counts[first]
-    return np.where(number_of > 0, (sums[last] - sums[first]) / np.maximum(number_of, 1), np.nan)
+    count = counts[last] - counts[first]
+    return np.where(count > 0, (sums[last] - sums[first]) / np.maximum(count, 1), np.nan)
 
 
 def _spans(run: RunHistory) -> list[NDArray[np.intp]]:
-    """Positions of the windows, in as many runs of neighbours as a table is to have rows."""
+    """Return the positions of the windows, split into one span of neighbours for each row of a table."""
     count = len(run.points)
-    return [span for span in np.array_split(np.arange(count), min(_TABLE_ROWS, count)) if len(span)] if count else []
+    return np.array_split(np.arange(count), min(_TABLE_ROWS, count)) if count else []
+
+
+def _run_cell(runs: NamedRuns, text: str) -> list[str]:
+    """Return the first cell of a table's row, which names the run if there are several."""
+    return [text] if len(runs) > 1 else []
+
+
+def _colour(runs: NamedRuns, run: int, series: int) -> str:
+    """Return a colour for each run if there are several, else for each series."""
+    return COLOURS[(run if len(runs) > 1 else series) % len(COLOURS)]
 
 
 def _summary(points: Sequence[WindowPoint], values: FloatArray, span: NDArray[np.intp]) -> list[str]:
@@ -373,13 +396,13 @@ def _summary(points: Sequence[WindowPoint], values: FloatArray, span: NDArray[np
 
 
 def _decades(traces: Sequence[Trace]) -> float:
-    """That the values of the lines span."""
+    """Return how many powers of ten the lines span."""
     values = [y for trace in traces if trace.get("yaxis") != "y2" for y in trace["y"] if y is not None and y > 0]
     return math.log10(max(values) / min(values)) if values else 0
 
 
 def _rounded(value: float) -> float | None:
-    """To six digits, for the page's size; None, a gap, for what is not finite."""
+    """Return a value to six digits, which keeps the page small; None, a gap in the line, if it is not finite."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 

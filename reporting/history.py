@@ -1,6 +1,6 @@
-"""What a run has told of itself: ``metrics.jsonl``, ``config.json`` and its incidents, read for a report.
+"""The history of a run, read from its ``metrics.jsonl``, ``config.json`` and incidents, for a report.
 
-Of a run still going as of one that has ended. No torch.
+The run may still be going. Nothing here imports torch.
 """
 
 import bisect
@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from runtime.folder import BEST, CONFIG, INCIDENTS, LOG, read_json
-from training.spikes import spike_limits
 
-_NOT_FACTS = ("event", "time", "progress")  # of run_start and resume; the rest is what config.json has
+EPOCH_FILE = re.compile(r"epoch_(\d+)\.pth")
+_STEP_FILE = re.compile(r"step_(\d+)\.pth")
+_NOT_FACTS = ("event", "time", "progress")  # the other fields of run_start and resume are those of config.json
 _STATES = {
     0: "finished",
-    1: "ended by an error in the program, or with a last state that could not be saved",
-    2: "ended by its data or its command",
-    3: "diverged, every recovery spent",
+    1: "ended by an error in the program, or its last state could not be saved",
+    2: "ended by an error in its data or its command",
+    3: "diverged, all recoveries spent",
     130: "stopped by Ctrl-C",
     143: "stopped by SIGTERM",
 }
@@ -31,14 +32,15 @@ _STATES = {
 
 @dataclass(frozen=True, slots=True)
 class WindowPoint:
-    """A window, as its last attempt left it."""
+    """The last attempt of a window."""
 
-    number: int  # in the run, from 1; 0 in logs of older programs, until it is counted
+    number: int  # in the run, from 1; 0 in logs of older programs until RunHistory.points counts it
     stage: int
     epoch: int  # from 1
     window: int  # in its epoch, from 1
     loss: float
     grad_norm: float
+    spike_limit: float  # a larger gradient norm is a spike; inf without a history, NaN in logs of older programs
     loss_scale: float
     lr: float  # the decoder's
     verdict: str
@@ -56,6 +58,7 @@ class WindowPoint:
             window=whole(event, "window"),
             loss=number(event, "loss"),
             grad_norm=number(event, "grad_norm"),
+            spike_limit=number(event, "spike_limit"),
             loss_scale=number(event, "loss_scale"),
             lr=number(event, "lr"),
             verdict=sys.intern(str(event.get("verdict"))),
@@ -64,17 +67,18 @@ class WindowPoint:
 
 @dataclass
 class RunHistory:
-    """A run's events, without what a later resume has replaced.
+    """The events of a run, without those that a later resume has replaced.
 
     Attributes:
-        config: settings, versions, command, device, data.
-        windows: (epoch, number in the run, or in the epoch for logs of older programs) -> the window, as it was last.
+        config: settings, versions, command, device and data, as last started.
+        windows: (epoch, number in the run) -> last attempt; logs of older programs have the number in the epoch.
         epochs: epoch, from 1 -> its event.
-        incidents: folder name -> record, the oldest first.
-        checkpoints: file -> the epoch at whose end it was written, and 0; or 0, and the window of the run.
-        unreadable: image -> why.
-        end: the last event, where that is ``run_end``.
-        num_spoilt: lines that are no event: half-written, or damaged.
+        incidents: folder name -> record, oldest first.
+        checkpoints: file -> (epoch, 0) if written at the end of an epoch, else (0, window of the run).
+        unreadable: image -> reason.
+        verdicts: verdict -> number of attempts.
+        num_spoilt: number of lines that hold no event: half-written or damaged.
+        end: the ``run_end`` event, if it is the last one.
     """
 
     directory: Path
@@ -84,10 +88,9 @@ class RunHistory:
     incidents: dict[str, dict[str, Any]] = field(default_factory=dict)
     checkpoints: dict[str, tuple[int, int]] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
-    verdicts: Counter[str] = field(default_factory=Counter)  # of all attempts
+    verdicts: Counter[str] = field(default_factory=Counter)
     num_starts: int = 0
     num_spoilt: int = 0
-    first_time: float = math.nan
     last_time: float = math.nan
     end: dict[str, Any] | None = None
 
@@ -109,14 +112,14 @@ class RunHistory:
 
     @property
     def best(self) -> tuple[float, int] | None:
-        """The best validation IoU and its epoch; None before the first epoch with a score."""
+        """Best validation IoU and its epoch; None before the first finite score."""
         scores = [(number(event, "iou"), -epoch) for epoch, event in self.epochs.items()]
         scores = [score for score in scores if not math.isnan(score[0])]
         return (max(scores)[0], -max(scores)[1]) if scores else None
 
     @cached_property
     def points(self) -> list[WindowPoint]:
-        """In order. Windows carry their number in the run; in logs of older programs it is counted."""
+        """Windows in order, all with their number in the run, which is counted for logs of older programs."""
         windows_of: Counter[int] = Counter()
         for epoch, window in self.windows:
             windows_of[epoch] = max(windows_of[epoch], window)
@@ -126,13 +129,8 @@ class RunHistory:
         in_order = (point for _, point in sorted(self.windows.items()))
         return [p if p.number else replace(p, number=before[p.epoch] + p.window) for p in in_order]
 
-    @cached_property
-    def spike_limits(self) -> list[float]:
-        """Of each point, recomputed: a rollback may have made the detector's own ones differ for some windows."""
-        return spike_limits((point.stage, point.grad_norm) for point in self.points)
-
     def window_number(self, epoch: int, window: float = math.inf) -> float:
-        """The number in the run of a window of an epoch, or of the last one before it; NaN where there is none."""
+        """Return the number in the run of an epoch's window, or of the last one before it; NaN if there is none."""
         before = bisect.bisect_right(self._keys, (epoch, window))
         return self.points[before - 1].number if before else math.nan
 
@@ -142,7 +140,7 @@ class RunHistory:
 
     @property
     def saved(self) -> dict[str, float]:
-        """Checkpoint -> the window of the run after which it was written."""
+        """Checkpoint -> number of the window after which it was written."""
         return {
             file: self.window_number(epoch) if epoch else float(window)
             for file, (epoch, window) in self.checkpoints.items()
@@ -150,25 +148,23 @@ class RunHistory:
         }
 
     def recovery(self) -> dict[str, Any]:
-        """As the run's last event has it; for a run without one, as far as its windows and incidents tell."""
+        """Return the summary in the ``run_end`` event, or one counted from windows and incidents if it is missing."""
         if self.end is not None and isinstance(self.end.get("recovery"), dict):
             return self.end["recovery"]
-        given_up = Counter(point.verdict.replace("_", " ") for point in self.windows.values() if not point.applied)
+        skipped = Counter(point.verdict for point in self.windows.values() if not point.applied)
         actions = [str(record.get("action", "")) for record in self.incidents.values()]
         culprits = Counter(str(name) for record in self.incidents.values() for name in record.get("culprits") or [])
         return {
-            "applied": len(self.windows) - given_up.total(),
-            "skipped": dict(given_up),
+            "applied": len(self.windows) - skipped.total(),
+            "skipped": dict(skipped),
             "rollbacks": sum("rolled back" in action for action in actions),
             "quarantined": dict(culprits),
         }
 
     def take(self, event: dict[str, Any]) -> None:
-        """The next event of the log."""
+        """Take in the next event of the log."""
         kind, self.end = event["event"], None
         self.last_time = number(event, "time")
-        if math.isnan(self.first_time):
-            self.first_time = self.last_time
         if kind in ("run_start", "resume"):
             self._begin(event)
         elif kind == "window":
@@ -180,64 +176,65 @@ class RunHistory:
         elif kind == "incident":
             self.incidents[str(event.get("folder"))] = event
         elif kind == "checkpoint":
-            self._saved(str(event.get("file")))
+            self._take_checkpoint(str(event.get("file")))
         elif kind == "unreadable":
             self.unreadable[str(event.get("image"))] = str(event.get("reason"))
         elif kind == "run_end":
             self.end = event
 
     def _begin(self, event: dict[str, Any]) -> None:
-        """A start, or a resume: what the log has beyond its position belongs to a branch that was given up."""
+        """Take in a start or a resume, and drop what the log has beyond its position."""
         self.num_starts += 1
         self.config = {key: value for key, value in event.items() if key not in _NOT_FACTS}
         progress = event.get("progress")
         progress = progress if isinstance(progress, dict) else {}
-        done = whole(progress, "epoch") + 1, whole(progress, "window")
-        total = whole(progress, "global_window")  # windows may be of another size from here on, and more or fewer
+        num_epochs, num_windows = whole(progress, "epoch"), whole(progress, "global_window")
+        last = num_epochs + 1, whole(progress, "window")
+        # By the number in the run if the log has it: a resume may change the size of windows, and so those of an epoch.
         self.windows = {
             key: point
             for key, point in self.windows.items()
-            if (point.number <= total if point.number and "global_window" in progress else key <= done)
+            if (point.number <= num_windows if point.number and "global_window" in progress else key <= last)
         }
-        self.epochs = {epoch: event for epoch, event in self.epochs.items() if epoch < done[0]}
-        limits = done[0], total + 1
+        self.epochs = {epoch: event for epoch, event in self.epochs.items() if epoch <= num_epochs}
         self.checkpoints = {
-            file: where for file, where in self.checkpoints.items() if where[0] < limits[0] and where[1] < limits[1]
+            file: (epoch, window)
+            for file, (epoch, window) in self.checkpoints.items()
+            if epoch <= num_epochs and window <= num_windows
         }
 
-    def _saved(self, file: str) -> None:
-        """An epoch's file carries the epoch, a file of mid-epoch the window; the best one comes before its epoch's."""
-        if found := re.fullmatch(r"epoch_(\d+)\.pth", file):
+    def _take_checkpoint(self, file: str) -> None:
+        if found := EPOCH_FILE.fullmatch(file):
             self.checkpoints[file] = int(found[1]), 0
             if self.checkpoints.get(BEST) == (0, 0):
                 self.checkpoints[BEST] = int(found[1]), 0
-        elif found := re.fullmatch(r"step_(\d+)\.pth", file):
+        elif found := _STEP_FILE.fullmatch(file):
             self.checkpoints[file] = 0, int(found[1])
         elif file == BEST:
-            self.checkpoints[BEST] = 0, 0  # until its epoch's file follows
+            self.checkpoints[BEST] = 0, 0  # its epoch's file is logged next, and names the epoch
 
 
 def read_run(directory: Path) -> RunHistory:
-    """Read what a run has left behind so far.
+    """Read what a run has written so far.
 
     Raises:
-        ValueError: there is no such folder, or no run has written to it.
+        ValueError: the folder does not exist, or is not that of a run.
     """
     advice = "give the --checkpoint-dir of a run"
     if not directory.is_dir():
-        raise ValueError(f"{directory}: {'no folder' if directory.exists() else 'no such folder'}; {advice}")
+        raise ValueError(f"{directory}: {'not a folder' if directory.exists() else 'no such folder'}; {advice}")
     if not any(directory.iterdir()):
-        raise ValueError(f"{directory}: is empty, no run has written here yet; {advice}")
+        raise ValueError(f"{directory}: the folder is empty, no run has written to it; {advice}")
     run = RunHistory(directory)
     log = directory / LOG
     if not log.is_file():
-        raise ValueError(f"{directory}: is no run's folder, there is no {LOG} in it; {advice}")
+        raise ValueError(f"{directory}: not the folder of a run, it has no {LOG}; {advice}")
     num_events = 0
     for event in _events(log, run):
         run.take(event)
         num_events += 1
     if not num_events and not (directory / CONFIG).is_file():
-        raise ValueError(f"{log}: not one event of a run in it; {advice}")
+        raise ValueError(f"{log}: holds no event of a run; {advice}")
     run.config = {**run.config, **read_json(directory / CONFIG)}
     for folder in sorted((directory / INCIDENTS).glob("[0-9]*")):
         if record := read_json(folder / "incident.json"):
@@ -247,11 +244,12 @@ def read_run(directory: Path) -> RunHistory:
 
 
 def _events(log: Path, run: RunHistory) -> Iterator[dict[str, Any]]:
+    """Yield the events of a log; lines that hold none are counted in ``run``."""
     with open(log, encoding="utf-8", errors="replace") as lines:
         for line in filter(str.strip, lines):
             try:
                 event = json.loads(line)
-            except (ValueError, RecursionError):  # being written right now, or cut off by a crash
+            except (ValueError, RecursionError):  # still being written, or cut off by a crash
                 run.num_spoilt += 1
                 continue
             if isinstance(event, dict) and isinstance(event.get("event"), str):
@@ -261,7 +259,7 @@ def _events(log: Path, run: RunHistory) -> Iterator[dict[str, Any]]:
 
 
 def number(event: dict[str, Any], key: str, default: float = math.nan) -> float:
-    """A number of an event; in the log, those that are not finite are text. ``default`` where there is none."""
+    """Return a number of an event, ``default`` if it has none; the log holds non-finite ones as strings."""
     try:
         return float(event.get(key, default))
     except (TypeError, ValueError, OverflowError):
@@ -269,18 +267,24 @@ def number(event: dict[str, Any], key: str, default: float = math.nan) -> float:
 
 
 def whole(event: dict[str, Any], key: str, default: int = 0) -> int:
+    """Return a whole number of an event, ``default`` if it has none."""
     value = event.get(key)
     return value if isinstance(value, int) else default
 
 
+def label(verdict: object) -> str:
+    """Return a verdict as a reader sees it: "nonfinite loss" for ``nonfinite_loss``."""
+    return str(verdict).replace("_", " ")
+
+
 def unique_names(runs: Sequence[RunHistory]) -> list[str]:
-    """The folders' names; where two are the same, their paths."""
+    """Return the folders' names, or the paths of those that share a name."""
     names = [run.name for run in runs]
     return [run.name if names.count(run.name) == 1 else str(run.directory) for run in runs]
 
 
 def differing_settings(runs: Sequence[RunHistory]) -> dict[str, list[Any]]:
-    """Setting -> its value in each run, of those that are not the same in all; versions and devices, too."""
+    """Return setting -> its value in each run, for all settings, versions and devices that differ."""
     facts = [
         {**run.settings, **{k: v for k, v in run.config.items() if not isinstance(v, dict | list)}} for run in runs
     ]
