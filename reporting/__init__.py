@@ -1,1 +1,1 @@
-"""The report of a run: what its log tells, charts, pictures, the page; and what follows a run while it goes on."""
+"""Reports on runs: history, charts, pictures and the HTML page, and the listeners that follow a run as it trains."""

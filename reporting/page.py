@@ -1,173 +1,74 @@
-"""The page of a report: one HTML file that needs nothing else, for any width, dark and light, with and without eyes."""
+"""The page of a report: one HTML file that needs no other, for any width, dark and light, with and without eyes.
+
+``page.html`` is its frame and style; the empty icon there keeps browsers from asking for a file. ``page.js`` draws the
+charts in the page's colours, and lets a click on an incident's mark lead to its entry.
+"""
 
 import json
 import shlex
 import time
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
+from string import Template
 from typing import Any
 
 from reporting.charts import Chart, Table
-from reporting.history import RunHistory, differing_settings, number
+from reporting.history import RunHistory, differing_settings, label, number
 from reporting.pictures import Gallery
+from runtime.folder import INCIDENTS, LOG
 
 _VERSIONS = ("git_commit", "python", "torch", "torchvision", "timm", "numpy", "pillow")
-_SAMPLES_SHOWN = 12  # of an incident's window, and of unreadable images
-
+_MOST_LISTED = 12  # images of a window, unreadable images
 _RIGHT = ' class="number"'
-_NO_SCALE = '<p class="soft">Loss scale: 1 in every window, as it is without fp16; no chart of it.</p>'
-
-_STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --raised: #f4f5f7; --ink: #1b1e24; --soft: #565c66;
-  --line: #d9dce1; --link: #1d5fd1; --bad: #c02626; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14161a; --raised: #1e2127; --ink: #e6e8eb; --soft: #a3a9b3;
-  --line: #363b44; --link: #86b0ff; --bad: #ff8a80; } }
-* { box-sizing: border-box; }
-html { scroll-padding-top: 1rem; -webkit-text-size-adjust: 100%; }
-body { margin: 0 auto; max-width: 75rem; padding: 1rem clamp(0.75rem, 3vw, 2rem) 4rem; background: var(--paper);
-  color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-a { color: var(--link); }
-a:focus-visible, summary:focus-visible, [tabindex]:focus-visible {
-  outline: 3px solid var(--link); outline-offset: 2px; }
-.skip { position: absolute; left: -999rem; }
-.skip:focus { position: static; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0.5rem 0; }
-h2 { font-size: 1.3rem; margin: 2.5rem 0 0.75rem; border-bottom: 1px solid var(--line); padding-bottom: 0.25rem; }
-h3 { font-size: 1.05rem; margin: 0 0 0.25rem; }
-p { margin: 0.25rem 0 0.75rem; max-width: 70ch; }
-.soft, figcaption { color: var(--soft); font-size: 0.9rem; }
-nav ul { display: flex; flex-wrap: wrap; gap: 0.25rem 1.25rem; list-style: none; padding: 0; margin: 0.5rem 0; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(9.5rem, 100%), 1fr));
-  gap: 0.75rem; margin: 1rem 0; }
-.cards > div { background: var(--raised); border-radius: 0.5rem; padding: 0.6rem 0.8rem; }
-.cards dt { color: var(--soft); font-size: 0.85rem; }
-.cards dd { margin: 0; font-size: 1.2rem; font-weight: 600; line-height: 1.3; }
-.cards .small { display: block; color: var(--soft); font-size: 0.85rem; font-weight: 400; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 1.5rem; }
-figure { margin: 0; min-width: 0; }
-.charts > figure { border: 1px solid var(--line); border-radius: 0.5rem; padding: 0.8rem; }
-.chart { min-height: 320px; width: 100%; }
-.chart a { cursor: pointer; }
-.scroll { overflow: auto; max-height: 26rem; margin: 0.5rem 0 1rem; }
-details { margin: 0.5rem 0; }
-summary { cursor: pointer; color: var(--link); padding: 0.2rem 0; }
-table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--soft); padding: 0.25rem 0; }
-th, td { text-align: left; vertical-align: top; padding: 0.2rem 1rem 0.2rem 0; border-bottom: 1px solid var(--line); }
-.number { text-align: right; white-space: nowrap; overflow-wrap: normal; }
-thead th { overflow-wrap: normal; vertical-align: bottom; }
-.incident { border-left: 4px solid var(--bad); background: var(--raised); border-radius: 0.25rem;
-  padding: 0.6rem 0.9rem; margin: 0.75rem 0; }
-.incident:target { outline: 3px solid var(--link); }
-.facts { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: 0.15rem 1rem; margin: 0.5rem 0; }
-.facts dt { color: var(--soft); }
-.facts dd { margin: 0; min-width: 0; }
-@media (max-width: 30rem) { .facts { grid-template-columns: 1fr; } .facts dd { margin-bottom: 0.4rem; } }
-code, pre { font-family: ui-monospace, monospace; font-size: 0.88em; }
-pre { background: var(--raised); border-radius: 0.25rem; padding: 0.6rem; white-space: pre-wrap; margin: 0.5rem 0; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem 1.5rem; }
-.panels { display: grid; grid-template-columns: repeat(4, 1fr); gap: 0.35rem; }
-@media (max-width: 30rem) { .panels { grid-template-columns: repeat(2, 1fr); } }
-.panels img { width: 100%; height: auto; display: block; border-radius: 0.2rem; }
-.panels span { font-size: 0.8rem; color: var(--soft); }
-"""
-
-# Draws the figures, keeps their ink that of the page, and lets a click on an incident's mark lead to its entry.
-_SCRIPT = """
-const figures = JSON.parse(document.getElementById("figures").textContent);
-const scheme = matchMedia("(prefers-color-scheme: dark)");
-function ink() {
-  const style = getComputedStyle(document.documentElement), of = (name) => style.getPropertyValue(name).trim();
-  return { "font.color": of("--soft"), "hoverlabel.bgcolor": of("--raised"), "hoverlabel.bordercolor": of("--line"),
-           "hoverlabel.font.color": of("--ink") };
-}
-function link(chart) {  // plotly takes the addresses of links away where the page is a file
-  for (const note of chart.querySelectorAll(".annotation")) {
-    const { name } = chart.layout.annotations[note.dataset.index], anchor = note.querySelector("text a");
-    anchor.setAttribute("href", "#" + name);
-    anchor.setAttribute("aria-label", "Incident " + Number(name.split("-")[1]));
-  }
-}
-const charts = [];
-for (const [key, figure] of Object.entries(figures)) {
-  const chart = document.getElementById("chart-" + key);
-  if (matchMedia("(pointer: coarse)").matches) figure.layout.dragmode = false;  // a finger scrolls the page
-  Plotly.newPlot(chart, figure.data, figure.layout, { responsive: true, displayModeBar: false })
-    .then(() => Plotly.relayout(chart, ink()))
-    .then(() => { link(chart); chart.dataset.drawn = "yes"; });
-  chart.on("plotly_click", (event) => {
-    const target = event.points.map((point) => point.customdata).find((id) => typeof id === "string");
-    if (target) location.hash = target;
-  });
-  chart.on("plotly_afterplot", () => link(chart));
-  charts.push(chart);
-}
-scheme.addEventListener("change", () => charts.forEach((chart) => Plotly.relayout(chart, ink())));
-"""
+_NO_SCALE = '<p class="soft">No chart of the loss scale: it is 1 in every window, as always without fp16.</p>'
 
 
 def render(
-    runs: Sequence[RunHistory], names: Sequence[str], charts: Sequence[Chart], pictures: Sequence[Sequence[Gallery]],
-    script: str,
-) -> str:  # fmt: skip
-    """The whole page.
+    runs: Sequence[RunHistory],
+    names: Sequence[str],
+    charts: Sequence[Chart],
+    pictures: Sequence[Sequence[Gallery]],
+    plotly: str,
+) -> str:
+    """Return the page as HTML.
 
     Args:
-        runs: one, or several to be compared.
-        names: of the runs, each another.
-        charts: of all of them together.
-        pictures: of each run.
-        script: plotly's.
+        runs: one run, or several to compare.
+        names: a different name for each run.
+        charts: charts of all runs together.
+        pictures: galleries of each run.
+        plotly: plotly's JavaScript.
     """
     several = len(runs) > 1
     title = " and ".join(names) if len(names) < 4 else f"{len(names)} runs"
     links = [("summary", "Summary"), ("charts", "Charts")]
-    body = [_summary(runs[0])] if not several else [_comparison(runs, names)]
-    body.append(_charts(charts))
-    for run, name, own in zip(runs, names, pictures, strict=True):
+    body = [_comparison(runs, names) if several else _summary(runs[0]), _charts(charts)]
+    for run, name, galleries in zip(runs, names, pictures, strict=True):
         prefix = f"{name}: " if several else ""
         tag = f"{len(links)}-" if several else ""
         for key, heading, content in (
             ("incidents", "Incidents and recovery", _incidents(run, several)),
-            ("pictures", "Validation images", _pictures(own)),
+            ("pictures", "Validation images", _pictures(galleries)),
             ("data", "Data", _data(run)),
             ("settings", "Settings, versions, command", _settings(run)),
         ):
             ident = f"{tag}{key}"
             links.append((ident, prefix + heading))
             body.append(_section(ident, prefix + heading, content))
-    nav = "".join(f'<li><a href="#{ident}">{escape(text)}</a></li>' for ident, text in links)
     figures = {chart.key: chart.figure for chart in charts}
-    data = json.dumps(figures, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    drawing = f"<script>{script}</script><script>{_SCRIPT}</script>" if charts else ""
-    written = _when(time.time())
-    # An icon of nothing: browsers would otherwise ask for a file that is not there.
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="generator" content="train_ultimate">
-<title>{escape(title)}: training report</title>
-<link rel="icon" href="data:,">
-<style>{_STYLE}</style>
-</head>
-<body>
-<a class="skip" href="#main">Skip to the report</a>
-<header>
-<h1>Training report: {escape(title)}</h1>
-<p class="soft">Written {written}.</p>
-<nav aria-label="Contents"><ul>{nav}</ul></nav>
-</header>
-<main id="main" tabindex="-1">
-<noscript><p>Charts need JavaScript. The data tables below them do not.</p></noscript>
-{"".join(body)}
-</main>
-<script type="application/json" id="figures">{data}</script>
-{drawing}
-</body>
-</html>
-"""
+    return Template(_beside("page.html")).substitute(
+        title=escape(title),
+        written=_when(time.time()),
+        navigation="".join(f'<li><a href="#{ident}">{escape(text)}</a></li>' for ident, text in links),
+        body="".join(body),
+        figures=json.dumps(figures, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
+        drawing=f"<script>{plotly}</script><script>\n{_beside('page.js')}</script>" if charts else "",
+    )
+
+
+def _beside(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _section(ident: str, heading: str, content: str) -> str:
@@ -176,14 +77,16 @@ def _section(ident: str, heading: str, content: str) -> str:
 
 
 def _summary(run: RunHistory) -> str:
-    cards = [("State", run.state, f"last heard of {_when(run.last_time)}")]
+    cards = [("State", run.state, f"last event {_when(run.last_time)}")]
     if run.best is not None:
         iou, epoch = run.best
         cards.insert(0, ("Best validation IoU", f"{iou:.4f}", f"in epoch {epoch}"))
     newest = max(run.epochs, default=0)
     total = run.settings.get("epochs")
-    cards.append(("Epochs", f"{newest} of {total}" if total else str(newest), _under_way(run, newest)))
-    cards.append(("Windows", str(len(run.windows)), f"{_recovered(run)}"))
+    cards.append(("Epochs", f"{newest} of {total}" if total else str(newest), _unfinished(run, newest)))
+    recovery = run.recovery()
+    recovered = f"{_num_skipped(recovery)} skipped, {recovery.get('rollbacks', 0)} rollbacks"
+    cards.append(("Windows", str(len(run.windows)), recovered))
     cards.append(("Incidents", str(len(run.incidents)), "see below" if run.incidents else ""))
     if run.num_starts > 1:
         cards.append(("Resumed", f"{run.num_starts - 1} times" if run.num_starts > 2 else "once", ""))
@@ -192,20 +95,19 @@ def _summary(run: RunHistory) -> str:
         for name, value, more in cards
     )
     empty = "" if run.windows else "<p>No window has been trained yet.</p>"
-    spoilt = f" {run.num_spoilt} lines of its log are no events: half-written, or damaged." if run.num_spoilt else ""
+    spoilt = f" {run.num_spoilt} lines of its log hold no event: half-written or damaged." if run.num_spoilt else ""
     return _section("summary", "Summary", f'<dl class="cards">{items}</dl>{empty}<p class="soft">{spoilt}</p>')
 
 
-def _under_way(run: RunHistory, newest: int) -> str:
+def _unfinished(run: RunHistory, newest: int) -> str:
+    """Return where a run without an end stands in the epoch after the newest finished one."""
     if run.end is None and run.points and run.points[-1].epoch > newest:
-        return f"epoch {run.points[-1].epoch} under way, window {run.points[-1].window}"
+        return f"unfinished: epoch {run.points[-1].epoch}, window {run.points[-1].window}"
     return ""
 
 
-def _recovered(run: RunHistory) -> str:
-    recovery = run.recovery()
-    skipped = recovery.get("skipped") or {}
-    return f"{sum(skipped.values())} skipped, {recovery.get('rollbacks', 0)} rollbacks"
+def _num_skipped(recovery: dict[str, Any]) -> int:
+    return sum((recovery.get("skipped") or {}).values())
 
 
 def _comparison(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
@@ -238,7 +140,7 @@ def _charts(charts: Sequence[Chart]) -> str:
 
 
 def _table(table: Table) -> str:
-    """Scrolls by itself where it is too large, by keyboard, too."""
+    """Return a table in a region that scrolls by itself if the table is too large, by keyboard, too."""
     numeric = [all(_is_number(row[index]) for row in table.rows) for index in range(len(table.columns))]
     head = "".join(
         f'<th scope="col"{_RIGHT if right else ""}>{escape(column)}</th>'
@@ -272,10 +174,10 @@ def _is_number(cell: str) -> bool:
 def _incidents(run: RunHistory, several: bool) -> str:
     recovery = run.recovery()
     skipped = recovery.get("skipped") or {}
-    verdicts = ", ".join(f"{count} {verdict.replace('_', ' ')}" for verdict, count in skipped.items())
+    verdicts = ", ".join(f"{count} {label(verdict)}" for verdict, count in skipped.items())
     facts = {
         "Windows applied": str(recovery.get("applied", "-")),
-        "Windows skipped": f"{sum(skipped.values())}" + (f" ({verdicts})" if verdicts else ""),
+        "Windows skipped": f"{_num_skipped(recovery)}" + (f" ({verdicts})" if verdicts else ""),
         "Overflows": str(run.verdicts["overflow"]) if run.verdicts["overflow"] else "",
         "Rollbacks": f"{recovery.get('rollbacks', 0)}"
         + (f", learning rates now x {recovery['lr_factor']:g}" if recovery.get("lr_factor", 1) != 1 else ""),
@@ -287,14 +189,13 @@ def _incidents(run: RunHistory, several: bool) -> str:
 
 
 def _incident(run: RunHistory, folder: str, record: dict[str, Any], several: bool) -> str:
-    verdict = str(record.get("verdict", "")).replace("_", " ")
-    where = f"epoch {record.get('epoch', '?')}, window {record.get('window', '?')}"
-    title = f"{int(folder) if folder.isdigit() else folder}: {verdict}, {where}"
-    cause = str(record.get("cause", ""))
+    shown = int(folder) if folder.isdigit() else folder
+    place = f"epoch {record.get('epoch', '?')}, window {record.get('window', '?')}"
+    title = f"{shown}: {label(record.get('verdict', ''))}, {place}"
     samples = [str(name) for name in record.get("samples") or []]
     facts = {
         "What was done": str(record.get("action", "")),
-        "Cause": cause,
+        "Cause": str(record.get("cause", "")),
         "First not finite": str(record.get("first_nonfinite", "")),
         "At fault": ", ".join(map(str, record.get("culprits") or [])),
         "Fire drill": str(record.get("drill", "")),
@@ -304,21 +205,21 @@ def _incident(run: RunHistory, folder: str, record: dict[str, Any], several: boo
     more = ""
     attempts = [attempt for attempt in record.get("attempts") or [] if isinstance(attempt, dict)]
     if attempts:
-        columns = ("verdict", "precision", "loss", "grad_norm")
+        columns = ("precision", "loss", "grad_norm")
         rows = [
-            [str(index), *(_value(attempt.get(column)).replace("_", " ") for column in columns)]
+            [str(index), label(_value(attempt.get("verdict"))), *(_value(attempt.get(column)) for column in columns)]
             for index, attempt in enumerate(attempts, start=1)
         ]
         more += _table(Table("Attempts", ("attempt", "verdict", "precision", "loss", "gradient norm"), rows))
     worst = record.get("worst_parameters") or {}
     if isinstance(worst, dict) and worst:
         rows = [[str(name), _value(norm)] for name, norm in worst.items()]
-        more += _table(Table("Largest gradients, or those that were not finite", ("parameter", "norm"), rows))
+        more += _table(Table("Largest or non-finite gradients", ("parameter", "norm"), rows))
     if samples:
-        listed = "".join(f"<li><code>{escape(name)}</code></li>" for name in samples[:_SAMPLES_SHOWN])
-        left = f"<li>and {len(samples) - _SAMPLES_SHOWN} more</li>" if len(samples) > _SAMPLES_SHOWN else ""
+        listed = "".join(f"<li><code>{escape(name)}</code></li>" for name in samples[:_MOST_LISTED])
+        left = f"<li>and {len(samples) - _MOST_LISTED} more</li>" if len(samples) > _MOST_LISTED else ""
         more += f"<p>Images of the window:</p><ul>{listed}{left}</ul>"
-    path = run.directory / "incidents" / folder
+    path = run.directory / INCIDENTS / folder
     command = shlex.join(["python", "train_ultimate.py", "replay", str(path)])
     replay = f"<p>Run it again:</p><pre>{escape(command)}</pre>" if (path / "replay.pt").exists() else ""
     details = f"<details><summary>Attempts, gradients, images</summary>{more}</details>" if more else ""
@@ -326,9 +227,9 @@ def _incident(run: RunHistory, folder: str, record: dict[str, Any], several: boo
     return f'<article class="incident"{ident}><h3>{escape(title)}</h3>{_facts(facts)}{replay}{details}</article>'
 
 
-def _pictures(own: Sequence[Gallery]) -> str:
+def _pictures(galleries: Sequence[Gallery]) -> str:
     parts = []
-    for gallery in own:
+    for gallery in galleries:
         cells = []
         for example in gallery.examples:
             panels = "".join(
@@ -348,30 +249,30 @@ def _pictures(own: Sequence[Gallery]) -> str:
 def _data(run: RunHistory) -> str:
     validation = run.config.get("validation") or []
     facts = {
-        "Data set": str(run.settings.get("dataset_path", "")),
+        "Dataset": str(run.settings.get("dataset_path", "")),
         "Training pairs": _value(run.config.get("training_pairs")),
         "Validation images": str(len(validation)) if validation else "",
         "Excluded": str(len(run.config.get("excluded") or [])),
-        "Images a window": _value(run.config.get("window_size")),
+        "Images per window": _value(run.config.get("window_size")),
         "Fingerprint": str(run.config.get("data", "")),
         "Unreadable": str(len(run.unreadable)),
     }
-    rows = [[image, reason] for image, reason in list(run.unreadable.items())[:_SAMPLES_SHOWN]]
+    rows = [[image, reason] for image, reason in list(run.unreadable.items())[:_MOST_LISTED]]
     left = len(run.unreadable) - len(rows)
-    caption = "Images that cannot be read" + (f"; {left} more in metrics.jsonl" if left else "")
-    return _facts(facts) + (_table(Table(caption, ("image", "why"), rows)) if rows else "")
+    caption = "Images that cannot be read" + (f"; {left} more in {LOG}" if left else "")
+    return _facts(facts) + (_table(Table(caption, ("image", "reason"), rows)) if rows else "")
 
 
 def _settings(run: RunHistory) -> str:
     command = str(run.config.get("command", ""))
     rows = [[key, _value(value)] for key, value in sorted(run.settings.items())]
-    told = {"precision in use": run.config.get("precision"), "device": run.config.get("device")}
-    versions = {**told, **{key: run.config.get(key) for key in _VERSIONS}}
-    have = [[key, _value(value)] for key, value in versions.items() if value not in (None, "")]
+    machine = {"precision in use": run.config.get("precision"), "device": run.config.get("device")}
+    machine |= {key: run.config.get(key) for key in _VERSIONS}
+    known = [[key, _value(value)] for key, value in machine.items() if value not in (None, "")]
     shown = f"<pre>{escape(command)}</pre>" if command else "<p>No command recorded.</p>"
     return (
-        f"<p>As it was last started:</p>{shown}"
-        + _table(Table("Machine and versions", ("what", "value"), have))
+        f"<p>Last started with:</p>{shown}"
+        + _table(Table("Machine and versions", ("what", "value"), known))
         + f"<details><summary>All {len(rows)} settings</summary>{_table(Table('Settings', ('setting', 'value'), rows))}"
         "</details>"
     )
@@ -402,5 +303,5 @@ def _when(seconds: float) -> str:
     moment = number({"time": seconds}, "time")
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(moment))
-    except (ValueError, OverflowError):  # of NaN the first, of a damaged log both
+    except (ValueError, OverflowError):  # NaN if nothing was logged; any number in a damaged log
         return "never"

@@ -1,9 +1,8 @@
-"""Validation images with their predictions for a report. The only part of it that needs torch, and imports it late."""
+"""Validation images with their predictions, for a report: the one part of it that imports torch, when it needs it."""
 
 import base64
 import bisect
 import io
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,29 +15,32 @@ from PIL import Image
 from data.decoding import decode_image, decode_mask
 from data.layouts import Pair, by_name, find_subsets, training_pairs
 from evaluation.figures import thumbnail
-from evaluation.metrics import quick_scores
-from reporting.history import RunHistory, whole
+from evaluation.metrics import ByteArray, quick_scores
+from reporting.history import EPOCH_FILE, RunHistory, whole
 from runtime.folder import BEST
 
-SHOWN = 3  # of the worst, and of the best
-FEW, FEW_SECONDS = 16, 20.0  # images looked at when a run ends, and the time after which no further batch is begun
-_BATCH = 8
+SHOWN = 3  # worst, and as many best images
+FEW = 16  # images predicted for the report at the end of a run ...
+FEW_SECONDS = 20.0  # ... unless this time is over before
+_BATCH = 8  # images, at most: the run's own batch size if that is smaller
 _TITLES = ("image", "mask", "prediction", "error map")
-_FALSE_ALARM, _MISS = (255, 140, 0), (64, 128, 255)  # told apart by readers of any colour vision
+_FALSE_ALARM, _MISS = (255, 140, 0), (64, 128, 255)  # readers of any colour vision can distinguish them
 
 
 @dataclass(frozen=True)
 class Panel:
+    """A picture on the page."""
+
     title: str
     alt: str
     data_uri: str
-    width: int  # in pixels
+    width: int  # pixels
     height: int
 
 
 @dataclass(frozen=True)
 class Example:
-    """One validation image. ``panels`` are image, mask, prediction and error map."""
+    """A validation image: its scores, and the panels image, mask, prediction and error map."""
 
     name: str
     rank: str  # worst or best
@@ -48,7 +50,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Of one epoch. Without examples, ``note`` says why; with them, what they were chosen from."""
+    """The examples of one epoch. The note says what they were chosen from, or why there are none."""
 
     title: str
     note: str
@@ -56,49 +58,48 @@ class Gallery:
 
 
 def galleries(run: RunHistory, epochs: Sequence[int], few: bool = False) -> list[Gallery]:
-    """The worst and the best validation images by IoU, for each epoch, or for the best one where none is given.
+    """Return the worst and the best validation images by IoU, for each epoch.
 
     Args:
-        run: whose folder holds the checkpoints.
-        epochs: from 1.
-        few: look at some images alone, spread over the set: for the end of a run, which should not wait.
+        run: a run whose folder holds the checkpoints.
+        epochs: epochs from 1; empty for the best one.
+        few: choose from ``FEW`` images, spread over the set, so that a run's end need not wait.
+
+    Raises:
+        ValueError, OSError, RuntimeError: a checkpoint cannot be used.
     """
     best = run.checkpoints.get(BEST, (0, 0))[0] or (run.best[1] if run.best else 0)
-    wanted = epochs or [best]
-    return [_gallery(run, epoch, is_best=epoch == best, few=few) for epoch in wanted]
+    return [_gallery(run, epoch, is_best=epoch == best, few=few) for epoch in epochs or [best]]
 
 
 def _gallery(run: RunHistory, epoch: int, is_best: bool, few: bool) -> Gallery:
-    title = f"Epoch {epoch}" + (", the best" if is_best else "")
     if not epoch:
         return Gallery("Validation images", "No epoch has been validated yet.", [])
+    title = f"Epoch {epoch}" + (", the best" if is_best else "")
     file = run.directory / f"epoch_{epoch:04d}.pth"
     if is_best and not file.exists():
         file = run.directory / BEST
     if not file.exists():
-        there = sorted(int(found[1]) for path in run.directory.iterdir() if (found := _EPOCH_FILE.fullmatch(path.name)))
-        kept = f"kept are {', '.join(map(str, there))}" if there else "no epoch's file is kept"
-        return Gallery(title, f"{file.name} is not there: {kept}.", [])
+        kept = sorted(int(found[1]) for path in run.directory.iterdir() if (found := EPOCH_FILE.fullmatch(path.name)))
+        others = f"the kept epochs are {', '.join(map(str, kept))}" if kept else "no epoch is kept"
+        return Gallery(title, f"There is no {file.name}; {others}.", [])
     try:
         pairs = _validation_pairs(run)
     except (ValueError, OSError) as error:
-        return Gallery(title, f"No pictures, for the data set is not to be had: {error}.", [])
+        return Gallery(title, f"No pictures: the dataset is not available ({error}).", [])
     return _predicted(run, file, title, pairs, few)
 
 
-_EPOCH_FILE = re.compile(r"epoch_(\d+)\.pth")
-
-
 def _validation_pairs(run: RunHistory) -> list[tuple[str, Pair]]:
-    """Those that the run's folder names and that are there.
+    """Return the validation pairs that still exist, with their names.
 
     Raises:
-        ValueError, OSError: none of them, or no data set.
+        ValueError, OSError: the dataset, or all of them, cannot be found.
     """
     names = {name for name in run.config.get("validation") or [] if name not in run.unreadable}
     path = run.settings.get("dataset_path")
     if not names or not isinstance(path, str):
-        raise ValueError("the run does not tell which images it was validated on")
+        raise ValueError("the run does not say which images it was validated on")
     root = run.directory / "synthetic" if path == "synthetic" else Path(path)
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder here")
@@ -110,82 +111,84 @@ def _validation_pairs(run: RunHistory) -> list[tuple[str, Pair]]:
 
 
 def _predicted(run: RunHistory, file: Path, title: str, pairs: Sequence[tuple[str, Pair]], few: bool) -> Gallery:
-    from evaluation.predictor import (  # torch: seconds that a page without pictures does not take
-        load_network,
-        predict_pairs,
-    )
+    """Return the gallery of a checkpoint: predict and score the pairs, and keep the worst and the best.
+
+    Raises:
+        ValueError, OSError, RuntimeError: the checkpoint cannot be used.
+    """
+    from evaluation.predictor import load_network, predict_pairs  # imports torch: takes seconds
 
     total = len(pairs)
     if few and total > FEW:
         pairs = [pairs[index] for index in np.linspace(0, total - 1, FEW).round().astype(int)]
-    device = "auto" if run.end is not None else "cpu"  # the GPU's memory belongs to a run that is still going
+    device = "auto" if run.end is not None else "cpu"  # a run that is still going needs the GPU's memory
     precision = "fp32" if run.config.get("precision") == "fp32" else "auto"
     network = load_network(file, device, precision, None)
     batch_size = min(_BATCH, whole(run.settings, "batch_size", _BATCH))
-    ranked: list[tuple[float, int]] = []  # IoU and index, the worst first
-    kept: dict[int, tuple[dict[str, float], NDArray[np.uint8]]] = {}
-    failed = 0
-    begun = time.monotonic()
+    ranked: list[tuple[float, int]] = []  # IoU and index, worst first
+    kept: dict[int, tuple[dict[str, float], ByteArray]] = {}  # index -> scores, prediction
+    num_failed = 0
+    start = time.monotonic()
     for index, prediction in predict_pairs(network, [pair for _, pair in pairs], batch_size, 0):
         if isinstance(prediction, str):
-            failed += 1
+            num_failed += 1
             continue
         try:
             scores = quick_scores(prediction, decode_mask(pairs[index][1].mask))
         except ValueError:
-            failed += 1
+            num_failed += 1
             continue
         bisect.insort(ranked, (scores["iou"], index))
         kept[index] = scores, prediction
-        shown = {index for _, index in [*ranked[:SHOWN], *ranked[-SHOWN:]]}
-        kept = {index: value for index, value in kept.items() if index in shown}
-        if few and time.monotonic() - begun > FEW_SECONDS:
+        candidates = {index for _, index in [*ranked[:SHOWN], *ranked[-SHOWN:]]}
+        kept = {index: value for index, value in kept.items() if index in candidates}  # predictions take memory
+        if few and time.monotonic() - start > FEW_SECONDS:
             break
     if not ranked:
-        return Gallery(title, f"No pictures: not one of {len(pairs)} images could be predicted and scored.", [])
+        return Gallery(title, f"No pictures: none of {len(pairs)} images could be predicted and scored.", [])
     worst = ranked[: min(SHOWN, -(-len(ranked) // 2))]
     best = ranked[max(len(worst), len(ranked) - SHOWN) :]
     examples = [
-        _example(pairs[index], rank, kept[index])
+        _example(pairs[index], rank, *kept[index])
         for rank, chosen in (("worst", worst), ("best", best[::-1]))
         for _, index in chosen
     ]
     share = f"all {total}" if len(ranked) == total else f"{len(ranked)} of {total}"
-    note = f"Chosen by IoU from {share} validation images, predicted with {file.name}, stretched as evaluate does."
-    note += " Report DIR looks at all of them." if few and len(ranked) < total and not failed else ""
-    note += f" {failed} could not be read or predicted." if failed else ""
+    note = f"Chosen by IoU from {share} validation images, predicted with {file.name} and stretched as evaluate does."
+    note += " The report command chooses from all of them." if few and len(ranked) < total and not num_failed else ""
+    note += f" {num_failed} could not be read or predicted." if num_failed else ""
     return Gallery(title, note, examples)
 
 
-def _example(named: tuple[str, Pair], rank: str, predicted: tuple[dict[str, float], NDArray[np.uint8]]) -> Example:
-    (name, pair), (scores, prediction) = named, predicted
+def _example(named_pair: tuple[str, Pair], rank: str, scores: dict[str, float], prediction: ByteArray) -> Example:
+    name, pair = named_pair
     mask = decode_mask(pair.mask)
     photograph = decode_image(pair.image).resize(mask.shape[::-1], Image.Resampling.BILINEAR)
     errors, false_alarm, missed = error_map(photograph, mask, prediction)
     alt = (
-        f"{Path(name).name}",
+        Path(name).name,
         f"mask, the object covers {mask.mean():.1%} of the image",
         f"prediction, IoU {scores['iou']:.3f}",
         f"error map: {false_alarm:.1%} of the image is a false alarm, {missed:.1%} is missed",
     )
-    pixels: tuple[NDArray[np.uint8], ...] = (np.asarray(photograph), mask.astype(np.uint8) * 255, prediction, errors)
+    pixels: tuple[ByteArray, ...] = (np.asarray(photograph), mask.astype(np.uint8) * 255, prediction, errors)
     images = (thumbnail(source) for source in pixels)
     panels = [_panel(title, text, image) for title, text, image in zip(_TITLES, alt, images, strict=True)]
     return Example(name, rank, scores, panels)
 
 
 def error_map(
-    photograph: Image.Image, mask: NDArray[np.bool_], prediction: NDArray[np.uint8]
-) -> tuple[NDArray[np.uint8], float, float]:
-    """Where a prediction is wrong, in colour on the darkened photograph: orange for false alarm, blue for missed.
+    photograph: Image.Image, mask: NDArray[np.bool_], prediction: ByteArray
+) -> tuple[ByteArray, float, float]:
+    """Paint the errors of a prediction on the darkened photograph: orange for false alarms, blue for misses.
 
     Args:
-        photograph: of the mask's size.
+        photograph: an image of the mask's size.
         mask: (H, W).
-        prediction: (H, W).
+        prediction: (H, W), 0 to 255.
 
     Returns:
-        (H, W, 3); the shares of the image that are false alarm and missed at 0.5.
+        the picture, (H, W, 3), and the shares of the image that are false alarm and missed at a threshold of 0.5.
     """
     grey = np.asarray(photograph.convert("L"), dtype=np.float32)[..., None] * 0.35
     wrong = np.abs(prediction.astype(np.float32) / 255 - mask)[..., None]
