@@ -1,8 +1,10 @@
-"""What follows a run while it goes on, beside its log: TensorBoard, and the report at its end."""
+"""Listeners of a run's log: epoch lines on the terminal, curves for TensorBoard, and the report at the end."""
 
 import importlib.util
+import logging
+import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,11 @@ from torch import Tensor
 
 from data.dataset import load_image, load_mask
 from data.layouts import Pair
-from data.loading import unit_range
 from reporting.history import number
+from reporting.report import write_final_report
 from runtime.files import first_line
 from runtime.log import Listener
-from runtime.machine import Precision
-from training.state import EpochStats, TrainState
 
-NO_TENSORBOARD = "TensorBoard: not installed, so nothing is written for it (pip install tensorboard)"
-NO_PLOTLY_TO_TRAIN = "Report: plotly is not installed, so no report.html is written at the end (pip install plotly)"
 _EPOCH_SCALARS = (
     "epoch", "loss", "iou", "dice", "mae", "s_measure", "grad_norm_avg", "grad_norm_max", "lr", "backbone_lr",
     "images_per_second", "skipped", "overflows", "unreadable",
@@ -29,54 +27,78 @@ _WINDOW_SCALARS = ("loss", "grad_norm", "loss_scale", "lr")
 _FLUSH_SECONDS = 30
 _NUM_SAMPLES = 4
 
+logger = logging.getLogger("train_ultimate")
+
 Samples = Callable[[], tuple[Tensor, Tensor, Tensor] | None]
 
 
-class SamplePredictions:
-    """A few validation images as the weights in use see them, the same ones each time, one by one to save memory.
+class EpochLines:
+    """The lines on the terminal at the end of each epoch: loss, scores, gradient norms, overflows.
 
     Args:
-        state: of the run.
-        pairs: to validate on; the first few that can be read are taken.
-        img_size: S.
-        device: of the network.
-        memory_format: of its input.
-        precision: that the run was started in.
+        epochs: number of epochs in the run.
+        grad_clip: ``--grad-clip``; gradient norms above five times this value are reported.
     """
 
-    def __init__(
-        self, state: TrainState, pairs: Sequence[Pair], img_size: int, device: torch.device,
-        memory_format: torch.memory_format, precision: Precision,
-    ) -> None:  # fmt: skip
-        self.state = state
-        self.pairs = pairs
-        self.img_size = img_size
-        self.device = device
-        self.memory_format = memory_format
-        self.precision = precision
+    def __init__(self, epochs: int, grad_clip: float) -> None:
+        self._epochs = epochs
+        self._large_norm = 5 * grad_clip
+        self._has_warned = False
 
-    @torch.inference_mode()
+    def event(self, event: str, fields: dict[str, Any]) -> None:
+        if event != "epoch":
+            return
+        if not (sys.stderr and sys.stderr.isatty()):  # on a terminal, the progress bar above has named the epoch
+            logger.info("Epoch %d/%d", fields["epoch"], self._epochs)
+        logger.info("Loss: %.4f | IoU: %.4f | Dice: %.4f", fields["loss"], fields["iou"], fields["dice"])
+        logger.info("   Gradient norm - Avg: %.3f, Max: %.3f", fields["grad_norm_avg"], fields["grad_norm_max"])
+        if fields["overflows"]:
+            text = "   fp16 overflows: %d, none applied; loss scale now %g"
+            logger.info(text, fields["overflows"], fields["loss_scale"])
+        if fields["large_norms"] and not self._has_warned:
+            text = "%d of %d windows had a gradient norm above 5 x --grad-clip = %g; they were clipped"
+            logger.warning(text, fields["large_norms"], fields["applied"], self._large_norm)
+            self._has_warned = True
+        elif fields["large_norms"]:
+            text = "   %d of %d windows above %g were clipped"
+            logger.info(text, fields["large_norms"], fields["applied"], self._large_norm)
+
+    def close(self) -> None:
+        """Do nothing: the last epoch's lines are written."""
+
+
+class SamplePredictions:
+    """A few validation images and their current predictions: the same images each time, one per batch to save memory.
+
+    Args:
+        predict: maps images (1, 3, S, S), uint8 on the CPU, to probabilities (1, 1, S, S), float32 on the CPU.
+        pairs: validation pairs; the first few that can be read are shown.
+        img_size: S.
+    """
+
+    def __init__(self, predict: Callable[[Tensor], Tensor], pairs: Sequence[Pair], img_size: int) -> None:
+        self._predict = predict
+        self._pairs = pairs
+        self._img_size = img_size
+
     def __call__(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Images (N, 3, S, S), masks and predictions (N, 1, S, S), in [0, 1]; None where no image can be read.
+        """Return images (N, 3, S, S), masks and predictions (N, 1, S, S), in [0, 1]; None if no image can be read.
 
         Predictions that are not finite are black.
         """
         images, masks = self._loaded
         if not len(images):
             return None
-        model = self.state.model_for_use.train().eval()
-        with self.state.precision_in_use(self.precision).autocast():
-            inputs = (unit_range(image.to(self.device), self.memory_format) for image in images.split(1))
-            logits = torch.cat([model(image)[-1] for image in inputs])
-        return images.float() / 255, masks.float(), logits.float().sigmoid().nan_to_num(0, 0, 0).cpu()
+        predictions = torch.cat([self._predict(image) for image in images.split(1)])
+        return images.float() / 255, masks.float(), predictions.nan_to_num(0, 0, 0)
 
     @cached_property
     def _loaded(self) -> tuple[Tensor, Tensor]:
         images, masks = [], []
-        for pair in self.pairs[: 4 * _NUM_SAMPLES]:
+        for pair in self._pairs[: 4 * _NUM_SAMPLES]:
             try:
-                image, mask = load_image(pair.image, self.img_size), load_mask(pair.mask, self.img_size)
-            except ValueError:  # told of elsewhere
+                image, mask = load_image(pair.image, self._img_size), load_mask(pair.mask, self._img_size)
+            except ValueError:  # reported by whoever validates
                 continue
             images.append(image)
             masks.append(mask)
@@ -86,31 +108,33 @@ class SamplePredictions:
 
 
 class TensorBoardCurves:
-    """The log's scalars, and a few validation images after each epoch, as events for TensorBoard.
+    """TensorBoard's copy of the log's scalars, with a few validation images after each epoch.
 
-    Every step is the number of windows in the run. Of windows that a resumed run trains again, TensorBoard shows the
-    later ones; of a window that was run again, its last attempt is written.
+    Every step is a number of windows in the run. TensorBoard shows the later one of two windows with the same number,
+    which a resumed run trains again. A window that recovery reruns is written once, by its last attempt.
 
     Args:
-        directory: where the event files go.
-        global_window: windows of the run done before.
-        samples: called after an epoch: images (N, 3, H, W) and masks and predictions (N, 1, H, W), all in [0, 1]; None
-            for no images.
+        directory: folder of the event files.
+        global_window: windows that the run has done before.
+        samples: called after an epoch: returns images (N, 3, H, W), and masks and predictions (N, 1, H, W), all in
+            [0, 1], or None. None for no images.
 
     Raises:
         ImportError: tensorboard is not installed.
     """
 
     def __init__(self, directory: Path, global_window: int, samples: Samples | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a second, and not needed for help or mistakes
+        from torch.utils.tensorboard import SummaryWriter  # takes a second, and may not be installed
 
         before = set(threading.enumerate())
         self._writer = SummaryWriter(str(directory), purge_step=global_window + 1, flush_secs=_FLUSH_SECONDS)
-        _keep_quiet(set(threading.enumerate()) - before)
+        self._writing_threads = set(threading.enumerate()) - before
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._drop_error_of_writing_thread
         self._samples = samples
         self._shown = False
         self._step = global_window
-        self._window: dict[str, Any] | None = None  # the newest: it may be run again
+        self._window: dict[str, Any] | None = None  # the newest one, kept back because recovery may rerun it
 
     def event(self, event: str, fields: dict[str, Any]) -> None:
         if event == "window":
@@ -128,8 +152,16 @@ class TensorBoardCurves:
             self._writer.add_text("incidents", what.encode(errors="backslashreplace").decode(), self._step)
 
     def close(self) -> None:
-        self._write_window()
-        self._writer.close()
+        try:
+            self._write_window()
+            self._writer.close()
+        finally:
+            threading.excepthook = self._excepthook
+
+    def _drop_error_of_writing_thread(self, arguments: threading.ExceptHookArgs) -> None:
+        """Print no traceback for the writer's thread: its error is raised again by the next event."""
+        if arguments.thread not in self._writing_threads:
+            self._excepthook(arguments)
 
     def _write_window(self) -> None:
         fields, self._window = self._window, None
@@ -140,12 +172,12 @@ class TensorBoardCurves:
             self._writer.add_scalar(f"window/{key}", number(fields, key), self._step)
 
     def _write_samples(self) -> None:
-        """Predictions each time, images and masks once."""
+        """Write predictions each time, images and masks once."""
         try:
             samples = self._samples() if self._samples is not None else None
-        except RuntimeError as error:  # the memory is too short, say: the curves do without
+        except RuntimeError as error:  # out of memory, for example
             self._samples = None
-            print(f"Warning: no more validation images for TensorBoard ({first_line(error)}); its curves go on")
+            logger.warning("no more validation images for TensorBoard (%s); its curves go on", first_line(error))
             return
         if samples is None:
             return
@@ -156,14 +188,14 @@ class TensorBoardCurves:
 
 
 class FinalReport:
-    """Writes ``report.html`` when the run has ended.
+    """The report that is written when the run has ended.
 
-    Pictures of validation images are left out after a signal: whoever sends one does not wait for long. Nor does the
-    launcher of several processes, once one of them has failed.
+    It has no pictures after a signal: whoever sent it does not wait for long. Nor after the failure of a run of several
+    processes, whose launcher does not wait either.
 
     Args:
-        directory: of the run.
-        alone: no other process takes part.
+        directory: folder of the run.
+        alone: the run has a single process.
     """
 
     def __init__(self, directory: Path, alone: bool = True) -> None:
@@ -176,63 +208,50 @@ class FinalReport:
             self.exit_code = fields["exit_code"]
 
     def close(self) -> None:
-        from reporting.report import write_final_report
-
+        with_pictures = self.exit_code == 0 or (self.exit_code == 3 and self.alone)
         try:
-            with torch.random.fork_rng(devices=[]):  # a network is built for the pictures
-                patient = self.exit_code == 0 or (self.exit_code == 3 and self.alone)
-                print(write_final_report(self.directory, with_pictures=patient))
+            with torch.random.fork_rng(devices=[]):  # building the network for the pictures draws random numbers
+                write_final_report(self.directory, with_pictures)
         except KeyboardInterrupt:
-            print(f"No report written: interrupted; later: python train_ultimate.py report {self.directory}")
+            again = f"python train_ultimate.py report {self.directory}"
+            logger.warning("No report written (interrupted); later: %s", again)
 
 
-def listeners_of(directory: Path, global_window: int, samples: Samples | None, alone: bool = True) -> list[Listener]:
-    """Those of a run, as far as what they need is installed; what is not is told, once.
+def listeners_of(
+    directory: Path,
+    epochs: int,
+    grad_clip: float,
+    global_window: int,
+    samples: Samples | None,
+    alone: bool = True,
+) -> list[Listener]:
+    """Return the listeners of a run. Log which ones are missing because a package is not installed.
 
     Args:
-        directory: of the run.
-        global_window: windows of the run done before.
-        samples: as ``TensorBoardCurves`` takes them.
-        alone: as ``FinalReport`` takes it.
+        directory: folder of the run.
+        epochs: see ``EpochLines``.
+        grad_clip: see ``EpochLines``.
+        global_window: windows that the run has done before.
+        samples: see ``TensorBoardCurves``.
+        alone: see ``FinalReport``.
     """
-    found: list[Listener] = []
+    found: list[Listener] = [EpochLines(epochs, grad_clip)]
     try:
         found.append(TensorBoardCurves(directory / "tensorboard", global_window, samples))
     except ImportError:
-        if not global_window:
-            print(NO_TENSORBOARD)
-    except Exception as error:  # a disk that is full, or a tensorboard that does not fit its protobuf or numpy
-        print(f"Warning: {directory / 'tensorboard'}: nothing is written for TensorBoard ({first_line(error)})")
+        if not global_window:  # said when the run began
+            logger.info("TensorBoard: not installed, so nothing is written for it (pip install tensorboard)")
+    except Exception as error:  # a full disk, or a tensorboard that does not fit its protobuf or numpy
+        logger.warning("%s: nothing is written for TensorBoard (%s)", directory / "tensorboard", first_line(error))
     if importlib.util.find_spec("plotly") is None:
-        print(NO_PLOTLY_TO_TRAIN)
+        logger.info("Report: plotly is not installed, so no report.html is written at the end (pip install plotly)")
     else:
         found.append(FinalReport(directory, alone))
     return found
 
 
-def _keep_quiet(threads: set[threading.Thread]) -> None:
-    """The error of the thread that writes is raised at the next event, and told there: no traceback before that."""
-    previous = threading.excepthook
-
-    def hook(arguments: threading.ExceptHookArgs) -> None:
-        if arguments.thread not in threads:
-            previous(arguments)
-
-    threading.excepthook = hook
-
-
-def epoch_lines(
-    stats: "EpochStats", scores: Mapping[str, float], large_norm: float, loss_scale: float, warn: bool
-) -> list[str]:
-    """What an epoch came to.
-
-    Args:
-        stats: of its windows.
-        scores: of its validation: iou and dice.
-        large_norm: what ``stats`` counts as a large gradient norm.
-        loss_scale: now.
-        warn: of large norms; without, their number is told all the same.
-    """
+def epoch_lines(stats: Any, scores: dict[str, float], large_norm: float, loss_scale: float, warn: bool) -> list[str]:
+    """Return the lines of ``EpochLines``, for as long as the script prints them itself."""
     lines = [
         f"Loss: {stats.loss:.4f} | IoU: {scores['iou']:.4f} | Dice: {scores['dice']:.4f}",
         f"   Gradient norm - Avg: {stats.grad_norm_avg:.3f}, Max: {stats.grad_norm_max:.3f}",
@@ -241,6 +260,6 @@ def epoch_lines(
         lines.append(f"   fp16 overflows: {stats.num_overflows}, none applied; loss scale now {loss_scale:g}")
     if stats.num_large_norms:
         share = f"{stats.num_large_norms} of {stats.num_applied} windows"
-        told = f"had a gradient norm above 5 x --grad-clip = {large_norm:g}; they were clipped"
-        lines.append(f"   Warning: {share} {told}" if warn else f"   {share} above {large_norm:g} were clipped")
+        large = f"had a gradient norm above 5 x --grad-clip = {large_norm:g}; they were clipped"
+        lines.append(f"   Warning: {share} {large}" if warn else f"   {share} above {large_norm:g} were clipped")
     return lines

@@ -1,5 +1,6 @@
-"""The report of a run, or of several, written as one HTML file."""
+"""The report of a run, or of several, as one HTML file."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,21 +10,27 @@ from reporting.page import render
 from reporting.pictures import Gallery, galleries
 from runtime.files import first_line, write_text
 
-REPORT, COMPARISON = "report.html", "comparison.html"  # the second never takes the place of a run's own
+REPORT = "report.html"
+COMPARISON = "comparison.html"  # of several runs; does not replace the report of any
 
-NO_PLOTLY = "plotly is not installed, and reports need it for their charts: pip install plotly"
+logger = logging.getLogger("train_ultimate")
 
 
-def _galleries(run: RunHistory, epochs: Sequence[int]) -> list[Gallery]:
-    """A checkpoint that cannot be used costs the pictures, not the report."""
+def galleries_or_reason(
+    run: RunHistory,
+    epochs: Sequence[int],
+    few: bool = False,
+    errors: tuple[type[Exception], ...] = (ValueError, OSError, RuntimeError),
+) -> list[Gallery]:
+    """Return ``galleries(run, epochs, few)``, or if one of the errors is raised, an empty gallery that says why."""
     try:
-        return galleries(run, epochs)
-    except (ValueError, OSError, RuntimeError) as error:
+        return galleries(run, epochs, few)
+    except errors as error:
         return [Gallery("Validation images", f"No pictures: {first_line(error)}", [])]
 
 
 def write_report(runs: Sequence[RunHistory], pictures: Sequence[Sequence[Gallery]], output: Path) -> None:
-    """Write the page of these runs, in one step.
+    """Write the page of one or several runs, in one step.
 
     Raises:
         ValueError: plotly is not installed.
@@ -32,27 +39,25 @@ def write_report(runs: Sequence[RunHistory], pictures: Sequence[Sequence[Gallery
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise ValueError(NO_PLOTLY) from error
+        raise ValueError("plotly is not installed, and charts need it: pip install plotly") from error
     names = unique_names(runs)
     page = render(runs, names, charts_of(runs, names), pictures, get_plotlyjs())
     write_text(output, page)
 
 
-def write_final_report(directory: Path, with_pictures: bool) -> str:
-    """The report at a run's end, from what is at hand in seconds; returns the line to print. Never raises an Exception.
+def write_final_report(directory: Path, with_pictures: bool) -> None:
+    """Write the report at the end of a run, in seconds, and log its path. Errors, even bugs, are only logged.
 
     Args:
-        directory: of the run.
-        with_pictures: of a few validation images.
+        directory: folder of the run.
+        with_pictures: show a few validation images.
     """
     try:
         run = read_run(directory)
-        try:
-            own = galleries(run, [], few=True) if with_pictures else []
-        except Exception as error:  # the charts do not need them
-            own = [Gallery("Validation images", f"No pictures: {first_line(error)}", [])]
-        write_report([run], [own], directory / REPORT)
+        pictures = galleries_or_reason(run, [], few=True, errors=(Exception,)) if with_pictures else []
+        write_report([run], [pictures], directory / REPORT)
     except Exception as error:
-        again = f"later: python train_ultimate.py report {directory}"
-        return f"Warning: no report written ({str(error) or type(error).__name__}); {again}"
-    return f"Report: {directory / REPORT}"
+        again = f"python train_ultimate.py report {directory}"
+        logger.warning("No report written (%s); later: %s", first_line(error), again)
+    else:
+        logger.info("Report: %s", directory / REPORT)

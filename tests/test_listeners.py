@@ -1,12 +1,14 @@
-"""TensorBoard's events of a run, read back by TensorBoard itself."""
+"""Listeners of a run: epoch lines, and events for TensorBoard, which are read back by TensorBoard itself."""
 
 import io
 import json
+import logging
 import resource
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 import urllib.request
@@ -19,10 +21,16 @@ from conftest import Argv, SignalAt, differing_tensors
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from reporting.listeners import FinalReport, TensorBoardCurves, listeners_of
+from data.layouts import Pair
+from reporting.listeners import EpochLines, FinalReport, SamplePredictions, TensorBoardCurves, listeners_of
 from runtime.checkpoint import read_checkpoint
 from runtime.log import RunLog
 from train_ultimate import main
+
+EPOCH = {
+    **{"epoch": 3, "loss": 2.37, "iou": 0.5845, "dice": 0.735, "grad_norm_avg": 0.381, "grad_norm_max": 0.498},
+    **{"applied": 8, "overflows": 0, "large_norms": 0, "loss_scale": 1.0},
+}
 
 
 def events_of(directory: Path) -> EventAccumulator:
@@ -30,7 +38,7 @@ def events_of(directory: Path) -> EventAccumulator:
 
 
 def scalars(directory: Path, tag: str) -> dict[int, float]:
-    """Step -> value; a step that came twice fails."""
+    """Return step -> value; asserts that no step appears twice."""
     found = [(event.step, event.value) for event in events_of(directory).Scalars(tag)]
     assert len(found) == len(dict(found)), f"{tag}: steps appear twice"
     return dict(found)
@@ -38,6 +46,73 @@ def scalars(directory: Path, tag: str) -> dict[int, float]:
 
 def logged(directory: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, (directory / "metrics.jsonl").open()) if event["event"] == kind]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def lines_of(caplog: pytest.LogCaptureFixture, lines: EpochLines, **fields: Any) -> list[tuple[str, str]]:
+    """Return the level and the text of the lines after an epoch."""
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="train_ultimate"):
+        lines.event("window", {"loss": 1.0})
+        lines.event("epoch", {**EPOCH, **fields})
+    return [(record.levelname, record.message) for record in caplog.records]
+
+
+def test_an_epoch_has_a_line_of_scores_and_one_of_gradient_norms(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())  # whose progress bar names the epoch
+    assert lines_of(caplog, EpochLines(140, 0.5)) == [
+        ("INFO", "Loss: 2.3700 | IoU: 0.5845 | Dice: 0.7350"),
+        ("INFO", "   Gradient norm - Avg: 0.381, Max: 0.498"),
+    ]
+
+
+def test_without_a_terminal_a_line_names_the_epoch(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stderr in (io.StringIO(), None):  # a file or pipe; closed
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert lines_of(caplog, EpochLines(140, 0.5))[0] == ("INFO", "Epoch 3/140")
+
+
+def test_overflows_are_counted_with_the_loss_scale(caplog: pytest.LogCaptureFixture) -> None:
+    last = lines_of(caplog, EpochLines(140, 0.5), overflows=2, loss_scale=512.0)[-1]
+    assert last == ("INFO", "   fp16 overflows: 2, none applied; loss scale now 512")
+
+
+def test_large_norms_warn_once_and_are_counted_from_then_on(caplog: pytest.LogCaptureFixture) -> None:
+    lines = EpochLines(140, 0.5)
+    first, second = (lines_of(caplog, lines, large_norms=4)[-1] for _ in range(2))
+    text = "4 of 8 windows had a gradient norm above 5 x --grad-clip = 2.5; they were clipped"
+    assert first == ("WARNING", text)
+    assert second == ("INFO", "   4 of 8 windows above 2.5 were clipped")
+
+
+def test_sample_predictions_are_of_the_first_images_that_can_be_read(tiny_dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    images = sorted((tiny_dataset / "TrainDataset" / "Imgs").iterdir())
+    pairs = [Pair(image, tiny_dataset / "TrainDataset" / "GT" / f"{image.stem}.png") for image in images[:6]]
+    pairs[1] = Pair(tmp_path / "bad.jpg", pairs[1].mask)
+    seen: list[torch.Tensor] = []
+
+    def predict(image: torch.Tensor) -> torch.Tensor:
+        seen.append(image)
+        value = torch.nan if len(seen) == 2 else 0.5
+        return torch.full((1, 1, 32, 32), value)
+
+    samples = SamplePredictions(predict, pairs, 32)()
+    assert samples is not None
+    images, masks, predictions = samples
+    assert [(image.dtype, image.shape) for image in seen] == [(torch.uint8, (1, 3, 32, 32))] * 4
+    assert torch.equal(images, torch.cat(seen) / 255)
+    assert masks.shape == (4, 1, 32, 32)
+    assert predictions.amax((1, 2, 3)).tolist() == [0.5, 0, 0.5, 0.5]  # not finite: black
+    assert SamplePredictions(predict, pairs[1:2], 32)() is None
 
 
 def test_a_run_writes_its_scalars_and_images(tiny_argv: Argv, tmp_path: Path, followed: None) -> None:
@@ -71,15 +146,17 @@ def test_resumed_runs_show_no_window_twice(
 def test_listeners_do_not_change_the_weights(
     tiny_argv: Argv, tmp_path: Path, followed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extra = ("--ema-decay", "0", "--epochs", "3")  # then the pictures are of the very weights that are trained
+    extra = ("--ema-decay", "0", "--epochs", "3")  # so that pictures use the weights in training themselves
     assert main(tiny_argv(*extra)) == 0
     monkeypatch.setattr("training.setup.listeners_of", lambda *_: [])
-    assert main(tiny_argv(*extra, checkpoint_dir=tmp_path / "alone")) == 0
-    with_them, alone = (read_checkpoint(tmp_path / name / "epoch_0003.pth") for name in ("run", "alone"))
-    assert differing_tensors(with_them["model"], alone["model"]) == []
+    assert main(tiny_argv(*extra, checkpoint_dir=tmp_path / "without")) == 0
+    with_them, without = (read_checkpoint(tmp_path / name / "epoch_0003.pth") for name in ("run", "without"))
+    assert differing_tensors(with_them["model"], without["model"]) == []
 
 
-def test_a_full_disk_costs_a_warning_and_no_traceback(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_costs_a_warning_and_no_traceback(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     noise = torch.rand(4, 3, 64, 64)
     curves = TensorBoardCurves(tmp_path / "tensorboard", 0, lambda: (noise, noise, noise))
     log = RunLog(tmp_path)
@@ -93,46 +170,88 @@ def test_a_full_disk_costs_a_warning_and_no_traceback(tmp_path: Path, capfd: pyt
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     log.close()
     out, err = capfd.readouterr()
-    assert out.count("Warning: TensorBoardCurves gives up (") == 1
-    assert "training goes on" in out
+    warnings = out + caplog.text
+    assert warnings.count("TensorBoardCurves") == 1
+    assert "training goes on" in warnings
     assert "Traceback" not in err
     assert [event["epoch"] for event in logged(tmp_path, "epoch")] == [1, 2, 3]
 
 
-def test_where_nothing_can_be_written_a_run_goes_on(
-    tiny_argv: Argv, tmp_path: Path, followed: None, capsys: pytest.CaptureFixture[str]
+def test_errors_of_other_threads_are_reported_while_curves_are_written_and_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "tensorboard").write_text("in the way")
-    assert main(tiny_argv("--epochs", "1", "--stage1-epochs", "0")) == 0
-    assert "nothing is written for TensorBoard" in capsys.readouterr().out
+    reported: list[str] = []
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: reported.append(str(arguments.exc_value)))
+    hook = threading.excepthook
+    curves = TensorBoardCurves(tmp_path, 0, None)
+    other = threading.Thread(target=lambda: 1 / 0)
+    other.start()
+    other.join()
+    curves.close()
+    assert reported == ["division by zero"]
+    assert threading.excepthook is hook
 
 
-def test_without_tensorboard_it_is_said_once(
-    tiny_argv: Argv, tmp_path: Path, followed: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def kinds_of(caplog: pytest.LogCaptureFixture, directory: Path, global_window: int = 0) -> list[type]:
+    """Return the types of a run's listeners; what they log is in ``caplog``."""
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="train_ultimate"):
+        found = listeners_of(directory, 4, 0.5, global_window, None)
+    kinds = [type(listener) for listener in found]
+    for listener in found:
+        if isinstance(listener, TensorBoardCurves):
+            listener.close()
+    return kinds
+
+
+def test_a_run_has_epoch_lines_curves_and_a_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert kinds_of(caplog, tmp_path) == [EpochLines, TensorBoardCurves, FinalReport]
+    assert caplog.messages == []
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_curves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "tensorboard").write_text("in the way")
+    assert kinds_of(caplog, tmp_path) == [EpochLines, FinalReport]
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "nothing is written for TensorBoard" in record.message
+
+
+def test_a_missing_tensorboard_is_mentioned_when_a_run_begins_and_not_when_it_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert main(tiny_argv("--epochs", "1", "--stage1-epochs", "0")) == 0
-    assert capsys.readouterr().out.count("TensorBoard: not installed") == 1
-    assert not (tmp_path / "run" / "tensorboard").exists()
-    assert (tmp_path / "run" / "report.html").exists()
+    assert kinds_of(caplog, tmp_path) == [EpochLines, FinalReport]
+    assert caplog.text.count("TensorBoard: not installed") == 1
+    assert not (tmp_path / "tensorboard").exists()
+    assert kinds_of(caplog, tmp_path, global_window=5) == [EpochLines, FinalReport]
+    assert caplog.messages == []
+
+
+def test_a_missing_plotly_costs_only_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    assert kinds_of(caplog, tmp_path) == [EpochLines, TensorBoardCurves]
+    assert caplog.text.count("plotly is not installed") == 1
 
 
 @pytest.mark.parametrize("error", [TypeError("Descriptors cannot be created directly"), AttributeError("np.bool8")])
-def test_a_tensorboard_that_does_not_fit_its_packages_costs_its_curves_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+def test_a_tensorboard_that_does_not_fit_its_packages_costs_only_the_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     def broken(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", broken)
-    (report,) = listeners_of(tmp_path, 0, None)
-    assert isinstance(report, FinalReport)
-    assert "nothing is written for TensorBoard" in capsys.readouterr().out
+    assert kinds_of(caplog, tmp_path) == [EpochLines, FinalReport]
+    assert "nothing is written for TensorBoard" in caplog.text
 
 
-def test_images_that_do_not_fit_the_memory_cost_the_images_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_images_that_do_not_fit_the_memory_cost_only_the_images(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def samples() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -142,7 +261,7 @@ def test_images_that_do_not_fit_the_memory_cost_the_images_alone(
         curves.event("window", {"global_window": epoch})
         curves.event("epoch", {"epoch": epoch, "loss": 1.0 / epoch})
     curves.close()
-    assert capsys.readouterr().out.count("no more validation images") == 1
+    assert caplog.text.count("no more validation images") == 1
     assert scalars(tmp_path, "epoch/loss") == {1: 1.0, 2: 0.5}
 
 
@@ -176,7 +295,7 @@ def fetch(port: int, path: str, **query: str) -> bytes:
 
 
 def wait_for(port: int, path: str, image_tag: str) -> dict[str, Any]:
-    """The tags, when the server has read the events."""
+    """Wait until the server has read the events, and return the tags."""
     deadline = time.monotonic() + 90
     while True:
         try:

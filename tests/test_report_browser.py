@@ -1,4 +1,4 @@
-"""A run's report in a browser: headless Chromium, driven by selenium. What only shows when its script runs."""
+"""A run's report in headless Chromium, driven by selenium: behaviour that needs the page's script."""
 
 import shutil
 import time
@@ -55,7 +55,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 
 @pytest.fixture
 def opened(browser: webdriver.Chrome, page: Path) -> Open:
-    """The report at some width and in a colour scheme, its charts drawn."""
+    """Opens the report at a width and in a colour scheme; returns when its charts are drawn."""
 
     def open_page(width: int = 1280, scheme: str = "light") -> webdriver.Chrome:
         metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
@@ -75,7 +75,7 @@ def opened(browser: webdriver.Chrome, page: Path) -> Open:
 
 
 def show(browser: webdriver.Chrome, element: WebElement) -> dict[str, float]:
-    """Scroll there; returns the middle of the element in the window."""
+    """Scroll to an element and return its middle, in window coordinates."""
     script = """arguments[0].scrollIntoView({block: "center", behavior: "instant"});
         const box = arguments[0].getBoundingClientRect();
         return {x: box.left + box.width / 2, y: box.top + box.height / 2};"""
@@ -87,7 +87,7 @@ def mouse(browser: webdriver.Chrome, kind: str, at: dict[str, float], **more: An
 
 
 def hover(browser: webdriver.Chrome, at: dict[str, float]) -> str:
-    """The text that shows up."""
+    """Move the mouse there and return the text of the label that appears."""
     deadline = time.monotonic() + 20
     while True:
         for shift in (-2, 0):  # a label follows movement
@@ -134,7 +134,7 @@ def test_hovering_shows_a_windows_values(opened: Open) -> None:
     assert "epoch 1, window 2" in hover(browser, browser.execute_script(script, line))
 
 
-def test_an_incidents_mark_leads_to_its_entry_by_click_and_by_link(opened: Open) -> None:
+def test_clicking_an_incidents_mark_or_link_leads_to_its_entry(opened: Open) -> None:
     browser = opened()
     (trace,) = [
         trace
@@ -159,7 +159,7 @@ def test_an_incidents_mark_leads_to_its_entry_by_click_and_by_link(opened: Open)
     assert 0 <= top < 900
 
 
-def test_keyboard_reaches_the_report_past_the_navigation_and_opens_a_data_table(opened: Open) -> None:
+def test_the_keyboard_skips_the_navigation_and_opens_a_data_table(opened: Open) -> None:
     browser = opened()
     browser.switch_to.active_element.send_keys("\ue004")  # tab
     assert browser.switch_to.active_element.text == "Skip to the report"

@@ -26,6 +26,7 @@ from data.layouts import (
     split_validation,
     training_pairs,
 )
+from data.loading import unit_range
 from data.processes import keep_freed_memory, num_cores
 from data.sampler import Share
 from data.synthetic import write_synthetic_dataset
@@ -318,9 +319,16 @@ def prepare(argv: Sequence[str] | None) -> Run:
     log = RunLog(directory if ranks.is_first else None, echo=json_to)
     if ranks.is_first:
         # Weights that are sharded are whole on no rank alone: no images then.
-        samples = SamplePredictions(state, val_pairs, args.img_size, device, memory_format, precision)
+        def predict(image: torch.Tensor) -> torch.Tensor:
+            network = state.model_for_use.train().eval()
+            with torch.inference_mode(), state.precision_in_use(precision).autocast():
+                logits = network(unit_range(image.to(device), memory_format))[-1]
+            return logits.float().sigmoid().cpu()
+
+        samples = None if ranks.shards else SamplePredictions(predict, val_pairs, args.img_size)
         done = state.progress.global_window
-        log.listeners += listeners_of(directory, done, None if ranks.shards else samples, ranks.size == 1)
+        # Without EpochLines: the script still prints these lines itself.
+        log.listeners += listeners_of(directory, args.epochs, args.grad_clip, done, samples, ranks.size == 1)[1:]
     store.on_saved = lambda name: log.event("checkpoint", file=name)
     incidents = directory / "incidents"
     images = names[: len(train_pairs)]
