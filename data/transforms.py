@@ -1,66 +1,85 @@
-"""Joint augmentation of image and mask, as a pure function of a seed: what to do is drawn first, then done in one go.
+"""Joint augmentation of image and mask as a pure function of a seed: drawn first, then applied in one pass.
 
-torchvision's transforms, one after the other, resample a rotated image twice and round it to bytes after every step,
-which takes three times as long as all of this. Ranges, order and formulas are those of RandomHorizontalFlip,
-RandomResizedCrop, RandomRotation and ColorJitter; but they move the mask of an image that is not rotated by half a
-pixel against it.
+Ranges, order and formulas are those of torchvision's RandomHorizontalFlip, RandomResizedCrop, RandomRotation and
+ColorJitter. Applied one after the other, those resample a rotated image twice and round to bytes after every step,
+which takes three times as long; and if the image is not rotated, they shift its mask by half a pixel.
 """
 
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_LEAST_AREA = 0.9  # of a crop, as a share of the image
-_ASPECT = 1.05  # the most that a crop's sides differ, as a ratio
-_TRIES = 10
+Value = TypeVar("Value")
+
+_MIN_CROP_AREA = 0.9  # share of the image
+_MAX_ASPECT = 1.05  # ratio of a crop's longer side to its shorter one
+_CROP_TRIES = 10
 _ROTATED = 0.5  # share of the images
-_LARGEST_ANGLE = 15.0  # degrees
-_COLOUR = 0.2  # the most that brightness, contrast and saturation change
+_MAX_ANGLE = 15.0  # degrees
+_MAX_COLOUR_CHANGE = 0.2  # of brightness, contrast and saturation
 _LUMA = (0.2989, 0.587, 0.114)
 _COLOUR_STEPS = ("brightness", "contrast", "saturation")
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to one image and its mask: flip, crop, rotate about the crop's centre, change colours."""
+    """One image's augmentation: flip, crop, rotate about the crop's centre, change colours."""
 
     flip: bool
-    top: int  # the crop, in pixels of the flipped image
+    top: int  # of the crop, in pixels of the flipped image
     left: int
     height: int
     width: int
-    angle: float  # degrees, counter-clockwise; 0: none
+    angle: float  # degrees, counter-clockwise; 0 for no rotation
     colour_steps: tuple[tuple[str, float], ...]  # (brightness, contrast or saturation, factor), in this order
 
 
-def draw_augmentation(img_size: int, seed: int) -> Augmentation:
-    """A horizontal flip, a crop of at most a tenth of the area, a rotation of at most 15 degrees, mild colour.
+class AugmentationRow(NamedTuple, Generic[Value]):
+    """An augmentation as 12 numbers: a row of ``to_rows``, or the columns that ``augment_batch`` makes of all rows."""
 
-    Camouflage lives in fine texture and colour: stronger photometric changes or larger crops remove the very evidence
+    flip: Value  # 0 or 1
+    top: Value  # pixels
+    left: Value
+    height: Value
+    width: Value
+    angle: Value  # degrees
+    first_step: Value  # position in _COLOUR_STEPS
+    second_step: Value
+    third_step: Value
+    first_factor: Value
+    second_factor: Value
+    third_factor: Value
+
+
+def draw_augmentation(img_size: int, seed: int) -> Augmentation:
+    """Draw a flip, a crop of at least 90 % of the area, a rotation of at most 15 degrees and mild colour changes.
+
+    Camouflage lives in fine texture and colour: stronger colour changes or tighter crops would remove the very evidence
     that separates an object from its background.
     """
     rng = random.Random(seed)
     flip = rng.random() < 0.5
     top, left, height, width = _draw_crop(img_size, rng)
-    angle = rng.uniform(-_LARGEST_ANGLE, _LARGEST_ANGLE) if rng.random() < _ROTATED else 0.0
-    steps = [(name, rng.uniform(1 - _COLOUR, 1 + _COLOUR)) for name in _COLOUR_STEPS]
+    angle = rng.uniform(-_MAX_ANGLE, _MAX_ANGLE) if rng.random() < _ROTATED else 0.0
+    steps = [(name, rng.uniform(1 - _MAX_COLOUR_CHANGE, 1 + _MAX_COLOUR_CHANGE)) for name in _COLOUR_STEPS]
     rng.shuffle(steps)
     return Augmentation(flip, top, left, height, width, angle, tuple(steps))
 
 
 def augment(image: Tensor, mask: Tensor, augmentation: Augmentation) -> tuple[Tensor, Tensor]:
-    """Do it, to images bilinearly and to masks by nearest neighbour; what a rotation brings in is 0.
+    """Augment an image (bilinear) and its mask (nearest neighbour); corners that a rotation exposes become 0.
 
     Shape:
-        image (3, S, S) and mask (1, S, S), uint8, and so is what is returned
+        image (3, S, S) and mask (1, S, S), uint8, in and out
     """
     size, left = image.shape[-1], augmentation.left
-    if augmentation.flip:  # the same crop of the image that is not flipped yet
+    if augmentation.flip:  # crop before the flip: the same pixels
         left = size - left - augmentation.width
     rows = slice(augmentation.top, augmentation.top + augmentation.height)
     columns = slice(left, left + augmentation.width)
@@ -80,36 +99,38 @@ def augment(image: Tensor, mask: Tensor, augmentation: Augmentation) -> tuple[Te
 
 
 def to_rows(augmentations: Sequence[Augmentation]) -> Tensor:
-    """As numbers that can go to a device and into a file, for ``augment_batch``: (B, 12) float32."""
+    """Return the augmentations as numbers, for a device or a file: (B, 12) float32, one ``AugmentationRow`` each."""
     rows = []
     for drawn in augmentations:
-        kinds = [_COLOUR_STEPS.index(name) for name, _ in drawn.colour_steps]
+        steps = [_COLOUR_STEPS.index(name) for name, _ in drawn.colour_steps]
         factors = [factor for _, factor in drawn.colour_steps]
-        rows.append([drawn.flip, drawn.top, drawn.left, drawn.height, drawn.width, drawn.angle, *kinds, *factors])
+        crop = drawn.top, drawn.left, drawn.height, drawn.width
+        rows.append(AugmentationRow(drawn.flip, *crop, drawn.angle, *steps, *factors))
     return torch.tensor(rows, dtype=torch.float32)
 
 
 def augment_batch(images: Tensor, masks: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """What ``augment`` does, for a batch on any device: the same pixels but for rounding. Nothing waits for the device.
+    """Augment a batch on any device, without a host sync. Pixels are those of ``augment`` up to rounding.
 
     Args:
-        images: (B, 3, S, S), 0 to 255, of any type.
+        images: (B, 3, S, S), 0 to 255, of any dtype.
         masks: (B, 1, S, S), 0 or 1.
-        rows: (B, 12) of ``to_rows``.
+        rows: (B, 12) from ``to_rows``.
 
     Returns:
-        the same shapes and ranges, float32.
+        images and masks of the same shapes and ranges, float32.
     """
     size, pixel = images.shape[-1], torch.arange(images.shape[-1], device=images.device)
-    flip, top, left, height, width, angle = (rows[:, column, None, None] for column in range(6))
-    flip, upright, radians = flip > 0, angle == 0, torch.deg2rad(angle)
+    row = AugmentationRow(*rows[:, :, None, None].unbind(1))  # each (B, 1, 1)
+    flip, upright, radians = row.flip > 0, row.angle == 0, torch.deg2rad(row.angle)
+    top, left, height, width = row.top, row.left, row.height, row.width
 
-    # Where each output pixel comes from: in the crop, -1 to 1; in pixels of the flipped image; of the image as it is.
+    # Source of each output pixel: first in the crop, -1 to 1; then in pixels of the flipped image; then of the image.
     along = (pixel + 0.5) * 2 / size - 1
     x = along * radians.cos() - along[:, None] * radians.sin()
     y = along * radians.sin() + along[:, None] * radians.cos()
     x, y = ((x + 1) * width - 1) / 2, ((y + 1) * height - 1) / 2
-    x = left + torch.where(upright, torch.minimum(x.clamp(min=0), width - 1), x)  # no zeros come in without a rotation
+    x = left + torch.where(upright, torch.minimum(x.clamp(min=0), width - 1), x)  # only a rotation brings in zeros
     y = top + torch.where(upright, torch.minimum(y.clamp(min=0), height - 1), y)
     x = torch.where(flip, size - 1 - x, x)
     grid = torch.stack([(2 * x + 1) / size - 1, (2 * y + 1) / size - 1], dim=-1)
@@ -121,20 +142,23 @@ def augment_batch(images: Tensor, masks: Tensor, rows: Tensor) -> tuple[Tensor, 
     pixels = F.grid_sample(pixels, grid, mode="bilinear", align_corners=False)
     labels = F.grid_sample(labels, grid, mode="nearest", align_corners=False)
     red, green, blue = _LUMA
-    for step in range(len(_COLOUR_STEPS)):
-        kind, factor = rows[:, 6 + step, None, None, None], rows[:, 9 + step, None, None, None]
+    for step, factor in (
+        (row.first_step[:, None], row.first_factor[:, None]),
+        (row.second_step[:, None], row.second_factor[:, None]),
+        (row.third_step[:, None], row.third_factor[:, None]),
+    ):
         grey = red * pixels[:, :1] + green * pixels[:, 1:2] + blue * pixels[:, 2:]
         mean = grey.mean(dim=(1, 2, 3), keepdim=True)
-        end = torch.where(kind == 0, 0, torch.where(kind == 1, mean, grey))  # of brightness, contrast, saturation
+        end = torch.where(step == 0, 0, torch.where(step == 1, mean, grey))  # of brightness, contrast, saturation
         pixels = (factor * pixels + (1 - factor) * end).clamp(0, 255)
     return pixels.round(), labels
 
 
 def _draw_crop(img_size: int, rng: random.Random) -> tuple[int, int, int, int]:
-    """(top, left, height, width); the whole image where no crop of its shape fits."""
-    for _ in range(_TRIES):
-        area = img_size**2 * rng.uniform(_LEAST_AREA, 1)
-        aspect = math.exp(rng.uniform(-math.log(_ASPECT), math.log(_ASPECT)))
+    """Draw (top, left, height, width); the whole image if no crop of the drawn shapes fits."""
+    for _ in range(_CROP_TRIES):
+        area = img_size**2 * rng.uniform(_MIN_CROP_AREA, 1)
+        aspect = math.exp(rng.uniform(-math.log(_MAX_ASPECT), math.log(_MAX_ASPECT)))
         height, width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if height <= img_size and width <= img_size:
             return rng.randint(0, img_size - height), rng.randint(0, img_size - width), height, width
@@ -142,7 +166,7 @@ def _draw_crop(img_size: int, rng: random.Random) -> tuple[int, int, int, int]:
 
 
 def _rotation_grid(size: int, angle: float, flip: bool) -> Tensor:
-    """Where each output pixel comes from, (1, S, S, 2), in [-1, 1] over the crop: separable, so two outer sums."""
+    """Return the source of each output pixel, (1, S, S, 2), in [-1, 1] over the crop: separable, so two outer sums."""
     along = (torch.arange(size) + 0.5) * 2 / size - 1
     cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     mirror = -1.0 if flip else 1.0
@@ -153,7 +177,7 @@ def _rotation_grid(size: int, angle: float, flip: bool) -> Tensor:
 
 
 def _change_colour(pixels: Tensor, name: str, factor: float) -> None:
-    """In place: (3, S, S) float, 0 to 255."""
+    """Apply one colour step in place to (3, S, S) floats of 0 to 255."""
     if name == "brightness":
         pixels.mul_(factor)
     else:

@@ -1,3 +1,5 @@
+"""Augmentation: torchvision's ranges and formulas, image and mask together, a function of the seed."""
+
 import dataclasses
 import math
 
@@ -21,13 +23,13 @@ def scene(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def by_torchvision(image: Tensor, mask: Tensor, drawn: Augmentation) -> tuple[Tensor, Tensor]:
-    """The same through torchvision's functions, one after the other."""
+    """Apply the same augmentation with torchvision's functions, one after the other."""
     picture, labels = tv_tensors.Image(image), tv_tensors.Mask(mask)
     if drawn.flip:
         picture, labels = reference.horizontal_flip(picture), reference.horizontal_flip(labels)
     crop = [drawn.top, drawn.left, drawn.height, drawn.width]
     picture = reference.resized_crop(picture, *crop, size=[SIZE, SIZE], antialias=True)
-    exact = InterpolationMode.NEAREST_EXACT  # which torchvision does not take for masks
+    exact = InterpolationMode.NEAREST_EXACT  # not accepted by torchvision for masks
     labels = tv_tensors.Mask(
         reference.resized_crop(labels.as_subclass(Tensor), *crop, size=[SIZE, SIZE], interpolation=exact)
     )
@@ -39,7 +41,7 @@ def by_torchvision(image: Tensor, mask: Tensor, drawn: Augmentation) -> tuple[Te
     return picture.as_subclass(Tensor), labels.as_subclass(Tensor)
 
 
-def test_result_is_torchvisions_but_for_rounding_and_one_resampling_less() -> None:
+def test_result_equals_torchvisions_up_to_rounding_and_one_resampling() -> None:
     rotated = 0
     for seed in range(60):
         image, mask = scene(seed)
@@ -48,7 +50,7 @@ def test_result_is_torchvisions_but_for_rounding_and_one_resampling_less() -> No
         difference = (ours[0].float() - theirs[0].float()).abs().mean().item()
         wrong = (ours[1] != theirs[1]).float().mean().item()
         if drawn.angle:
-            assert difference < 8  # fine texture, which the second resampling blurs
+            assert difference < 8  # the second resampling blurs fine texture
             assert wrong < 0.02
             rotated += 1
         else:
@@ -76,7 +78,7 @@ def test_everything_is_drawn_from_its_range() -> None:
     assert len({tuple(name for name, _ in one.colour_steps) for one in drawn}) == 6
 
 
-def test_function_of_the_seed_alone() -> None:
+def test_augmentation_depends_only_on_the_seed() -> None:
     image, mask = scene()
     torch.manual_seed(1)
     first = augment(image, mask, draw_augmentation(SIZE, 3))
@@ -90,8 +92,8 @@ def test_function_of_the_seed_alone() -> None:
     assert not torch.equal(first[0], other[0])
 
 
-def test_a_batch_on_the_device_gets_what_each_image_gets_by_itself() -> None:
-    """But for rounding: torch resizes bytes in fixed point where nothing is rotated."""
+def test_a_batch_on_the_device_gets_the_augmentation_of_each_image() -> None:
+    """Up to rounding: torch resizes bytes in fixed point if nothing is rotated."""
     scenes, drawn = [scene(seed) for seed in range(40)], [draw_augmentation(SIZE, seed) for seed in range(40)]
     images, masks = (torch.stack(tensors) for tensors in zip(*scenes, strict=True))
     on_device = augment_batch(images.contiguous(memory_format=torch.channels_last), masks, to_rows(drawn))
@@ -103,15 +105,15 @@ def test_a_batch_on_the_device_gets_what_each_image_gets_by_itself() -> None:
         assert (differences > 1).float().mean() < 0.005
         assert torch.equal(on_device[1][n], mask.float())
         alone = augment_batch(images[n : n + 1], masks[n : n + 1], to_rows(drawn[n : n + 1]))
-        assert torch.equal(alone[0][0], on_device[0][n])  # whatever it shares a batch with
+        assert torch.equal(alone[0][0], on_device[0][n])  # whatever else is in the batch
 
 
-def test_pixel_that_is_nan_stays_nan_on_the_device() -> None:
+def test_a_nan_pixel_stays_nan_on_the_device() -> None:
     images, masks = scene()[0][None] * torch.nan, scene()[1][None]
     assert augment_batch(images, masks, to_rows([draw_augmentation(SIZE, 1)]))[0].isnan().any()
 
 
-def test_inputs_are_left_as_they_were_and_outputs_are_bytes() -> None:
+def test_inputs_are_unchanged_and_outputs_are_bytes() -> None:
     image, mask = scene()
     before = image.clone(), mask.clone()
     for seed in range(20):
