@@ -1,7 +1,7 @@
-"""Look at every file of a data set and list what is wrong with it.
+"""Inspection of every file of a dataset, and the report of what is wrong.
 
 ``start_inspection`` decodes each pair once, in worker processes, and keeps a kilobyte of it; ``assess`` makes the
-report. What the program itself does with a file is told with each finding: most are read all the same.
+report. Each finding says how the program treats the file: most are usable all the same.
 """
 
 import hashlib
@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from data.decoding import binary_mask, mask_threshold, mask_values, to_rgb
+from data.decoding import binary_mask, decode_reason, mask_threshold, mask_values, to_rgb
 from data.duplicates import THUMBNAIL_SIDE, Likeness, find_alike, thumbnail
-from data.layouts import Pair, Split, Subset, each_once
+from data.layouts import NONCAM_PREFIX, Pair, Split, Subset, each_once
 from data.processes import process_pool
 
-# What is looked for: in the order of the report, the gravest first.
+# Kinds of findings in the order of the report, the most serious first.
 KINDS = {
-    "leak": "for training and for testing: inflates the scores on the test images",
+    "leak": "in training and in testing: inflates the scores on the test images",
     "unreadable": "not readable as images",
     "truncated": "cut short",
     "size-mismatch": "image and mask differ in size",
@@ -36,11 +36,10 @@ KINDS = {
     "near-duplicate": "the same photograph twice",
     "same-scene": "the same scene twice: another moment, crop or edit",
 }
-SIZE_BINS = (0.01, 0.05, 0.1, 0.2, 0.4)  # upper ends, of the object's share of the image; the last bin is above 0.4
+SIZE_BINS = (0.01, 0.05, 0.1, 0.2, 0.4)  # upper ends of the object's share of the image; a last bin is above 0.4
 
-_SOFT_SHARE = 0.01  # of a mask's pixels; a mask with fewer values in between has soft outlines, and that is noted
+_SOFT_SHARE = 0.01  # of a mask's pixels; fewer values in between are soft outlines, which a note counts
 _ASPECT_TOLERANCE = 0.02
-_NONCAM_PREFIX = "COD10K-NonCAM"
 _IMAGE_MODES = {
     "L": "grey; its one channel is used three times",
     "1": "black and white; its one channel is used three times",
@@ -65,17 +64,17 @@ _SET_NAME = re.compile(r"(?<![A-Z])(COD10K|CAMO|CHAMELEON|NC4K)(?![A-Z])")
 
 @dataclass(frozen=True)
 class Finding:
-    """Paths are relative to the data set's folder, with slashes."""
+    """Finding about one file. Paths are relative to the dataset's folder, with slashes."""
 
     kind: str  # one of KINDS
     file: str
     reason: str
-    other: str = ""  # the file it goes together with: its mask or image, its double
+    other: str = ""  # a related file: its mask, its image or its duplicate
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A finding about one of a pair's two files, as a worker process tells it."""
+    """Problem of one of a pair's two files, as a worker process returns it."""
 
     kind: str
     in_mask: bool
@@ -85,12 +84,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class PairFacts:
-    """What is kept of a pair."""
+    """Facts that the inspection keeps of a pair."""
 
     problems: tuple[Problem, ...]
-    digest: bytes  # of the image file; empty where it cannot be read
-    thumbnail: bytes  # 32 x 32 grey levels; empty where the image cannot be decoded
-    object_share: float  # of the mask's pixels; NaN where it cannot be decoded
+    digest: bytes  # of the image file; empty if it cannot be read
+    thumbnail: bytes  # 32 x 32 grey levels; empty if the image cannot be decoded
+    object_share: float  # of the mask's pixels; NaN if the mask cannot be decoded
     has_soft_outline: bool
 
     @property
@@ -100,7 +99,7 @@ class PairFacts:
 
 @dataclass(frozen=True)
 class Folder:
-    """A subset's line in the report."""
+    """Line of the report for one subset."""
 
     name: str
     split: Split
@@ -108,7 +107,7 @@ class Folder:
     images_without_mask: int
     masks_without_image: int
     noncam_left_out: int
-    published: int | None  # pairs, where the folder's name tells which set it is
+    published: int | None  # pairs in the published set, if the folder's name identifies it
     published_as: str
 
 
@@ -118,13 +117,13 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     object_sizes: dict[Split, list[int]] = field(default_factory=dict)  # pairs in each of SIZE_BINS and above
-    # Training images that training is better without, and why. Test images never: scores would not compare any more.
+    # Training images that training is better without, and why. Never test images: scores would no longer be comparable.
     exclude: dict[str, str] = field(default_factory=dict)
     num_usable: int = 0  # pairs
 
 
 def pairs_to_inspect(subsets: Sequence[Subset]) -> list[tuple[Pair, Split]]:
-    """Test pairs, then training pairs, each photograph once in either: so does training count them."""
+    """Return test pairs, then training pairs, each photograph once per split, as training counts them."""
     pairs: list[tuple[Pair, Split]] = []
     splits: tuple[Split, ...] = ("test", "train")
     for split in splits:
@@ -136,10 +135,10 @@ def pairs_to_inspect(subsets: Sequence[Subset]) -> list[tuple[Pair, Split]]:
 def start_inspection(pairs: Sequence[Pair], num_workers: int) -> Iterator[PairFacts]:
     """Start the worker processes (none for 0), and return an iterator over the facts, in the order of ``pairs``.
 
-    Iterating ends the processes, also where it is interrupted.
+    The processes end with the iteration, even an interrupted one.
 
     Raises:
-        ValueError: while iterating; a worker process died.
+        ValueError: a worker process died; raised during iteration.
     """
     if num_workers == 0:
         return map(inspect_pair, pairs)
@@ -154,7 +153,7 @@ def _drain(stack: ExitStack, results: Iterator[PairFacts]) -> Iterator[PairFacts
 
 
 def inspect_pair(pair: Pair) -> PairFacts:
-    """Decode both files of a pair as training does; never raises for what is in them."""
+    """Decode both files of a pair as training does. Whatever the files contain, never raise."""
     problems: list[Problem] = []
     image, image_data = _load(pair.image, False, problems)
     mask, mask_data = _load(pair.mask, True, problems)
@@ -167,7 +166,7 @@ def inspect_pair(pair: Pair) -> PairFacts:
         if mask.mode not in ("L", "1"):
             problems.append(Problem("wrong-mode", True, _MASK_MODES.get(mask.mode, _sixteen_bit(mask.mode))))
         found, share, soft = _mask_problems(mask, lossy=mask_data.startswith(b"\xff\xd8"))
-        if not (share == 0 and pair.image.name.startswith(_NONCAM_PREFIX)):
+        if not (share == 0 and pair.image.name.startswith(NONCAM_PREFIX)):
             problems += found
     if image is not None and mask is not None and image.size != mask.size:
         problems.append(_size_mismatch(image_data, image.size, mask.size))
@@ -176,7 +175,7 @@ def inspect_pair(pair: Pair) -> PairFacts:
 
 
 def _load(path: Path, in_mask: bool, problems: list[Problem]) -> tuple[Image.Image | None, bytes]:
-    """The decoded image, upright by its EXIF orientation, and the file's bytes; None, and a problem, where it fails."""
+    """Return the decoded image, upright by EXIF, and the file's bytes; if that fails, None and add a problem."""
 
     def fail(kind: str, reason: str) -> None:
         problems.append(Problem(kind, in_mask, reason, spoils_training=True))
@@ -208,7 +207,7 @@ def _not_an_image(data: bytes, error: Exception) -> str:
         return "an empty file"
     if data.lstrip()[:1] == b"<":
         return "not an image but HTML or XML, as a failed download leaves"
-    return "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error) or type(error).__name__
+    return decode_reason(error)
 
 
 def _sixteen_bit(mode: str) -> str:
@@ -216,11 +215,11 @@ def _sixteen_bit(mode: str) -> str:
 
 
 def _mask_problems(mask: Image.Image, lossy: bool) -> tuple[list[Problem], float, bool]:
-    """Problems with a mask's values, the object's share, and whether its outlines alone are soft."""
+    """Return problems with a mask's values, the object's share, and whether only its outlines are soft."""
     values = mask_values(mask)
     share = float(binary_mask(values, lossy).mean())
     if share in (0, 1):
-        kind, what = ("empty-mask", "no object") if share == 0 else ("full-mask", "all of the image is object")
+        kind, what = ("empty-mask", "no object") if share == 0 else ("full-mask", "the object fills the image")
         return [Problem(kind, True, what, spoils_training=True)], share, False
     darkest, brightest = values.min(), values.max()
     between = float(((values > darkest) & (values < brightest)).mean())
@@ -228,7 +227,7 @@ def _mask_problems(mask: Image.Image, lossy: bool) -> tuple[list[Problem], float
         return [], share, between > 0
     form, threshold = ", a JPEG" if lossy else "", mask_threshold(values)
     values_between = f"{between:.1%} of its values lie between {darkest} and {brightest}{form}"
-    reason = f"{values_between}; object is what is above {threshold:g}"
+    reason = f"{values_between}; those above {threshold:g} count as object"
     return [Problem("mask-not-binary", True, reason)], share, False
 
 
@@ -236,7 +235,7 @@ def _size_mismatch(image_data: bytes, image_size: tuple[int, int], mask_size: tu
     (width, height), (mask_width, mask_height) = image_size, mask_size
     reason = f"the image is {width} x {height}, its mask {mask_width} x {mask_height}"
     if abs(width * mask_height / (height * mask_width) - 1) <= _ASPECT_TOLERANCE:
-        return Problem("size-mismatch", False, f"{reason}; of one shape, so training makes them fit")
+        return Problem("size-mismatch", False, f"{reason}; the aspect ratio is the same, and training resizes both")
     with Image.open(io.BytesIO(image_data)) as stored:
         if stored.size == mask_size:
             reason += "; the mask fits the image as stored, not as its EXIF orientation turns it"
@@ -246,46 +245,19 @@ def _size_mismatch(image_data: bytes, image_size: tuple[int, int], mask_size: tu
 def assess(
     root: Path, subsets: Sequence[Subset], pairs: Sequence[tuple[Pair, Split]], facts: Sequence[PairFacts]
 ) -> Report:
-    """The report on a data set.
+    """Return the report on a dataset.
 
     Args:
-        root: its folder.
+        root: the dataset's folder.
         subsets: from ``find_subsets``.
         pairs: from ``pairs_to_inspect``.
-        facts: of each of ``pairs``.
+        facts: from ``start_inspection``, one for each pair.
     """
     report = Report([_folder(root, subset) for subset in subsets])
     report.num_usable = sum(fact.usable for fact in facts)
-
-    def relative(path: Path) -> str:
-        return path.relative_to(root).as_posix()
-
-    for subset in subsets:
-        for image in subset.images_without_mask:
-            reason = "no file of its name among the masks; left out"
-            report.findings.append(Finding("image-without-mask", relative(image), reason))
-        for mask in subset.masks_without_image:
-            reason = "no file of its name among the images; not used"
-            report.findings.append(Finding("mask-without-image", relative(mask), reason))
-    for (pair, split), fact in zip(pairs, facts, strict=True):
-        for problem in fact.problems:
-            file, other = (pair.mask, pair.image) if problem.in_mask else (pair.image, pair.mask)
-            shown = relative(other) if problem.in_mask or problem.kind == "size-mismatch" else ""
-            report.findings.append(Finding(problem.kind, relative(file), problem.reason, shown))
-            if problem.spoils_training and split == "train":
-                what = "mask: " if problem.in_mask else ""
-                report.exclude.setdefault(relative(pair.image), f"{problem.kind}: {what}{problem.reason}")
-    spoilt = set(report.exclude)
-    for second, first, kind, reason in _doubles(pairs, facts):
-        (pair, split), (other, other_split) = pairs[second], pairs[first]
-        if split != other_split:
-            kind = "leak"
-        image, double = relative(pair.image), relative(other.image)
-        place = f"both for {split}ing" if split == other_split else "one for training, one for testing"
-        report.findings.append(Finding(kind, image, f"{reason}; {place}", double))
-        # Of two copies one is to stay: the later one where the first has a bad mask.
-        if split == "train" and (kind == "leak" or (kind != "same-scene" and double not in spoilt)):
-            report.exclude.setdefault(image, f"{kind}: {reason} as {double}")
+    report.findings += _partner_findings(root, subsets)
+    _add_problems(report, root, pairs, facts)
+    _add_duplicates(report, root, pairs, facts)
     order = list(KINDS)
     report.findings.sort(key=lambda finding: (order.index(finding.kind), finding.file))
     for split in ("train", "test"):
@@ -296,22 +268,59 @@ def assess(
     num_soft = sum(fact.has_soft_outline for fact in facts)
     if num_soft:
         report.notes.append(
-            f"{num_soft} masks have soft outlines (values in between in less than {_SOFT_SHARE:.0%} of their pixels): "
-            "harmless, they are cut in the middle"
+            f"{num_soft} masks have soft outlines (values in between in less than {_SOFT_SHARE:.0%} of their pixels), "
+            "which is harmless: a threshold makes them sharp"
         )
     return report
 
 
-def _doubles(pairs: Sequence[tuple[Pair, Split]], facts: Sequence[PairFacts]) -> Iterator[tuple[int, int, str, str]]:
-    """(position, position of its earlier double, kind, reason), once for each photograph that has one.
+def _partner_findings(root: Path, subsets: Sequence[Subset]) -> Iterator[Finding]:
+    for subset in subsets:
+        for image in subset.images_without_mask:
+            reason = "no file of its name among the masks; left out"
+            yield Finding("image-without-mask", _relative(image, root), reason)
+        for mask in subset.masks_without_image:
+            reason = "no file of its name among the images; not used"
+            yield Finding("mask-without-image", _relative(mask, root), reason)
 
-    Test images come first, so that what is found there is kept; of several doubles a test image goes first, then the
-    one most alike. A file's exact copies are not compared any further.
+
+def _add_problems(report: Report, root: Path, pairs: Sequence[tuple[Pair, Split]], facts: Sequence[PairFacts]) -> None:
+    for (pair, split), fact in zip(pairs, facts, strict=True):
+        for problem in fact.problems:
+            file, other = (pair.mask, pair.image) if problem.in_mask else (pair.image, pair.mask)
+            shown = _relative(other, root) if problem.in_mask or problem.kind == "size-mismatch" else ""
+            report.findings.append(Finding(problem.kind, _relative(file, root), problem.reason, shown))
+            if problem.spoils_training and split == "train":
+                what = "mask: " if problem.in_mask else ""
+                report.exclude.setdefault(_relative(pair.image, root), f"{problem.kind}: {what}{problem.reason}")
+
+
+def _add_duplicates(
+    report: Report, root: Path, pairs: Sequence[tuple[Pair, Split]], facts: Sequence[PairFacts]
+) -> None:
+    """Add findings for duplicates, and exclude one of two: the later one, unless the first has a bad mask."""
+    spoilt = set(report.exclude)
+    for second, first, kind, reason in _duplicates(pairs, facts):
+        (pair, split), (other, other_split) = pairs[second], pairs[first]
+        if split != other_split:
+            kind = "leak"
+        image, earlier = _relative(pair.image, root), _relative(other.image, root)
+        place = f"both for {split}ing" if split == other_split else "one for training, one for testing"
+        report.findings.append(Finding(kind, image, f"{reason}; {place}", earlier))
+        if split == "train" and (kind == "leak" or (kind != "same-scene" and earlier not in spoilt)):
+            report.exclude.setdefault(image, f"{kind}: {reason} as {earlier}")
+
+
+def _duplicates(pairs: Sequence[tuple[Pair, Split]], facts: Sequence[PairFacts]) -> Iterator[tuple[int, int, str, str]]:
+    """Yield (position, position of its earlier duplicate, kind, reason), once for each photograph that has one.
+
+    Test images come first in ``pairs``, so they count as the earlier ones. Among several duplicates, a test image is
+    preferred, then the best match. Exact copies of a file are not compared any further.
     """
     firsts: dict[bytes, int] = {}
     distinct = []
     for position, fact in enumerate(facts):
-        if not fact.thumbnail:  # reported already; failed downloads are all the same page
+        if not fact.thumbnail:  # already reported as unreadable; failed downloads are often the same page
             continue
         first = firsts.setdefault(fact.digest, position)
         if first != position:
@@ -332,6 +341,10 @@ def _doubles(pairs: Sequence[tuple[Pair, Split]], facts: Sequence[PairFacts]) ->
         yield distinct[second], distinct[likeness.first], kind, reason
 
 
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()
+
+
 def _folder(root: Path, subset: Subset) -> Folder:
     published_as, published = _published(root, subset)
     return Folder(
@@ -347,11 +360,11 @@ def _folder(root: Path, subset: Subset) -> Folder:
 
 
 def _published(root: Path, subset: Subset) -> tuple[str, int | None]:
-    """Which published set a folder is, by the last part of its path that tells, and its number of pairs."""
+    """Return the published set named by the last part of a folder's path that names one, and its number of pairs."""
     parts = [root.resolve().name, *subset.name.split("/")]
     names = [match[1] for part in reversed(parts) if (match := _SET_NAME.search(part.upper()))]
     if names:
-        noncam = sum(pair.image.name.startswith(_NONCAM_PREFIX) for pair in subset.pairs)
+        noncam = sum(pair.image.name.startswith(NONCAM_PREFIX) for pair in subset.pairs)
         count = _PUBLISHED.get((names[0], subset.split))
         if count is not None and names[0] == "COD10K" and noncam:
             count += _PUBLISHED_NONCAM[subset.split]
@@ -376,11 +389,11 @@ def _notes(folders: Sequence[Folder], num_twice: int) -> list[str]:
         if folder.published_as in ("NC4K-train", "CHAMELEON-train"):
             name = folder.published_as.removesuffix("-train")
             notes.append(
-                f"{folder.name}: {name} is a test set, but it would be trained on: no folder of its path says test; "
-                "move it into one called TestDataset"
+                f"{folder.name}: {name} is a test set, but training would use it, because no folder in its path says "
+                "test; move it into one called TestDataset"
             )
     if num_twice:
         notes.append(
-            f"{num_twice} pairs are there twice (same name and size, by a link or in two collections), count once"
+            f"{num_twice} pairs occur twice (same name and size, by a link or in two collections) and count once"
         )
     return notes

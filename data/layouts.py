@@ -1,8 +1,8 @@
-"""Find image/mask pairs in the folder layouts that camouflaged-object data sets come in.
+"""Image/mask pairs in the folder layouts of camouflaged-object datasets, and their splits.
 
 Recognised below the given folder, at most four levels down, in any letter case:
 
-    COD10K-v3        {Train,Test}/{Image,GT_Object}   only COD10K-CAM-* unless asked otherwise
+    COD10K-v3        {Train,Test}/{Image,GT_Object}   only COD10K-CAM-* by default
     SINet, most      TrainDataset/{Imgs,GT}  TestDataset/{CAMO,CHAMELEON,COD10K,NC4K}/{Imgs,GT}  TestDataset/{Imgs,GT}
     ZoomNeXt         {Image,Mask}
     BiRefNet         {im,gt}
@@ -10,12 +10,13 @@ Recognised below the given folder, at most four levels down, in any letter case:
     NC4K             {Imgs,GT}
     your own         {images,masks}
 
-Images and masks are paired by file stem, never by position in a sorted list: one missing mask would otherwise shift
-every pair after it. Whether a folder is for training or for testing is read off its path ("Train", "TR-COD10K",
-"TestDataset", "valid"); a folder that says neither is taken for training.
+Images and masks are paired by file stem, never by position in a sorted list, where one missing mask would shift every
+pair after it. A folder's path says whether it is for training or for testing ("Train", "TR-COD10K", "TestDataset",
+"valid"); a folder that says neither is for training.
 """
 
 import hashlib
+import logging
 import os
 import random
 import re
@@ -24,10 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+NONCAM_PREFIX = "COD10K-NonCAM"  # images without a camouflaged object, whose masks are empty
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 MASK_SUFFIXES = (".png", ".jpg", ".bmp")
 
-# (image folder, mask folder), lower case; the first that matches in a directory wins.
+# (image folder, mask folder), lower case; the first match in a directory wins.
 _PAIR_FOLDERS = (
     ("image", "gt_object"),
     ("imgs", "gt"),
@@ -45,6 +47,8 @@ _COD10K_NAME = re.compile(r"COD10K-CAM-\d+-(?P<superclass>[^-]+)-\d+-[^-]+-\d+")
 
 Split = Literal["train", "test"]
 
+logger = logging.getLogger("train_ultimate")
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -55,7 +59,7 @@ class Pair:
 
     @property
     def superclass(self) -> str:
-        """COD10K's superclass ("Aquatic", "Flying", ...) where the file name tells it, else an empty string."""
+        """COD10K's superclass ("Aquatic", "Flying", ...), or an empty string if the file name has none."""
         return superclass_of(self.image.stem)
 
 
@@ -77,25 +81,25 @@ class Subset:
 
 
 def find_subsets(root: Path, include_noncam: bool = False) -> list[Subset]:
-    """Every image/mask folder pair below ``root``, sorted by path.
+    """Return every pair of an image folder and a mask folder below ``root``, sorted by path.
 
     Args:
-        root: the folder that ``--dataset-path`` names.
-        include_noncam: keep COD10K's images without any camouflaged object (their masks are empty).
+        root: the folder given by ``--dataset-path``.
+        include_noncam: keep COD10K's images without a camouflaged object.
 
     Raises:
-        ValueError: ``root`` is not a folder, holds no known layout, or two images share a stem.
+        ValueError: ``root`` is not a folder or has no known layout, or two images share a stem.
     """
     if not root.is_dir():
         what = "is a file" if root.exists() else "no such folder"
-        raise ValueError(f"{root}: {what}; --dataset-path must name the data set's folder")
+        raise ValueError(f"{root}: {what}; --dataset-path must name the dataset's folder")
     subsets = []
     for images, masks in _find_pair_folders(root):
         nested = [child for child in _subfolders(images) if split_of([child.name]) is not None]
         stems = {folder: files_by_stem(folder, IMAGE_SUFFIXES).keys() for folder in nested or [images]}
         for folder in stems:
             own = nested and (masks / folder.name).is_dir()
-            # One mask folder for all: a mask of the test images is not without its image among the training images.
+            # A shared mask folder holds the masks of all splits: those of another split do not lack their image.
             elsewhere = {stem for other in stems if other != folder and not own for stem in stems[other]}
             mask_folder = masks / folder.name if own else masks
             subsets.append(_read_subset(root, folder, mask_folder, bool(nested), elsewhere, include_noncam))
@@ -105,10 +109,10 @@ def find_subsets(root: Path, include_noncam: bool = False) -> list[Subset]:
 
 
 def training_pairs(subsets: Sequence[Subset], root: Path) -> list[Pair]:
-    """All pairs meant for training, each once, in an order that depends on file names alone.
+    """Return all training pairs, each once, in an order that depends only on file names.
 
-    A photograph that is there twice, by a symbolic link or because one collection holds another (TrainDataset holds
-    COD10K's training images), would end up on both sides of the validation split: the first one counts.
+    A photograph that occurs twice, by a symbolic link or because one collection contains another (TrainDataset contains
+    COD10K's training images), could end up on both sides of the validation split: only the first one counts.
 
     Raises:
         ValueError: there is no training folder, or no training image has a mask.
@@ -124,34 +128,34 @@ def training_pairs(subsets: Sequence[Subset], root: Path) -> list[Pair]:
         num_images = sum(len(subset.images_without_mask) for subset in train)
         names = ", ".join(subset.name for subset in train)
         raise ValueError(
-            f"{root}: {num_images} images in {names} and not one has a mask; a mask carries its image's file name, "
-            f"with {', '.join(MASK_SUFFIXES)}"
+            f"{root}: {num_images} images in {names} and not one has a mask; name each mask after its image, with one "
+            f"of {', '.join(MASK_SUFFIXES)}"
         )
     return each_once(pairs)
 
 
 def each_once(pairs: Sequence[Pair]) -> list[Pair]:
-    """The first of the pairs whose photographs have the same file name and size."""
-    first_of_its_kind: dict[tuple[str, int], Pair] = {}
+    """Drop pairs whose photograph has the file name and size of an earlier one."""
+    firsts: dict[tuple[str, int], Pair] = {}
     for pair in pairs:
-        first_of_its_kind.setdefault((pair.image.name, size_and_time(pair.image)[0]), pair)
-    return list(first_of_its_kind.values())
+        firsts.setdefault((pair.image.name, size_and_time(pair.image)[0]), pair)
+    return list(firsts.values())
 
 
 def size_and_time(path: Path) -> tuple[int, int]:
-    """A file's size in bytes and its time of change in ns; (-1, -1) for a link to nowhere: whoever opens it tells."""
+    """Return a file's size in bytes and modification time in ns; (-1, -1) for a broken link."""
     try:
         status = path.stat()
-    except OSError:
+    except OSError:  # opening the file will report it
         return -1, -1
     return status.st_size, status.st_mtime_ns
 
 
 def read_exclude_file(path: Path) -> list[str]:
-    """The paths an exclude file names, relative to the data set's folder: one a line, but for empty and ``#`` lines.
+    """Read an exclude file: paths relative to the dataset's folder, one per line; skip blank lines and ``#`` comments.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the file cannot be read.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
@@ -165,13 +169,13 @@ def read_exclude_file(path: Path) -> list[str]:
 def leave_out(pairs: Sequence[Pair], root: Path, names: Collection[str]) -> tuple[list[Pair], list[str]]:
     """Leave out the pairs whose image or mask is named, by its path relative to ``root``.
 
-    To be called on pairs that are there once: of two copies, the one left out would let the other in.
+    Call after ``each_once``: leaving out the first of two copies before it would let the second one in.
 
     Returns:
-        (the other pairs, the names that no pair has).
+        the remaining pairs, and the names that match no pair.
 
     Raises:
-        ValueError: nothing is left.
+        ValueError: no pair remains.
     """
     left, unmatched = [], set(names)
     for pair in pairs:
@@ -185,53 +189,62 @@ def leave_out(pairs: Sequence[Pair], root: Path, names: Collection[str]) -> tupl
 
 
 def describe(subsets: Sequence[Subset], num_used: int) -> list[str]:
-    """A line for each folder, with what was left out of it and why; ``num_used``: what ``training_pairs`` took."""
+    """Return a line for each folder and for what was left out of it; warn of images without a mask.
+
+    Args:
+        subsets: from ``find_subsets``.
+        num_used: number of pairs from ``training_pairs``.
+    """
     lines = []
     for subset in subsets:
         use = "for training" if subset.split == "train" else "for testing, not touched"
         lines.append(f"{subset.name}: {len(subset.pairs)} pairs, {use}")
         if subset.images_without_mask:
             count, first = len(subset.images_without_mask), subset.images_without_mask[0].name
-            lines.append(f"   Warning: {count} images without a mask left out, the first: {first}")
+            logger.warning(f"{subset.name}: {count} images without a mask left out, the first: {first}")
         if subset.num_noncam_skipped:
             lines.append(f"   {subset.num_noncam_skipped} without camouflaged objects left out (see --include-noncam)")
     num_for_training = sum(len(subset.pairs) for subset in subsets if subset.split == "train")
     if num_for_training > num_used:
-        lines.append(f"{num_for_training - num_used} pairs are there twice and count once")
+        lines.append(f"{num_for_training - num_used} pairs occur twice and count once")
     return lines
 
 
 def by_name(pairs: Sequence[Pair], root: Path) -> dict[str, Pair]:
-    """Each by the path of its image below ``root``: its name in checkpoints and logs."""
+    """Map each image's path relative to ``root``, its name in checkpoints and logs, to its pair."""
     return {pair.image.relative_to(root).as_posix(): pair for pair in pairs}
 
 
 def split_as_before(pairs: Sequence[Pair], root: Path, validation: Sequence[str]) -> tuple[list[Pair], list[Pair]]:
-    """The split of an earlier run, by the paths below ``root`` of its validation images; new images are trained on.
+    """Split the pairs as an earlier run did, by its validation images' paths; new images go to the training set.
 
-    Drawn anew after files were added or removed, the validation set would hold images the network was trained on.
+    If it were drawn again after files were added or removed, the validation set would contain images that the network
+    was trained on.
+
+    Returns:
+        training pairs, validation pairs.
 
     Raises:
-        ValueError: none of the validation images is there, or nothing else.
+        ValueError: none of the validation images exists, or no other image.
     """
     names, named = set(validation), by_name(pairs, root)
     chosen = [pair for name, pair in named.items() if name in names]
     rest = [pair for name, pair in named.items() if name not in names]
     if not chosen:
         raise ValueError(
-            f"{root}: none of the {len(names)} images that the checkpoint's run was validated on is there (such as "
-            f"{min(names)}); resume with the data set it was trained on, and without excluding all of them"
+            f"{root}: none of the {len(names)} images in the checkpoint's validation set was found (such as "
+            f"{min(names)}); resume with the dataset it was trained on, and do not exclude all of them"
         )
     if not rest:
-        raise ValueError(f"{root}: nothing to train on but the {len(chosen)} images that the run is validated on")
+        raise ValueError(f"{root}: no images to train on besides the {len(chosen)} of the validation set; add some")
     return rest, chosen
 
 
 def named_pairs(pairs: Sequence[Pair], root: Path, names: Sequence[str]) -> list[Pair]:
-    """The pairs of the images with these paths below ``root``.
+    """Return the pairs of the images with these paths relative to ``root``.
 
     Raises:
-        ValueError: one of them is not there: scores of the others would be those of another set.
+        ValueError: one of them is missing; scores of the others would be those of another set.
     """
     named = by_name(pairs, root)
     missing = [name for name in names if name not in named]
@@ -246,14 +259,14 @@ def named_pairs(pairs: Sequence[Pair], root: Path, names: Sequence[str]) -> list
 def split_validation(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
     """Carve a validation set out of the training pairs: the same one for the same pairs, fraction and seed.
 
-    Each superclass gives its share (largest remainders round up), so that an epoch's scores are not at the mercy of
+    Each superclass contributes its share (largest remainders round up), so that an epoch's scores do not depend on
     which animals happened to be drawn. Both lists keep the order of ``pairs``.
 
     Returns:
-        (training pairs, validation pairs); at least one of each.
+        training pairs, validation pairs; at least one of each.
 
     Raises:
-        ValueError: fewer than two pairs.
+        ValueError: there are fewer than two pairs.
     """
     if len(pairs) < 2:
         raise ValueError(f"{len(pairs)} training pair: at least two are needed, one to train on and one to validate on")
@@ -272,7 +285,7 @@ def split_validation(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple
 
 
 def fingerprint(pairs: Sequence[Pair], root: Path) -> str:
-    """16 hex digits that change when a file is added, removed, renamed or resized; contents are not read."""
+    """Return 16 hex digits that change when a file is added, removed, renamed or resized; contents are not read."""
     digest = hashlib.sha256()
     for pair in pairs:
         for path in (pair.image, pair.mask):
@@ -301,7 +314,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, int]]:
 
 
 def _subfolders(directory: Path) -> list[Path]:
-    """Visible subfolders by name; none where the directory may not be read (``lost+found``)."""
+    """Return visible subfolders, sorted by name; none if the directory is not readable (``lost+found``)."""
     try:
         with os.scandir(directory) as entries:
             names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
@@ -311,7 +324,7 @@ def _subfolders(directory: Path) -> list[Path]:
 
 
 def split_of(path_parts: Sequence[str]) -> Split | None:
-    """What the last of the folders that says so says; None where none does."""
+    """Return the split named by the last folder that names one, or None."""
     for part in reversed(path_parts):
         words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)]
         if any(_TRAIN_WORD.fullmatch(word) for word in words):
@@ -329,7 +342,7 @@ def _read_subset(
     image_by_stem = files_by_stem(images, IMAGE_SUFFIXES)
     mask_by_stem = files_by_stem(masks, MASK_SUFFIXES)
     lone_masks = [mask_by_stem[stem] for stem in mask_by_stem.keys() - image_by_stem.keys() - set(stems_elsewhere)]
-    noncam = [stem for stem in image_by_stem if stem.startswith("COD10K-NonCAM")]
+    noncam = [stem for stem in image_by_stem if stem.startswith(NONCAM_PREFIX)]
     if not include_noncam:
         for stem in noncam:
             del image_by_stem[stem]
@@ -345,7 +358,7 @@ def _read_subset(
 
 
 def files_by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """The folder's visible files of these kinds, by name without suffix, sorted.
+    """Map stem to path for the folder's visible files with one of the suffixes, sorted by name.
 
     Raises:
         ValueError: two of them share a stem.

@@ -1,4 +1,4 @@
-"""Processes that work on files beside the main one."""
+"""Worker processes beside the main one: how many, how they start and end, and how they keep the memory they free."""
 
 import ctypes
 import multiprocessing
@@ -22,23 +22,46 @@ _QUEUED_PER_PROCESS = 4
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
+def num_cores(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the number of cores this program may use: its CPU affinity, or a container's CPU limit if that is lower.
+
+    On a host with 64 cores, 64 threads in a container limited to two cores' time would wait for each other.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroups of version 2, and 1
+        with suppress(OSError, ValueError):
+            quota, period = (int(number) for name in files for number in (cgroups / name).read_text().split())
+            if quota > 0 and period > 0:
+                cores = min(cores, max(1, -(-quota // period)))
+    return cores
+
+
+def default_num_workers() -> int:
+    """Return this rank's share of the machine's cores, less one, between 1 and 8.
+
+    It depends on the machine, so it is never saved with a run's settings.
+    """
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
+    return min(8, max(1, num_cores() // ranks_here - 1))
+
+
 @contextmanager
 def process_pool(num_processes: int, work: str, way_out: str) -> Iterator[ProcessPoolExecutor]:
-    """Processes that leave Ctrl-C to this one, and end with it however it ends.
+    """Yield a pool of processes that ignore Ctrl-C and end with this process, however it ends.
 
-    Forked on Linux: spawned ones would import the main script, torch included, to use NumPy and Pillow.
+    They are forked on Linux: spawned ones would import the main script, torch included, to use NumPy and Pillow.
 
     Args:
         num_processes: at least 1.
-        work: what they do, for the message: "reads images".
-        way_out: what to do when one of them is killed.
+        work: what they do, for the error message: "reads images".
+        way_out: what the user can do if one of them is killed.
 
     Raises:
-        ValueError: one of them was killed while its result was waited for.
+        ValueError: a process was killed before its result arrived.
     """
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     pool = ProcessPoolExecutor(num_processes, context, initializer=_begin)
-    # Forked at the first task. A Ctrl-C amid that would be lost: Python swallows what is raised in a fork's callbacks.
+    # The first task forks. A Ctrl-C during a fork would be lost: Python swallows what its callbacks raise.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     pool.submit(os.getpid)
     try:
@@ -54,74 +77,51 @@ def process_pool(num_processes: int, work: str, way_out: str) -> Iterator[Proces
 def map_in_order(
     function: Callable[[Item], Result], items: Iterable[Item], num_processes: int, work: str, way_out: str
 ) -> Iterator[tuple[Item, Result]]:
-    """Each item with what the function makes of it in another process, in order, few of them under way at a time.
+    """Yield each item with the function's result for it, in order, a few items ahead.
 
     Args:
-        function: at a module's top level.
-        items: taken as there is room for them.
-        num_processes: 0: this one.
+        function: defined at a module's top level.
+        items: consumed as results are taken.
+        num_processes: processes to compute in; 0 computes in this one.
         work, way_out: see ``process_pool``.
     """
     if num_processes == 0:
         yield from ((item, function(item)) for item in items)
         return
-    under_way: deque[tuple[Item, Future[Result]]] = deque()
+    queued: deque[tuple[Item, Future[Result]]] = deque()
     with process_pool(num_processes, work, way_out) as pool:
         for item in items:
-            under_way.append((item, pool.submit(function, item)))
-            if len(under_way) > _QUEUED_PER_PROCESS * num_processes:
-                done, future = under_way.popleft()
+            queued.append((item, pool.submit(function, item)))
+            if len(queued) > _QUEUED_PER_PROCESS * num_processes:
+                done, future = queued.popleft()
                 yield done, future.result()
-        while under_way:
-            done, future = under_way.popleft()
+        while queued:
+            done, future = queued.popleft()
             yield done, future.result()
 
 
 def keep_freed_memory() -> None:
-    """Have this process keep the memory it frees, for its next image, where the C library can be told so (glibc).
+    """Have this process keep freed memory for its next image, if the C library has that option (glibc).
 
-    Given back to the system, it returns a page at a time, each with a fault: a quarter of the time that scoring takes,
-    a tenth of training's on a CPU.
+    Memory returned to the system comes back one page fault at a time: a quarter of the time that scoring takes, a tenth
+    of training's on a CPU.
     """
     with suppress(AttributeError, OSError):
         library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that it accepts
+        library.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the largest value it accepts
         library.mallopt(_M_TRIM_THRESHOLD, 512 * 2**20)
 
 
 def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     keep_freed_memory()
-    warnings.simplefilter("ignore")  # Pillow's, about metadata and very large images: they are read all the same
+    warnings.simplefilter("ignore")  # Pillow's, about metadata and very large images, which it reads all the same
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Where the main process was killed, this one would wait for work for ever."""
+    """Exit when the main process is gone: otherwise this one would wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def num_cores(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """That this program may use: those it is bound to, or fewer where a container limits its share of their time.
-
-    On a host with 64 cores, threads for all of them in a container with the time of two would wait for each other.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroups of version 2, and 1
-        with suppress(OSError, ValueError):
-            quota, period = (int(number) for name in files for number in (cgroups / name).read_text().split())
-            if quota > 0 and period > 0:
-                cores = min(cores, max(1, -(-quota // period)))
-    return cores
-
-
-def default_num_workers() -> int:
-    """One process for each core but one, at most eight; of this rank's cores, where torchrun has started several here.
-
-    Of the machine, so never saved.
-    """
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(8, max(1, num_cores() // ranks_here - 1))

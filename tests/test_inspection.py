@@ -1,4 +1,4 @@
-"""What is found in single files, and which photographs are taken for doubles."""
+"""Inspection: findings in single files, and the search for duplicate photographs."""
 
 import io
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_good_pair_has_no_problems(tmp_path: Path) -> None:
         (b"garbage" * 50, "unreadable", "not an image"),
     ],
 )
-def test_files_that_are_no_images(tmp_path: Path, data: bytes, kind: str, reason: str) -> None:
+def test_files_that_are_not_images_are_unreadable(tmp_path: Path, data: bytes, kind: str, reason: str) -> None:
     pair = write_pair(tmp_path, "a", seed=1)
     pair.image.write_bytes(data)
     assert problems(pair) == [(kind, False, reason, True)]
@@ -64,7 +64,7 @@ def test_files_that_are_no_images(tmp_path: Path, data: bytes, kind: str, reason
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "BMP", "WEBP"])
-def test_cut_short_is_told_from_no_image_at_all(tmp_path: Path, file_format: str) -> None:
+def test_truncated_files_are_distinguished_from_files_that_are_not_images(tmp_path: Path, file_format: str) -> None:
     pair = write_pair(tmp_path, "a", seed=1)
     buffer = io.BytesIO()
     Image.open(pair.image).save(buffer, file_format)
@@ -78,7 +78,7 @@ def test_cut_short_is_told_from_no_image_at_all(tmp_path: Path, file_format: str
     assert spoils
 
 
-def test_link_to_nowhere_is_told(tmp_path: Path) -> None:
+def test_a_broken_link_is_unreadable(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, "a", seed=1)
     pair.mask.unlink()
     pair.mask.symlink_to("nowhere.png")
@@ -98,7 +98,7 @@ def test_link_to_nowhere_is_told(tmp_path: Path) -> None:
         ("I;16", "more than 8 bits; scaled to 8"),
     ],
 )
-def test_photographs_of_other_modes_are_told_and_what_becomes_of_them(tmp_path: Path, mode: str, reason: str) -> None:
+def test_photographs_of_other_modes_are_found_with_their_treatment(tmp_path: Path, mode: str, reason: str) -> None:
     pair = write_pair(tmp_path, "a", seed=1)
     image = Image.open(pair.image)
     if mode == "I;16":
@@ -111,13 +111,13 @@ def test_photographs_of_other_modes_are_told_and_what_becomes_of_them(tmp_path: 
 
 
 @pytest.mark.parametrize(("mode", "reason"), [("P", "palette"), ("RGB", "colour"), ("RGBA", "transparency")])
-def test_masks_of_other_modes_are_told_and_still_binary(tmp_path: Path, mode: str, reason: str) -> None:
+def test_masks_of_other_modes_are_found_and_still_binary(tmp_path: Path, mode: str, reason: str) -> None:
     pair = write_pair(tmp_path, "a", seed=1)
     Image.open(pair.mask).convert(mode).save(pair.mask)
-    ((kind, in_mask, told, spoils),) = problems(pair)
+    ((kind, in_mask, found, spoils),) = problems(pair)
     assert (kind, in_mask, spoils) == ("wrong-mode", True, False)
-    assert reason in told
-    assert "counts" in told
+    assert reason in found
+    assert "counts" in found
 
 
 def test_masks_of_ones_and_black_and_white_masks_are_fine(tmp_path: Path) -> None:
@@ -129,16 +129,16 @@ def test_masks_of_ones_and_black_and_white_masks_are_fine(tmp_path: Path) -> Non
     assert problems(pair) == []
 
 
-def test_mask_values_in_between_are_told_with_their_share(tmp_path: Path) -> None:
+def test_mask_values_in_between_are_found_with_their_share(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, "a", seed=1)
     mask = np.array(Image.open(pair.mask))
     mask[:24] = 100  # a quarter
     Image.fromarray(mask).save(pair.mask)
-    reason = "25.0% of its values lie between 0 and 255; object is what is above 128"
+    reason = "25.0% of its values lie between 0 and 255; those above 128 count as object"
     assert problems(pair) == [("mask-not-binary", True, reason, False)]
 
 
-def test_jpeg_masks_are_told_as_such(tmp_path: Path) -> None:
+def test_jpeg_masks_are_named_as_jpegs(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, "a", seed=1)
     file = pair.mask.with_suffix(".jpg")
     Image.open(pair.mask).save(file, quality=60)
@@ -147,7 +147,7 @@ def test_jpeg_masks_are_told_as_such(tmp_path: Path) -> None:
     assert "a JPEG" in reason
 
 
-def test_soft_outlines_are_noted_not_found(tmp_path: Path) -> None:
+def test_soft_outlines_are_a_note_and_no_finding(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, "a", seed=1)
     mask = np.array(Image.open(pair.mask))
     mask[0, :50] = 7  # 0.5 %
@@ -158,13 +158,13 @@ def test_soft_outlines_are_noted_not_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("value", "kind"), [(0, "empty-mask"), (255, "full-mask"), (1, "full-mask")])
-def test_masks_of_one_value(tmp_path: Path, value: int, kind: str) -> None:
+def test_masks_of_one_value_are_empty_or_full(tmp_path: Path, value: int, kind: str) -> None:
     pair = write_pair(tmp_path, "a", seed=1)
     Image.new("L", (96, 96), value).save(pair.mask)
     assert [(p[0], p[1], p[3]) for p in problems(pair)] == [(kind, True, True)]
 
 
-def test_an_empty_mask_is_right_for_an_image_without_camouflage(tmp_path: Path) -> None:
+def test_an_empty_mask_is_correct_for_an_image_without_camouflage(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, "COD10K-NonCAM-5-Background-1-Sky-7", seed=1)
     Image.new("L", (96, 96)).save(pair.mask)
     assert problems(pair) == []
@@ -185,12 +185,12 @@ def test_sizes_are_compared_upright(tmp_path: Path) -> None:
     assert "64 x 96, its mask 96 x 64; the mask fits the image as stored, not as its EXIF orientation" in reason
 
 
-def test_mask_of_the_same_shape_in_another_size_does_not_spoil_training(tmp_path: Path) -> None:
+def test_a_mask_of_the_same_aspect_ratio_in_another_size_does_not_spoil_training(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, "a", seed=1)
     Image.open(pair.mask).resize((48, 48), Image.Resampling.NEAREST).save(pair.mask)
     ((kind, _, reason, spoils),) = problems(pair)
     assert (kind, spoils) == ("size-mismatch", False)
-    assert reason.endswith("of one shape, so training makes them fit")
+    assert reason.endswith("the aspect ratio is the same, and training resizes both")
 
 
 def altered(image: Image.Image, how: str) -> Image.Image:
@@ -219,14 +219,14 @@ def test_altered_photographs_are_found(how: str) -> None:
     assert likeness.mirrored == (how == "mirrored")
 
 
-def test_slight_crop_is_found_as_the_same_scene() -> None:
+def test_a_slight_crop_is_found_as_the_same_scene() -> None:
     images = [scene(seed, 192)[0] for seed in range(20)]
     images.append(altered(images[4], "cropped"))
     (likeness,) = find_alike(np.stack([thumbnail(image) for image in images]))
     assert (likeness.first, likeness.second, likeness.same_photograph) == (4, 20, False)
 
 
-def test_an_animal_elsewhere_in_the_picture_makes_another_photograph_of_the_scene() -> None:
+def test_a_scene_whose_animal_has_moved_is_not_the_same_photograph() -> None:
     image = np.array(scene(3, 192)[0])
     moved = image.copy()
     moved[20:80, 20:80] = image[110:170, 110:170]
@@ -250,7 +250,7 @@ def copy_pair(pair: Pair, root: Path, name: str, split: str = "TrainDataset", qu
         copy.image.write_bytes(pair.image.read_bytes())
 
 
-def test_of_doubles_the_test_image_stays_and_then_the_first(tmp_path: Path) -> None:
+def test_of_two_duplicates_the_test_image_is_kept_or_else_the_first(tmp_path: Path) -> None:
     for number in range(6):
         write_pair(tmp_path, f"a{number}", seed=10 + number)
     a = {path.stem: Pair(path, tmp_path / "TrainDataset/GT" / f"{path.stem}.png")
@@ -275,7 +275,7 @@ def test_of_doubles_the_test_image_stays_and_then_the_first(tmp_path: Path) -> N
     assert sorted(report.exclude) == [f"{train}/a1.jpg", f"{train}/a2.jpg", f"{train}/a4.jpg", f"{train}/b0.jpg"]
 
 
-def test_the_later_copy_stays_where_the_first_has_a_bad_mask(tmp_path: Path) -> None:
+def test_the_later_copy_is_kept_if_the_first_has_a_bad_mask(tmp_path: Path) -> None:
     first = write_pair(tmp_path, "a", seed=1)
     copy_pair(first, tmp_path, "b")
     Image.new("L", (96, 96)).save(first.mask)
@@ -284,7 +284,7 @@ def test_the_later_copy_stays_where_the_first_has_a_bad_mask(tmp_path: Path) -> 
     assert list(report.exclude) == ["TrainDataset/Imgs/a.jpg"]
 
 
-def test_files_that_are_no_images_are_not_called_duplicates(tmp_path: Path) -> None:
+def test_files_that_are_not_images_are_not_duplicates(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         write_pair(tmp_path, name, seed=ord(name)).image.write_text("<html>404</html>")
     report = report_on(tmp_path)
@@ -292,13 +292,13 @@ def test_files_that_are_no_images_are_not_called_duplicates(tmp_path: Path) -> N
     assert report.num_usable == 0
 
 
-def test_photographs_linked_twice_are_noted_not_found(tmp_path: Path) -> None:
+def test_photographs_linked_twice_are_a_note_and_no_finding(tmp_path: Path) -> None:
     for number in range(3):
         write_pair(tmp_path, f"a{number}", seed=number)
     (tmp_path / "train_link").symlink_to(tmp_path / "TrainDataset")
     report = report_on(tmp_path)
     assert report.findings == []
-    assert report.notes[-1].startswith("3 pairs are there twice")
+    assert report.notes[-1].startswith("3 pairs occur twice")
 
 
 @pytest.mark.parametrize(
@@ -314,11 +314,11 @@ def test_photographs_linked_twice_are_noted_not_found(tmp_path: Path) -> None:
         ("mine", "", None),
     ],
 )
-def test_counts_are_held_against_the_published_ones(
+def test_counts_are_compared_with_the_published_ones(
     tmp_path: Path, folder: str, published_as: str, published: int | None
 ) -> None:
     root = tmp_path / "data"
-    stem = "camourflage_00001" if folder == "TrainDataset" else "a"  # scenes of one's own may be in one, too
+    stem = "camourflage_00001" if folder == "TrainDataset" else "a"  # users use that folder name, too
     for kind, name in (("Imgs", f"{stem}.jpg"), ("GT", f"{stem}.png")):
         (root / folder / kind).mkdir(parents=True)
         Image.new("L", (8, 8)).save(root / folder / kind / name)
@@ -327,7 +327,7 @@ def test_counts_are_held_against_the_published_ones(
     assert any("1 pairs; " in note for note in report.notes) == (published is not None)
 
 
-def test_a_test_set_that_would_be_trained_on_is_noted(tmp_path: Path) -> None:
+def test_a_note_warns_of_a_test_set_that_training_would_use(tmp_path: Path) -> None:
     root = tmp_path / "data"
     for kind, name in (("Imgs", "a.jpg"), ("GT", "a.png")):
         (root / "NC4K" / kind).mkdir(parents=True)

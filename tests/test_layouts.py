@@ -1,3 +1,6 @@
+"""Folder layouts: pairs found, split and left out."""
+
+import logging
 from pathlib import Path
 
 import pytest
@@ -31,7 +34,7 @@ def summary(root: Path, include_noncam: bool = False) -> list[tuple[str, str, in
 CAM, NONCAM = "COD10K-CAM-1-Aquatic-1-BatFish-{}", "COD10K-NonCAM-5-Background-1-Sky-{}"
 FOUR = ("CAMO", "CHAMELEON", "COD10K", "NC4K")
 
-# Every layout in use: its image folders with their mask folders and number of pairs, and what is to be found.
+# Every layout in use: its image folders, each with mask folder and number of pairs, and the expected subsets.
 LAYOUTS = {
     "COD10K-v3": (
         {"Train/Image": ("Train/GT_Object", 3, CAM), "Test/Image": ("Test/GT_Object", 2, CAM)},
@@ -66,8 +69,8 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("above", ["", "downloads/"])
-def test_every_layout_in_use_is_detected_paired_and_counted(tmp_path: Path, layout: str, above: str) -> None:
-    """Besides the pairs, each folder holds an image without a mask, and edges; each mask folder a mask too many."""
+def test_every_layout_in_use_is_recognised_paired_and_counted(tmp_path: Path, layout: str, above: str) -> None:
+    """Each folder also has edge maps, an image without a mask and a mask without an image."""
     folders, expected = LAYOUTS[layout]
     root = tmp_path / "data"
     for images, (masks, count, name) in folders.items():
@@ -89,7 +92,7 @@ def test_every_layout_in_use_is_detected_paired_and_counted(tmp_path: Path, layo
     assert sum(len(s.pairs) for s in find_subsets(root, include_noncam=True)) == sum(n for *_, n in expected) + noncam
 
 
-def test_cod10k_leaves_out_images_without_camouflage_unless_asked(tmp_path: Path) -> None:
+def test_cod10k_images_without_camouflage_are_left_out_by_default(tmp_path: Path) -> None:
     cam, noncam = "COD10K-CAM-1-Aquatic-1-BatFish-2", "COD10K-NonCAM-5-Background-1-Sky-7"
     for split in ("Train", "Test"):
         put(tmp_path / "COD10K-v3" / split / "Image", f"{cam}.jpg", f"{noncam}.jpg")
@@ -104,7 +107,7 @@ def test_cod10k_leaves_out_images_without_camouflage_unless_asked(tmp_path: Path
 @pytest.mark.parametrize(
     ("images", "masks"), [("Image", "Mask"), ("im", "gt"), ("Imgs", "GT"), ("images", "masks"), ("IMAGE", "MASK")]
 )
-def test_plain_folder_pair_is_for_training(tmp_path: Path, images: str, masks: str) -> None:
+def test_a_plain_folder_pair_is_for_training(tmp_path: Path, images: str, masks: str) -> None:
     put(tmp_path / "own" / images, "a.jpg")
     put(tmp_path / "own" / masks, "a.png")
     assert summary(tmp_path / "own") == [("own", "train", 1)]
@@ -123,7 +126,7 @@ def test_plain_folder_pair_is_for_training(tmp_path: Path, images: str, masks: s
         ),
     ],
 )
-def test_split_is_read_off_the_folder_name(tmp_path: Path, folder: str, split: str) -> None:
+def test_the_folder_name_decides_the_split(tmp_path: Path, folder: str, split: str) -> None:
     root = tmp_path / "animals"
     put(root / folder / "im", "a.jpg")
     put(root / folder / "gt", "a.png")
@@ -131,7 +134,7 @@ def test_split_is_read_off_the_folder_name(tmp_path: Path, folder: str, split: s
     assert summary(root / folder) == [(folder, split, 1)]
 
 
-def test_words_of_parent_folders_do_not_decide_the_split(tmp_path: Path) -> None:
+def test_folders_above_the_dataset_do_not_decide_the_split(tmp_path: Path) -> None:
     root = tmp_path / "test" / "animals"
     put(root / "Imgs", "a.jpg")
     put(root / "GT", "a.png")
@@ -145,15 +148,15 @@ def test_own_images_and_masks_with_a_folder_for_each_split(tmp_path: Path) -> No
     assert summary(tmp_path) == [("images/train", "train", 2), ("images/val", "test", 2)]
 
 
-def test_folders_that_differ_in_case_alone_are_both_found(tmp_path: Path) -> None:
+def test_folders_that_differ_only_in_case_are_both_found(tmp_path: Path) -> None:
     for folder in ("Train", "train"):
         put(tmp_path / folder / "Imgs", f"{folder}.jpg")
         put(tmp_path / folder / "GT", f"{folder}.png")
     assert len(training_pairs(find_subsets(tmp_path), tmp_path)) == len(list(tmp_path.iterdir()))
 
 
-def test_photographs_that_are_there_twice_count_once(tmp_path: Path) -> None:
-    """Through a link, or in a collection that holds another: they would be trained on and validated on."""
+def test_photographs_that_occur_twice_count_once(tmp_path: Path) -> None:
+    """Otherwise, a link or overlapping collections could put one into the training and the validation set."""
     put(tmp_path / "TrainDataset" / "Imgs", "a.jpg", "b.jpg")
     put(tmp_path / "TrainDataset" / "GT", "a.png", "b.png")
     (tmp_path / "train_link").symlink_to(tmp_path / "TrainDataset")
@@ -162,16 +165,17 @@ def test_photographs_that_are_there_twice_count_once(tmp_path: Path) -> None:
     subsets = find_subsets(tmp_path)
     pairs = training_pairs(subsets, tmp_path)
     assert sorted(pair.image.name for pair in pairs) == ["a.jpg", "b.jpg", "c.jpg"]
-    assert "3 pairs are there twice and count once" in describe(subsets, len(pairs))
+    assert "3 pairs occur twice and count once" in describe(subsets, len(pairs))
 
 
-def test_description_tells_what_is_left_out(tmp_path: Path) -> None:
+def test_description_says_what_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     put(tmp_path / "Train" / "Image", "COD10K-NonCAM-5-x-1-y-7.jpg", "COD10K-CAM-1-Aquatic-1-BatFish-2.jpg", "lone.jpg")
     put(tmp_path / "Train" / "GT_Object", "COD10K-CAM-1-Aquatic-1-BatFish-2.png")
     lines = "\n".join(describe(find_subsets(tmp_path), num_used=1))
     assert "Train: 1 pairs, for training" in lines
-    assert "Warning: 1 images without a mask left out, the first: lone.jpg" in lines
     assert "1 without camouflaged objects left out" in lines
+    warning = "Train: 1 images without a mask left out, the first: lone.jpg"
+    assert caplog.record_tuples == [("train_ultimate", logging.WARNING, warning)]
 
 
 def test_earlier_split_is_kept_when_files_come_and_go(tmp_path: Path) -> None:
@@ -186,7 +190,7 @@ def test_earlier_split_is_kept_when_files_come_and_go(tmp_path: Path) -> None:
         split_as_before(before, Path(), names)
 
 
-def test_pairs_by_stem_across_formats_and_reports_what_has_no_mask(tmp_path: Path) -> None:
+def test_pairs_are_matched_by_stem_across_formats(tmp_path: Path) -> None:
     put(tmp_path / "Imgs", "a.jpg", "b.png", "c.bmp", "d.webp", "e.JPEG", "no_mask.jpg")
     put(tmp_path / "GT", "a.png", "b.bmp", "c.jpg", "d.png", "e.png", "no_image.png")
     (tmp_path / "Imgs" / "notes.txt").write_text("not an image")
@@ -198,7 +202,7 @@ def test_pairs_by_stem_across_formats_and_reports_what_has_no_mask(tmp_path: Pat
     assert [path.name for path in subset.images_without_mask] == ["no_mask.jpg"]
 
 
-def test_excluded_pairs_are_left_out_by_image_or_mask_and_unknown_names_told(tmp_path: Path) -> None:
+def test_pairs_are_excluded_by_image_or_mask_and_unknown_names_returned(tmp_path: Path) -> None:
     root = tmp_path / "data"
     put(root / "Imgs", "a.jpg", "b.jpg", "c.jpg", "d e.jpg")
     put(root / "GT", "a.png", "b.png", "c.png", "d e.png")
@@ -214,7 +218,7 @@ def test_excluded_pairs_are_left_out_by_image_or_mask_and_unknown_names_told(tmp
         leave_out(pairs, root, [f"Imgs/{pair.image.name}" for pair in pairs])
 
 
-def test_copy_of_an_excluded_photograph_does_not_take_its_place(tmp_path: Path) -> None:
+def test_a_copy_of_an_excluded_photograph_does_not_take_its_place(tmp_path: Path) -> None:
     for folder in ("TrainDataset", "TrainCopy"):
         put(tmp_path / folder / "Imgs", "a.jpg", "b.jpg")
         put(tmp_path / folder / "GT", "a.png", "b.png")
@@ -230,13 +234,13 @@ def test_two_images_of_one_stem_are_refused(tmp_path: Path) -> None:
         find_subsets(tmp_path)
 
 
-def test_unknown_layout_lists_what_was_looked_for_and_found(tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_layout_lists_expected_and_actual_folders(tmp_path: Path) -> None:
     put(tmp_path / "photos" / "zebras", "a.jpg")
     with pytest.raises(ValueError, match=r"Looked for \{image,gt_object\}.*found photos/, photos/zebras/"):
         find_subsets(tmp_path)
 
 
-def test_missing_folder_and_empty_folder_are_told_apart(tmp_path: Path) -> None:
+def test_a_missing_folder_and_an_empty_folder_have_errors_of_their_own(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder"):
         find_subsets(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="found no folders"):
@@ -298,7 +302,7 @@ def test_fingerprint_changes_with_names_and_sizes_only(tmp_path: Path) -> None:
     assert now() != before
 
 
-def test_link_to_nowhere_is_left_to_whoever_opens_it(tmp_path: Path) -> None:
+def test_a_broken_link_is_still_a_pair(tmp_path: Path) -> None:
     for name in ("Imgs", "GT"):
         (tmp_path / "TrainDataset" / name).mkdir(parents=True)
         for index in range(3):
