@@ -1,1 +1,1 @@
-"""Data: folder layouts, decoding, augmentation, sample order and a synthetic data set."""
+"""Data room: folder layouts, decoding, augmentation, sample order, loaders and a synthetic dataset."""

@@ -1,17 +1,18 @@
-"""Decoded pairs in one memory-mapped file: an epoch reads bytes instead of decoding every photograph again.
+"""Cache of decoded pairs in one memory-mapped file: an epoch reads bytes instead of decoding every photograph again.
 
-N x 4 x S x S bytes, row by row the three channels of an image and its mask, then JSON: which rows could not be decoded,
-and why. All loader processes, and all runs on the machine, share the operating system's one copy of it in memory.
+The file holds N x 4 x S x S bytes, a row for each image's three channels and its mask, then JSON: which rows could not
+be decoded, and why. All loader processes, and all runs on the machine, share the operating system's one copy of it.
 
-The file's name is a hash of what it was made from, so that one that is there is never out of date. It gets that name
-when it is complete and on the disk. Whoever builds it has a lock on the unfinished file, which ends with the process:
-an unfinished file without a lock is one whose build was killed.
+The file's name is a hash of what it was made from, so an existing file is never out of date. The file gets that name
+once it is complete and on disk. The building process holds a lock on the unfinished file, and the lock ends with the
+process: an unfinished file without a lock is left from a build that was killed.
 """
 
 import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -29,17 +30,19 @@ from data.decoding import UInt8Array, fixed_size_image, fixed_size_mask, problem
 from data.layouts import Pair, size_and_time
 from data.processes import process_pool
 
-FORMAT = 1  # to be raised whenever the same files are decoded or resized to other bytes, or laid out otherwise
+FORMAT = 1  # raise it whenever the same files give other bytes, or another layout
 PAIRS_PER_WORKER = 32  # fewer are not worth another process
+
+logger = logging.getLogger("train_ultimate")
 
 
 class DecodedCache:
-    """Reads pairs from a finished file, mapped into memory when a process first asks for one.
+    """Reader of a finished cache file, which each process maps into memory at its first read.
 
     Args:
-        path: the file.
-        images: of each row.
-        img_size: S.
+        path: the cache file.
+        images: the image of each row.
+        img_size: side of the samples in pixels.
         problems: image -> why it or its mask could not be decoded.
     """
 
@@ -51,12 +54,12 @@ class DecodedCache:
         self._rows: UInt8Array | None = None
 
     def read(self, pair: Pair) -> tuple[UInt8Array, UInt8Array]:
-        """Image and mask as ``fixed_size_image`` and ``fixed_size_mask`` give them: (3, S, S) and (1, S, S), copied.
+        """Return copies of image and mask as ``fixed_size_image`` and ``fixed_size_mask`` do: (3, S, S) and (1, S, S).
 
-        Decoded after all where somebody has removed the file meanwhile.
+        Decode them if the cache file has been removed in the meantime.
 
         Raises:
-            ValueError: the file could not be decoded.
+            ValueError: the image or its mask cannot be decoded.
         """
         if pair.image in self.problems:
             raise ValueError(self.problems[pair.image])
@@ -70,7 +73,7 @@ class DecodedCache:
         return pixels[:3], pixels[3:]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the mapping: pickled on the way to a loader process, it would be the whole file."""
+        """Return the state without the mapping: pickled for a loader process, that would be the whole file."""
         return {**self.__dict__, "_rows": None}
 
 
@@ -79,17 +82,17 @@ def default_directory() -> Path:
 
 
 def open_cache(pairs: Sequence[Pair], root: Path, img_size: int, directory: Path, num_workers: int) -> DecodedCache:
-    """The cache of these pairs, built now if it is not there; a build that is under way elsewhere is waited for.
+    """Open the cache of these pairs. Build it if it is missing; wait if another process is building it.
 
     Args:
-        pairs: in any order.
-        root: the data set's folder, which all files are below.
-        img_size: S.
-        directory: where caches are kept.
-        num_workers: processes that decode, at most.
+        pairs: image and mask files, in any order.
+        root: the dataset's folder, above all files.
+        img_size: side of the samples in pixels.
+        directory: folder of the caches.
+        num_workers: largest number of decoding processes.
 
     Raises:
-        ValueError: the disk is too small, the folder cannot be written to, or a process of the build was killed.
+        ValueError: the disk is too small, the folder is not writable, or a decoding process was killed.
     """
     ordered = sorted(pairs, key=lambda pair: pair.image)
     path = directory / f"{_key(ordered, root, img_size)}.cache"
@@ -105,27 +108,28 @@ def open_cache(pairs: Sequence[Pair], root: Path, img_size: int, directory: Path
                     _build(descriptor, path, ordered, root, img_size, num_workers)
                     how = f"built in {time.perf_counter() - start:.1f} s"
         except OSError as error:
-            way_out = "choose another folder with --cache-dir, or go without it: --no-cache"
+            way_out = "choose another folder with --cache-dir, or use --no-cache"
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 free = f"{shutil.disk_usage(directory).free / 1e9:.2f} GB"
-                raise ValueError(f"{directory}: the cache needs {gigabytes}, {free} are free; {way_out}") from error
-            raise ValueError(f"{directory}: the cache cannot be kept there ({error}); {way_out}") from error
+                raise ValueError(f"{directory}: the cache needs {gigabytes}, {free} is free; {way_out}") from error
+            raise ValueError(f"{directory}: the cache cannot be written there ({error}); {way_out}") from error
         cache = _read(path, ordered, root, img_size)
         if cache is None:
             raise ValueError(
-                f"{path}: not what was just written; are disk and images there? --no-cache goes without it"
+                f"{path}: cannot be read back after it was written; check that the disk and the images are still "
+                "there, or use --no-cache"
             )
-    print(f"Cache: {path}, {gigabytes}, {how}")
+    logger.info(f"Cache: {path}, {gigabytes}, {how}")
     return cache
 
 
 def _key(pairs: Sequence[Pair], root: Path, img_size: int) -> str:
-    """16 hex digits that change with a file's name, size or time of change, and with what decodes it."""
+    """Return 16 hex digits that change with any file's name, size or modification time and with the decoder."""
     digest = hashlib.sha256(f"{FORMAT} {img_size} {PIL.__version__}\n".encode())
     for pair in pairs:
         for path in (pair.image, pair.mask):
-            size, time_of_change = size_and_time(path)
-            line = f"{path.relative_to(root).as_posix()}\0{size}\0{time_of_change}\n"
+            size, modified = size_and_time(path)
+            line = f"{path.relative_to(root).as_posix()}\0{size}\0{modified}\n"
             digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
 
@@ -139,9 +143,9 @@ def _unfinished(path: Path) -> Path:
 
 
 def _read(path: Path, pairs: Sequence[Pair], root: Path, img_size: int) -> DecodedCache | None:
-    """None where there is none, or one that was cut short, or one that lacks an image that can be decoded by now.
+    """Return the cache, or None if it is missing, cut short, or lacks an image that can now be decoded.
 
-    The last is what a passing fault of a network file system leaves: it is not to stay for ever.
+    The last happens after a passing fault of a network file system, which must not leave an image out forever.
     """
     try:
         with open(path, "rb") as file:
@@ -156,18 +160,18 @@ def _read(path: Path, pairs: Sequence[Pair], root: Path, img_size: int) -> Decod
 
 
 def _build(descriptor: int, path: Path, pairs: Sequence[Pair], root: Path, img_size: int, num_workers: int) -> None:
-    """Decode everything into the unfinished file, which is locked and empty or a leftover, and give it its name."""
+    """Decode all pairs into the locked unfinished file, whatever it holds so far, and give it its final name."""
     num_bytes, unfinished = _num_bytes(pairs, img_size), _unfinished(path)
     os.ftruncate(descriptor, 0)
     if num_bytes > shutil.disk_usage(path.parent).free:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if hasattr(os, "posix_fallocate"):  # not on macOS: what others write meanwhile can fill the disk there
+    if hasattr(os, "posix_fallocate"):  # not on macOS, where the disk can still fill up during the build
         os.posix_fallocate(descriptor, 0, num_bytes)
     problems = _decode(unfinished, pairs, root, img_size, min(num_workers, -(-len(pairs) // PAIRS_PER_WORKER)))
     _write(descriptor, json.dumps(problems).encode(), num_bytes)
     os.fsync(descriptor)
     os.replace(unfinished, path)
-    with suppress(OSError):  # some network file systems cannot
+    with suppress(OSError):  # some network file systems cannot sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -176,14 +180,14 @@ def _build(descriptor: int, path: Path, pairs: Sequence[Pair], root: Path, img_s
 
 
 def _decode(file: Path, pairs: Sequence[Pair], root: Path, img_size: int, num_workers: int) -> dict[int, str]:
-    """Have processes write every row; returns row -> what is wrong with it, its path told below ``root``.
+    """Write every row, in several processes; return row -> why it cannot be decoded, with a path relative to ``root``.
 
     Raises:
         ValueError: a process was killed.
         OSError: a row could not be written.
     """
     problems: dict[int, str] = {}
-    way_out = "try once more, or go without it: --no-cache"
+    way_out = "try again, or use --no-cache"
     with process_pool(num_workers, "decodes for the cache", way_out) as pool:
         written = pool.map(partial(_write_row, file, img_size), range(len(pairs)), pairs, chunksize=4)
         bar = tqdm(written, desc="Decoding for the cache", total=len(pairs), unit="image", disable=None)
@@ -194,7 +198,7 @@ def _decode(file: Path, pairs: Sequence[Pair], root: Path, img_size: int, num_wo
 
 
 def _write_row(file: Path, img_size: int, row: int, pair: Pair) -> str:
-    """In a process of a build; returns why the pair cannot be decoded, or an empty string."""
+    """Decode a pair and write its row; return why it cannot be decoded, or an empty string."""
     try:
         pixels = np.concatenate([fixed_size_image(pair.image, img_size), fixed_size_mask(pair.mask, img_size)])
     except ValueError as error:
@@ -208,7 +212,7 @@ def _write_row(file: Path, img_size: int, row: int, pair: Pair) -> str:
 
 
 def _write(descriptor: int, data: bytes, offset: int) -> None:
-    """All of it, by system calls: written through a mapping, a full disk would be a SIGBUS."""
+    """Write all of the data with system calls: through a mapping, a full disk would raise SIGBUS."""
     while data:
         written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written
@@ -216,10 +220,10 @@ def _write(descriptor: int, data: bytes, offset: int) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[int]:
-    """Make the file if need be and hold a lock on it; nothing of that name is left afterwards."""
+    """Yield a descriptor of the file, created if missing, and locked; remove the file afterwards."""
     descriptor = None
     try:
-        # Not there: it was finished, or given up, while this process waited, and the lock is on what it was.
+        # If another process renames or removes the file during the wait, the lock is on a file without that name.
         while descriptor is None or not _is_at(descriptor, path):
             if descriptor is not None:
                 os.close(descriptor)
@@ -227,12 +231,12 @@ def _locked(path: Path) -> Iterator[int]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"Waiting for another process, which is building {path.parent / path.stem[1:]}")
+                logger.info(f"Waiting for another process to build {path.parent / path.stem[1:]}")
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor
     finally:
         if descriptor is not None:
-            with suppress(BlockingIOError):  # it is another process's, which this one has waited for in vain
+            with suppress(BlockingIOError):  # an exception ended the wait, and another process holds the lock
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if _is_at(descriptor, path):
                     path.unlink()
@@ -247,7 +251,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """Unfinished files that nobody has locked: of builds that were killed."""
+    """Remove unfinished files without a lock: their builds were killed."""
     for leftover in directory.glob(".*.cache.unfinished"):
         with suppress(OSError), ExitStack() as stack:
             descriptor = os.open(leftover, os.O_RDWR)

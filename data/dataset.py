@@ -1,4 +1,4 @@
-"""Decode image/mask pairs to fixed-size uint8 tensors and batch them."""
+"""Dataset of image/mask pairs as fixed-size uint8 tensors, and the batches made of them."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -18,63 +18,63 @@ from data.layouts import Pair
 from data.sampler import SampleKey, derive_seed
 from data.transforms import Augmentation, augment, draw_augmentation, to_rows
 
-MOST_TRIES = 10  # images drawn to take the place of one: with 1 % unreadable, all of them fail once in 10^20
+MAX_REPLACEMENTS = 10  # tried for one unreadable pair: if 1 % is unreadable, all of them fail once in 10^20
 
 
 @dataclass(frozen=True)
 class Sample:
     image: Tensor  # (3, S, S) uint8 RGB
     mask: Tensor  # (1, S, S) uint8, 0 or 1
-    index: int  # of the pair it holds: not the one asked for where that was replaced
-    errors: dict[int, str]  # index -> why it could not be decoded; the pair asked for, then those tried in its place
+    index: int  # of the pair it holds: if the requested one was replaced, the replacement's
+    errors: dict[int, str]  # index -> why it cannot be decoded: the requested pair, then replacements that failed
     is_missing: bool = False  # nothing could be decoded: image and mask are zeros
-    augmentation: Augmentation | None = None  # still to be done
+    augmentation: Augmentation | None = None  # for the device to apply
 
 
 class Batch(NamedTuple):
-    """uint8 on purpose: a quarter of the bytes to pin and copy to the device, where they become floats."""
+    """Batch of samples, in uint8: a quarter of the bytes to pin and copy to the device, where they become floats."""
 
     images: Tensor  # (B, 3, S, S) uint8 RGB
     masks: Tensor  # (B, 1, S, S) uint8, 0 or 1
-    indices: Tensor  # (B,) int64, positions in the data set's list of pairs, of what the batch holds
-    errors: dict[int, str]  # index -> why it could not be decoded, of pairs that were replaced or left out
-    num_missing: int = 0  # left out: the batch is shorter by so many
-    augmentations: Tensor | None = None  # (B, 12) of ``to_rows``, still to be done on the device
+    indices: Tensor  # (B,) int64, positions in the dataset's list of pairs
+    errors: dict[int, str]  # index -> why it cannot be decoded, for pairs that were replaced or left out
+    num_missing: int = 0  # samples left out of the batch
+    augmentations: Tensor | None = None  # (B, 12) from ``to_rows``, for the device to apply
 
     def blank(self, size: int) -> "Batch":
-        """Samples that show nothing, like this batch's: for a process that has none of a window's."""
+        """Return a batch of black images like this one's, for a rank without samples in a window."""
         images, masks = (torch.zeros_like(values[:1]).expand(size, -1, -1, -1) for values in (self.images, self.masks))
         augmentations = None if self.augmentations is None else self.augmentations[:1].expand(size, -1)
         indices = torch.full((size,), -1)
         return self._replace(images=images, masks=masks, indices=indices, augmentations=augmentations)
 
     def take(self, positions: Sequence[int]) -> "Batch":
-        """The samples at these positions of the batch, in this order."""
-        where = torch.tensor(positions, dtype=torch.int64)
-        augmentations = None if self.augmentations is None else self.augmentations[where]
+        """Return the samples at these positions of the batch, in this order."""
+        chosen = torch.tensor(positions, dtype=torch.int64)
+        augmentations = None if self.augmentations is None else self.augmentations[chosen]
         return self._replace(
-            images=self.images[where],
-            masks=self.masks[where],
-            indices=self.indices[where],
+            images=self.images[chosen],
+            masks=self.masks[chosen],
+            indices=self.indices[chosen],
             augmentations=augmentations,
         )
 
 
 class CamouflageDataset(Dataset[Sample]):
-    """Pairs resized to ``img_size`` x ``img_size``; augmented as a function of (seed, epoch, index) where asked.
+    """Dataset of pairs resized to ``img_size`` x ``img_size``, indexed by ``SampleKey(epoch, index)``.
 
-    Indexed by ``SampleKey(epoch, index)``. A file that cannot be decoded does not raise here, in a worker process where
-    the traceback would be all a user sees: it comes back among ``errors``. With augmentation, that is in training,
-    another pair takes its place, drawn and augmented as a function of (seed, epoch, index) of the one it stands in for.
-    Without, where that would change a score's meaning, the sample is missing.
+    A file that cannot be decoded is reported in ``errors``: an exception in a worker process would show the user
+    nothing but a traceback. If samples are augmented, that is in training, another pair replaces it. Otherwise the
+    sample is missing, because a replacement would change a score's meaning. Augmentation and replacement are functions
+    of (seed, epoch, index).
 
     Args:
-        pairs: files.
-        img_size: S.
-        augmented: for training.
-        seed: of the run.
-        cache: of decoded files.
-        on_device: only draw the augmentation; ``to_device`` does it.
+        pairs: image and mask files.
+        img_size: side of the samples in pixels.
+        augmented: whether samples are augmented, as in training.
+        seed: the run's seed.
+        cache: decoded files to read instead.
+        on_device: draw augmentations, and leave it to ``to_device`` to apply them.
     """
 
     def __init__(
@@ -109,12 +109,12 @@ class CamouflageDataset(Dataset[Sample]):
         return Sample(blank[:3], blank[3:], key.index, errors, is_missing=True)
 
     def _candidates(self, key: SampleKey) -> Iterator[int]:
-        """The pair asked for; in training, then others at random."""
+        """Yield the requested index and, in training, random replacements for it."""
         yield key.index
         if self.augmented:
             others = [index for index in range(len(self.pairs)) if index != key.index]
             generator = random.Random(derive_seed(self.seed, key.epoch, key.index))
-            yield from generator.sample(others, min(MOST_TRIES, len(others)))
+            yield from generator.sample(others, min(MAX_REPLACEMENTS, len(others)))
 
     def _load(self, pair: Pair) -> tuple[Tensor, Tensor]:
         if self.cache is None:
@@ -124,6 +124,7 @@ class CamouflageDataset(Dataset[Sample]):
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
+    """Batch the samples that are not missing."""
     drawn = [sample.augmentation for sample in samples if sample.augmentation is not None]
     batch = Batch(
         images=torch.stack([sample.image for sample in samples]),
@@ -138,7 +139,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def load_image(path: Path, size: int) -> Tensor:
-    """Decode an image to a (3, size, size) uint8 RGB tensor.
+    """Read an image as a (3, size, size) uint8 RGB tensor.
 
     Raises:
         ValueError: the file cannot be decoded.
@@ -147,7 +148,7 @@ def load_image(path: Path, size: int) -> Tensor:
 
 
 def load_mask(path: Path, size: int) -> Tensor:
-    """Decode a mask to a (1, size, size) uint8 tensor of 0 (background) and 1 (object).
+    """Read a mask as a (1, size, size) uint8 tensor of 0 (background) and 1 (object).
 
     Raises:
         ValueError: the file cannot be decoded.
@@ -156,10 +157,10 @@ def load_mask(path: Path, size: int) -> Tensor:
 
 
 def header_problems(pairs: Sequence[Pair]) -> dict[int, str]:
-    """Read every file's header, so that a wrong one is found now and not at epoch 3; about a second for 4,000 pairs.
+    """Read every file's header, to find wrong files now and not in epoch 3; about a second for 4,000 pairs.
 
     Returns:
-        position of a pair -> why its image or its mask is no image.
+        position of a pair -> why its image or mask cannot be opened as an image.
     """
     with ThreadPoolExecutor(max_workers=8) as pool:
         problems = list(pool.map(_header_problem, pairs))

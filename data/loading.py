@@ -1,4 +1,4 @@
-"""Loaders, and the way of a batch from a loader to the device."""
+"""Data loaders, and a batch's way from a loader to the device."""
 
 import itertools
 import signal
@@ -26,9 +26,10 @@ def training_loader(
     cache: DecodedCache | None = None, augment_on_device: bool = False,
     window_size: int | None = None, share: Share | None = None,
 ) -> DataLoader[Batch]:  # fmt: skip
-    """Shuffled batches, augmented or to be augmented by ``to_device``; entered at any position through ``windows``.
+    """Return a loader of shuffled batches, to be read through ``windows``.
 
-    Those of this process's share, in windows of ``window_size`` samples over all processes: see ``EpochBatchSampler``.
+    Batches are augmented, or with ``augment_on_device`` left for ``to_device`` to augment. They are this rank's share
+    of windows of ``window_size`` samples over all ranks: see ``EpochBatchSampler``.
     """
     dataset = CamouflageDataset(pairs, img_size, augmented=True, seed=seed, cache=cache, on_device=augment_on_device)
     sampler = EpochBatchSampler(len(dataset), batch_size, seed, window_size, share)
@@ -39,9 +40,9 @@ def validation_loader(
     pairs: Sequence[Pair], img_size: int, batch_size: int, num_workers: int, pin_memory: bool,
     cache: DecodedCache | None = None, share: Share | None = None,
 ) -> DataLoader[Batch]:  # fmt: skip
-    """Every pair once, in order, as it is; without those that cannot be read.
+    """Return a loader of every pair once, in order, not augmented; unreadable pairs are missing from their batch.
 
-    Processes share whole batches: the ones that a process alone would make, so that their scores are the same, bitwise.
+    Ranks share whole batches, the same ones that a single process would make, so that scores are bitwise the same.
     """
     dataset, share = CamouflageDataset(pairs, img_size, cache=cache), share or Share()
     keys = [SampleKey(0, index) for index in range(len(dataset))]
@@ -50,9 +51,9 @@ def validation_loader(
 
 
 def windows(loader: DataLoader[Batch], epoch: int, first_window: int) -> Iterator[list[Batch]]:
-    """The batches of each window of an epoch, this process's share of them, from ``first_window`` on.
+    """Yield this rank's batches of each window of an epoch, from ``first_window`` on.
 
-    What lies before is not read: the position is set in the sampler.
+    Earlier windows are not read: the sampler starts at that position.
 
     Raises:
         UnreadableDataError: a sample could neither be read nor replaced.
@@ -66,22 +67,22 @@ def windows(loader: DataLoader[Batch], epoch: int, first_window: int) -> Iterato
             if batch.num_missing:
                 first, *others = batch.errors.values()
                 raise UnreadableDataError(
-                    f"{first}, and none of {len(others)} other images that could replace it can be read either; see "
-                    "that the disk is there"
+                    f"{first}, and none of {len(others)} other images that could replace it can be read either; check "
+                    "that the disk is still there"
                 )
         yield window
 
 
 def sampler_of(loader: DataLoader[Batch]) -> EpochBatchSampler:
-    """What decides on a training loader's windows."""
+    """Return the sampler that makes a training loader's windows."""
     assert isinstance(loader.batch_sampler, EpochBatchSampler)
     return loader.batch_sampler
 
 
 def to_device(batch: Batch, device: torch.device, memory_format: torch.memory_format) -> tuple[Tensor, Tensor]:
-    """Images in [0, 1] and masks of 0 and 1 as float32, augmented if they are still to be.
+    """Return images in [0, 1] and masks of 0 and 1 on the device, float32, augmented if the loader left that to it.
 
-    Bytes are copied, floats are made on the device.
+    Bytes are copied, and become floats on the device.
 
     Shape:
         -> (B, 3, S, S), (B, 1, S, S)
@@ -93,7 +94,7 @@ def to_device(batch: Batch, device: torch.device, memory_format: torch.memory_fo
 
 
 def unit_range(images: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """(B, 3, S, S) of 0 to 255 to float32 of 0 to 1, as the network takes them."""
+    """Scale (B, 3, S, S) values of 0 to 255 to the network's input range, float32 of 0 to 1."""
     return images.contiguous(memory_format=memory_format).div(255)
 
 
@@ -104,19 +105,19 @@ def _loader(
     pin_memory: bool,
 ) -> DataLoader[Batch]:
     return _Loader(
-        dataset,  # type: ignore[arg-type]  # a loader is typed by its samples, not by what collate makes of them
+        dataset,  # type: ignore[arg-type]  # DataLoader is typed by its samples, not by what collate makes of them
         batch_sampler=batch_sampler,  # type: ignore[arg-type]  # keys are SampleKey, not int
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         worker_init_fn=begin_loader_process,
-        generator=torch.Generator(),  # its own: otherwise every epoch draws a seed from the stream that dropout uses
+        generator=torch.Generator(),  # else every epoch would draw a seed from the global generator, as dropout does
     )
 
 
 class _Loader(DataLoader[Batch]):
-    """Starts its processes with signals held back: until they are told what to do with one, it would kill them."""
+    """Data loader whose processes start with signals blocked, which would kill them before their handlers are set."""
 
     def __iter__(self) -> Any:  # torch types an iterator of its own
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
@@ -127,15 +128,16 @@ class _Loader(DataLoader[Batch]):
 
 
 def begin_loader_process(_worker: int) -> None:
-    """Ctrl-C, ``timeout`` and Slurm signal whole groups of processes; the main one decides what becomes of the run.
+    """Set up a loader process to leave signals to the main process, and to keep freed memory.
 
-    It may need batches to finish its window, so a worker outlives SIGTERM by a minute. (A worker whose main process is
-    gone ends by itself.)
+    Ctrl-C, ``timeout`` and Slurm signal whole process groups, but the main process decides whether the run ends. It may
+    need batches to finish its window, so a worker outlives SIGTERM by a minute. (A worker whose main process is gone
+    ends by itself.)
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
-    # Told what the thread that hands over tensors meets when the main process ends amid that. What goes wrong with a
-    # batch goes another way, to the main process.
+    # Silences the feeder thread's traceback if the main process exits first. Errors in a batch still reach the main
+    # process.
     sys.excepthook = lambda *_: None
     keep_freed_memory()

@@ -1,8 +1,8 @@
 """Sample order as a pure function of (seed, epoch): nothing to save, nothing to fast-forward.
 
-An interrupted epoch goes on at window k by slicing the same permutation there, without reading what came before. The
-order is one for all processes of a run: each takes its slice of every window, so that a run that goes on with more of
-them, or fewer, sees the same samples in the same windows.
+An interrupted epoch continues at window k by slicing the same permutation there, without reading what came before. All
+ranks share one order and each takes its slice of every window, so a run that continues with another world size sees the
+same samples in the same windows.
 """
 
 import hashlib
@@ -17,32 +17,32 @@ from torch.utils.data import Sampler
 
 @dataclass(frozen=True)
 class SampleKey:
-    """What a loader asks a data set for. The epoch travels with the index: worker processes need no telling."""
+    """A loader's request for one sample. It carries the epoch, so worker processes need no message about it."""
 
     epoch: int
     index: int
 
 
 def derive_seed(*parts: int) -> int:
-    """A 63-bit seed from integers, well mixed (neighbouring epochs and indices give unrelated streams)."""
+    """Return a 63-bit seed from integers, well mixed: neighbouring epochs and indices give unrelated streams."""
     digest = hashlib.blake2b(struct.pack(f"<{len(parts)}q", *parts), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def drawn(values: Sequence[float], *parts: int) -> float:
-    """One of the values, as a function of the integers."""
+    """Return one of the values, drawn as a function of the integers."""
     return random.Random(derive_seed(*parts)).choice(values)
 
 
 @dataclass(frozen=True)
 class Share:
-    """One process's part of what all processes of a run do together."""
+    """One rank's part of the samples that all ranks work on together."""
 
     rank: int = 0
     world_size: int = 1
 
     def of(self, total: int) -> range:
-        """Its slice of positions 0 to ``total - 1``: nearly equal for all ranks, larger for the first."""
+        """Return this rank's slice of positions 0 to ``total - 1``; slices are nearly equal, the longest on rank 0."""
         start, end = (-(-rank * total // self.world_size) for rank in (self.rank, self.rank + 1))
         return range(start, end)
 
@@ -50,15 +50,15 @@ class Share:
 class EpochBatchSampler(Sampler[list[SampleKey]]):
     """Batches of one epoch, shuffled by (seed, epoch), from any window on: every sample once, the last window short.
 
-    ``set_position`` is called in the main process before the loader is iterated.
+    Call ``set_position`` in the main process before iterating over the loader.
 
     Args:
-        num_samples: of the data set.
-        batch_size: the most samples in a batch.
-        seed: of the run.
-        window_size: samples that make an optimizer step, over all ranks; by default, a batch.
-        share: of this process. Where it has nothing of a window, it gets a batch of that window's first sample, to be
-            counted as none: a process that takes part in everything needs something to run.
+        num_samples: length of the dataset.
+        batch_size: samples in a batch, at most.
+        seed: the run's seed.
+        window_size: samples per optimizer step, over all ranks; by default, one batch.
+        share: this rank's share. If a window leaves it nothing, it gets a batch of that window's first sample, which
+            must count as none: every rank needs something to run to take part in collectives.
     """
 
     def __init__(
@@ -78,23 +78,23 @@ class EpochBatchSampler(Sampler[list[SampleKey]]):
 
     @property
     def num_windows(self) -> int:
-        """In a whole epoch, wherever it is entered."""
+        """Windows in a whole epoch, whatever the position."""
         return -(-self.num_samples // self.window_size)
 
     def samples_in(self, window: int) -> int:
-        """Samples of a window, over all ranks."""
+        """Return the number of samples in a window, over all ranks."""
         return min(self.window_size, self.num_samples - window * self.window_size)
 
     def batches_in(self, window: int) -> int:
-        """Batches of a window that are this process's; at least one."""
+        """Return the number of this rank's batches in a window; at least one."""
         return max(1, -(-len(self.share.of(self.samples_in(window))) // self.batch_size))
 
     def most_batches_in(self, window: int) -> int:
-        """Batches of a window that the process with the most of them has, which is the first."""
+        """Return the largest number of batches that any rank has in a window: rank 0's."""
         return -(-len(Share(0, self.share.world_size).of(self.samples_in(window))) // self.batch_size)
 
     def __len__(self) -> int:
-        """Batches in a whole epoch, wherever it is entered."""
+        """Return the number of this rank's batches in a whole epoch, whatever the position."""
         return sum(self.batches_in(window) for window in range(self.num_windows))
 
     def __iter__(self) -> Iterator[list[SampleKey]]:

@@ -1,9 +1,9 @@
-"""Synthetic camouflage: textured scenes with objects that differ from the background by texture alone.
+"""Synthetic camouflage: textured scenes with objects that differ from the background only in texture.
 
 Background and object are fractal noise drawn from one palette with the same mean colour and nearly the same contrast;
-what gives the object away is the direction and the scale of its texture. A brightness threshold finds nothing, so a
-network that scores well here has learnt texture. Written in the TrainDataset/TestDataset layout, to go through the same
-code as photographs.
+only the direction and the scale of its texture give the object away. A brightness threshold finds nothing, so a network
+that scores well here has learnt texture. Scenes are written in the TrainDataset/TestDataset layout, to go through the
+same code as photographs.
 """
 
 import json
@@ -17,8 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from data.decoding import BoolArray, UInt8Array
+
 FloatArray = NDArray[np.float64]
-BoolArray = NDArray[np.bool_]
+
+SYNTHETIC = "synthetic"  # stands for a folder's path in ``--dataset-path``
 
 # Undergrowth, sand, bark, reef, leaf litter, lichen: (dark, light) in RGB.
 _PALETTES = (
@@ -31,13 +34,18 @@ _PALETTES = (
 )
 
 
-def write_synthetic_dataset(root: Path, num_train: int, num_test: int, img_size: int, seed: int) -> None:
-    """Write ``TrainDataset/{Imgs,GT}`` and ``TestDataset/{Imgs,GT}`` below ``root``; do nothing where they stand.
+def dataset_folder(dataset_path: str, run_folder: Path) -> Path:
+    """Return the folder that ``--dataset-path`` stands for; synthetic scenes are inside the run's folder."""
+    return run_folder / SYNTHETIC if dataset_path == SYNTHETIC else Path(dataset_path)
 
-    The folder gets its name only when it is complete, so an interrupted call leaves nothing half-made behind.
+
+def write_synthetic_dataset(root: Path, num_train: int, num_test: int, img_size: int, seed: int) -> None:
+    """Write ``TrainDataset/{Imgs,GT}`` and ``TestDataset/{Imgs,GT}`` below ``root``, unless they exist already.
+
+    The folder gets its name only once it is complete, so an interrupted call leaves no partial dataset behind.
 
     Raises:
-        ValueError: ``root`` holds something else.
+        ValueError: ``root`` contains something else.
     """
     recipe = {"num_train": num_train, "num_test": num_test, "img_size": img_size, "seed": seed, "version": 1}
     recipe_file = root / "recipe.json"
@@ -45,7 +53,7 @@ def write_synthetic_dataset(root: Path, num_train: int, num_test: int, img_size:
         if recipe_file.is_file() and json.loads(recipe_file.read_text()) == recipe:
             return
         raise ValueError(
-            f"{root}: holds data made with other settings; remove the folder or choose another --checkpoint-dir"
+            f"{root}: contains data made with other settings; remove the folder or choose another --checkpoint-dir"
         )
     unfinished = root.with_name(root.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -60,8 +68,8 @@ def write_synthetic_dataset(root: Path, num_train: int, num_test: int, img_size:
     unfinished.rename(root)
 
 
-def camouflage_scene(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """One scene.
+def camouflage_scene(rng: np.random.Generator, size: int) -> tuple[UInt8Array, UInt8Array]:
+    """Draw one scene.
 
     Returns:
         image (size, size, 3) uint8 RGB and mask (size, size) uint8, 0 or 255, with at least one object pixel.
@@ -84,7 +92,7 @@ def camouflage_scene(rng: np.random.Generator, size: int) -> tuple[NDArray[np.ui
 
 
 def _fractal_noise(rng: np.random.Generator, size: int, angle: float, stretch: float, roughness: float) -> FloatArray:
-    """Noise with spectrum 1/f^roughness, drawn out by ``stretch`` along ``angle``; mean 0, deviation 1."""
+    """Draw noise with spectrum 1/f^roughness, elongated by ``stretch`` along ``angle``; mean 0, deviation 1."""
     fy, fx = np.meshgrid(np.fft.fftfreq(size), np.fft.rfftfreq(size), indexing="ij")
     along = (fx * math.cos(angle) + fy * math.sin(angle)) * stretch
     across = (-fx * math.sin(angle) + fy * math.cos(angle)) / stretch
@@ -95,7 +103,7 @@ def _fractal_noise(rng: np.random.Generator, size: int, angle: float, stretch: f
 
 
 def _object_shape(rng: np.random.Generator, size: int) -> BoolArray:
-    """One shape, now and then two; each covers 3 to 20 % of the scene."""
+    """Draw one shape, or two in a fifth of the scenes; each covers 3 to 20 % of the scene."""
     shapes: tuple[Callable[..., BoolArray], ...] = (_blob, _animal, _star)
     mask = np.zeros((size, size), dtype=bool)
     for _ in range(2 if rng.random() < 0.2 else 1):
@@ -110,7 +118,7 @@ def _object_shape(rng: np.random.Generator, size: int) -> BoolArray:
 
 
 def _blob(rng: np.random.Generator, u: FloatArray, v: FloatArray) -> BoolArray:
-    """A closed outline whose radius wavers with the direction."""
+    """Draw a closed outline whose radius varies with the direction."""
     direction = np.arctan2(v, u)
     outline = np.ones_like(u)
     for harmonic in range(2, 6):
@@ -119,13 +127,13 @@ def _blob(rng: np.random.Generator, u: FloatArray, v: FloatArray) -> BoolArray:
 
 
 def _star(rng: np.random.Generator, u: FloatArray, v: FloatArray) -> BoolArray:
-    """A starfish of five to seven arms."""
+    """Draw a starfish with five to seven arms."""
     arms = rng.integers(5, 8)
     return np.hypot(u, v) < 1.0 + rng.uniform(0.35, 0.6) * np.cos(arms * np.arctan2(v, u))
 
 
 def _animal(rng: np.random.Generator, u: FloatArray, v: FloatArray) -> BoolArray:
-    """A body, a head and a tail."""
+    """Draw a body, a head and a tail."""
     body = np.hypot(u / 1.3, v / 0.75) < 1
     head_x, head_y = 1.5, rng.uniform(-0.4, 0.4)
     head = np.hypot(u - head_x, v - head_y) < rng.uniform(0.4, 0.55)
@@ -136,7 +144,7 @@ def _animal(rng: np.random.Generator, u: FloatArray, v: FloatArray) -> BoolArray
 
 
 def _soft_edges(mask: BoolArray) -> FloatArray:
-    """The mask with its outline spread over about two pixels, as a lens would; in [0, 1]."""
+    """Blur the mask's outline over about two pixels, as a lens would; values in [0, 1]."""
     soft: Any = np.pad(mask.astype(np.float64), 1, mode="edge")
     for axis in (0, 1):
         soft = (np.roll(soft, 1, axis) + 2 * soft + np.roll(soft, -1, axis)) / 4

@@ -1,26 +1,27 @@
-"""Images and masks that cannot be read: each named once, and an error only where they are many."""
+"""Unreadable images and masks: each reported once, and an error only if there are many."""
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from tqdm import tqdm
+ALWAYS_TOLERATED = 3  # pairs, if 1 % would be fewer: one bad file is 1 % of any dataset below 200
 
-ALWAYS_TOLERATED = 3  # pairs, where 1 % would be fewer: one bad file is 1 % of any data set below 200
+logger = logging.getLogger("train_ultimate")
 
 
 class UnreadableDataError(ValueError):
-    """More of the data cannot be read than can be made up for."""
+    """Error for a dataset with too many unreadable files to go on."""
 
 
 class UnreadablePairs:
-    """The pairs a run has found it cannot read. One that is met again, or after a resume, does not count again.
+    """Unreadable pairs of a run. A pair counts once, however often it is met, before or after a resume.
 
     Args:
-        reasons: image -> why it or its mask cannot be read, of those known before; new ones are added to it.
-        num_pairs: training and validation pairs together, which the 1 % is of.
-        validation: the images, by name, that are left out of the scores; the others are replaced in training.
-        advice: what the user can do where there are too many.
-        event: told of each new one, as ``RunLog.event`` is.
-        alone: no other process reads other pairs of the same run.
+        reasons: image -> why it or its mask cannot be read, for pairs already known; new ones are added to it.
+        num_pairs: training and validation pairs together, of which 1 % is tolerated.
+        validation: names of the validation images. Unreadable ones are left out of the scores; others are replaced.
+        advice: what the user can do if there are too many.
+        event: called for each new one, as ``RunLog.event`` is.
+        alone: whether this is the only process of the run.
     """
 
     def __init__(
@@ -33,47 +34,47 @@ class UnreadablePairs:
         self.advice = advice
         self.event = event
         self.alone = alone
-        self.met: dict[str, str] = {}  # since the processes last told each other
+        self.met: dict[str, str] = {}  # since the last ``agree``
 
     def note(self, problems: Mapping[str, str]) -> None:
-        """Report those that are new.
+        """Report the problems that are new.
 
         Args:
             problems: image -> why it or its mask cannot be read.
 
         Raises:
-            UnreadableDataError: there are too many by now.
+            UnreadableDataError: there are now too many.
         """
         for image, reason in problems.items():
             if image not in self.reasons:
                 self.reasons[image] = reason
                 action = "left out of the scores" if image in self.validation else "replaced by another"
-                tqdm.write(f"Unreadable: {reason}; {action}")
+                logger.warning(f"Unreadable: {reason}; {action}")
                 self.event("unreadable", image=image, reason=reason, action=action)
         require_few(self.reasons, self.num_pairs, self.advice)
 
     def meet(self, problems: Mapping[str, str]) -> None:
-        """Note them at once; or, where several processes read, remember them until ``agree``."""
+        """Note the problems now or, in a run of several ranks, at the next ``agree``."""
         if self.alone:
             self.note(problems)
         else:
             self.met.update(problems)
 
     def agree(self, gather: Callable[[dict[str, str]], Sequence[dict[str, str]]]) -> None:
-        """Note what each of the processes that read together has met.
+        """Note the problems that any rank has met since the last call.
 
         Args:
-            gather: from what this one has met to what each one has.
+            gather: all-gather: takes this rank's problems, returns every rank's.
 
         Raises:
-            UnreadableDataError: there are too many by now.
+            UnreadableDataError: there are now too many.
         """
         met = {image: reason for part in gather(self.met) for image, reason in part.items()}
         self.met = {}
         self.note(met)
 
     def describe(self) -> list[str]:
-        """For the run's last lines."""
+        """Return the summary for the end of a run; empty if all files could be read."""
         if not self.reasons:
             return []
         count = f"{len(self.reasons)} of {self.num_pairs} pairs of image and mask"
@@ -81,12 +82,12 @@ class UnreadablePairs:
 
 
 def require_few(reasons: Mapping[str, str], num_pairs: int, advice: str) -> None:
-    """Let 1 % of the pairs be unreadable, three of a small data set.
+    """Tolerate 1 % of unreadable pairs, or three in a small dataset.
 
-    Above that it is no longer a few bad files: a copy was cut short, or a disk is going.
+    More than that is no longer a few bad files: a copy was cut short, or a disk is failing.
 
     Raises:
-        UnreadableDataError: there are more; with the first three by name, and the advice.
+        UnreadableDataError: there are more; the message names the first three and ends with the advice.
     """
     if len(reasons) > max(ALWAYS_TOLERATED, num_pairs // 100):
         allowed = "1 %" if num_pairs >= 100 * ALWAYS_TOLERATED else f"{ALWAYS_TOLERATED}"

@@ -1,8 +1,9 @@
-"""The decoded cache: the same samples as without, and nothing half-made whatever happens while it is built."""
+"""The decoded cache: the same samples as without it, and no partial file whatever happens during a build."""
 
 import errno
 import fcntl
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -16,11 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Argv, differing_tensors, tiny_arguments
+from PIL import Image
 
 import train_ultimate
 from commands import cli
-from data import cache as cache_module
-from data.cache import DecodedCache, default_directory, open_cache
+from data.cache import DecodedCache, _decode, default_directory, open_cache
 from data.dataset import CamouflageDataset
 from data.layouts import Pair, find_subsets, training_pairs
 from data.loading import training_loader, windows
@@ -33,7 +34,7 @@ PROGRAM = Path(train_ultimate.__file__).parent
 
 @pytest.fixture
 def root(tiny_dataset: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny data set in which the third image is cut short."""
+    """A copy of the tiny dataset in which the third image is cut short."""
     copy = tmp_path / "data"
     shutil.copytree(tiny_dataset / "TrainDataset", copy / "TrainDataset")
     image = copy / "TrainDataset" / "Imgs" / "scene_00002.jpg"
@@ -50,9 +51,10 @@ def built(root: Path, directory: Path, img_size: int = 64, num_workers: int = 1)
 
 
 def building(root: Path, directory: Path) -> subprocess.Popen[str]:
-    """Another process that builds the cache of the data set."""
+    """Start another process that builds the dataset's cache."""
     code = (
-        "import sys; from pathlib import Path; from data.cache import *; from data.layouts import *\n"
+        "import logging, sys; from pathlib import Path; from data.cache import *; from data.layouts import *\n"
+        "logging.basicConfig(level=logging.INFO, stream=sys.stdout)\n"
         "root = Path(sys.argv[1]); pairs = training_pairs(find_subsets(root), root)\n"
         "open_cache(pairs, root, 64, Path(sys.argv[2]), 2)"
     )
@@ -62,7 +64,7 @@ def building(root: Path, directory: Path) -> subprocess.Popen[str]:
 
 
 def wait_for(directory: Path, pattern: str) -> Path:
-    """The first file of that name, as soon as it is there."""
+    """Return the first file that matches, as soon as it exists."""
     for _ in range(20_000):
         if found := list(directory.glob(pattern)):
             return found[0]
@@ -84,19 +86,20 @@ def test_every_sample_is_bitwise_the_one_decoded_from_the_files(root: Path, tmp_
     assert [path.name for path in cache.problems] == ["scene_00002.jpg"]
 
 
-def test_it_is_built_once_and_then_found(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_built_once_and_then_found(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="train_ultimate")
     first = built(root, tmp_path / "cache")
-    assert f"Cache: {first.path}, 0.00 GB, built in " in capsys.readouterr().out
+    assert caplog.messages[-1].startswith(f"Cache: {first.path}, 0.00 GB, built in ")
     assert first.path.stat().st_size >= 22 * 4 * 64 * 64
     written = first.path.stat().st_mtime_ns
     second = open_cache(pairs_of(root)[::-1], root, 64, tmp_path / "cache", 1)  # the split does not matter
-    assert capsys.readouterr().out.endswith(", found\n")
+    assert caplog.messages[-1].endswith(", found")
     assert second.path == first.path
     assert second.path.stat().st_mtime_ns == written
     assert list((tmp_path / "cache").iterdir()) == [first.path]
 
 
-def test_other_sizes_files_and_times_are_other_caches(root: Path, tmp_path: Path) -> None:
+def test_another_size_file_or_modification_time_is_another_cache(root: Path, tmp_path: Path) -> None:
     directory = tmp_path / "cache"
     paths = [built(root, directory).path, built(root, directory, img_size=32).path]
     os.utime(root / "TrainDataset" / "GT" / "scene_00005.png")
@@ -106,7 +109,7 @@ def test_other_sizes_files_and_times_are_other_caches(root: Path, tmp_path: Path
     assert len(set(paths)) == 4
 
 
-def test_it_travels_with_the_data_set_wherever_that_is_mounted(root: Path, tmp_path: Path) -> None:
+def test_it_is_found_wherever_the_dataset_is_mounted(root: Path, tmp_path: Path) -> None:
     first = built(root, tmp_path / "cache")
     moved = root.rename(tmp_path / "elsewhere")
     second = built(moved, tmp_path / "cache")
@@ -114,7 +117,7 @@ def test_it_travels_with_the_data_set_wherever_that_is_mounted(root: Path, tmp_p
     assert next(iter(second.problems.values())).startswith(f"{moved}/TrainDataset/Imgs/scene_00002.jpg: cannot be")
 
 
-def test_one_that_was_cut_short_is_built_anew(root: Path, tmp_path: Path) -> None:
+def test_a_cache_that_was_cut_short_is_built_again(root: Path, tmp_path: Path) -> None:
     path = built(root, tmp_path / "cache").path
     whole = path.read_bytes()
     for size in (1000, 22 * 4 * 64 * 64):
@@ -122,10 +125,10 @@ def test_one_that_was_cut_short_is_built_anew(root: Path, tmp_path: Path) -> Non
         assert built(root, tmp_path / "cache").path.read_bytes() == whole
 
 
-def test_image_that_could_not_be_read_in_passing_is_not_missing_for_ever(root: Path, tmp_path: Path) -> None:
+def test_an_image_that_was_unreadable_for_a_while_is_not_left_out_forever(root: Path, tmp_path: Path) -> None:
     path = built(root, tmp_path / "cache").path
     pixels = 22 * 4 * 64 * 64
-    with open(path, "r+b") as file:  # as if the fifth image had met an I/O error
+    with open(path, "r+b") as file:  # as if reading the fifth image had met an I/O error
         file.seek(pixels)
         file.write(json.dumps({2: "scene_00002.jpg: cut short", 4: "scene_00004.jpg: Input/output error"}).encode())
     assert len(built(root, tmp_path / "cache").problems) == 1
@@ -144,7 +147,7 @@ def test_loader_processes_open_it_themselves(root: Path, tmp_path: Path) -> None
         assert differing_tensors(list(one[0]), list(other[0])) == []
 
 
-def test_processes_of_a_build_do_without_torch() -> None:
+def test_building_processes_do_not_import_torch() -> None:
     code = "import data.cache, sys; assert not {'torch', 'torchvision', 'timm'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=PROGRAM, check=True)
 
@@ -152,63 +155,65 @@ def test_processes_of_a_build_do_without_torch() -> None:
 # What can go wrong
 
 
-def test_disk_that_is_too_small_is_refused_before_anything_is_written(
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")(10**12, 10**12, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ValueError, match=r"the cache needs 0\.00 GB, 0\.00 GB are free; .*--cache-dir.*--no-cache"):
+    with pytest.raises(ValueError, match=r"the cache needs 0\.00 GB, 0\.00 GB is free; .*--cache-dir.*--no-cache"):
         built(root, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_disk_that_fills_up_meanwhile_leaves_nothing_behind(
+def test_a_disk_that_fills_up_during_the_build_leaves_nothing_behind(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cache_module.os, "posix_fallocate", full, raising=False)
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with pytest.raises(ValueError, match="the cache needs"):
         built(root, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_disk_that_takes_no_row_is_told(root: Path) -> None:
+def test_a_disk_that_takes_no_row_raises_an_error(root: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
-        cache_module._decode(Path("/dev/full"), pairs_of(root), root, 64, num_workers=2)
+        _decode(Path("/dev/full"), pairs_of(root), root, 64, num_workers=2)
 
 
-def test_folder_that_cannot_be_written_to(root: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_writable_raises_an_error(root: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"file/cache: the cache cannot be kept there .*--cache-dir"):
+    with pytest.raises(ValueError, match=r"file/cache: the cache cannot be written there .*--cache-dir"):
         built(root, tmp_path / "file" / "cache")
 
 
-def test_process_of_a_build_that_is_killed(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "fixed_size_image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+def test_a_killed_building_process_raises_an_error_and_leaves_nothing_behind(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "open", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(ValueError, match=r"a process that decodes for the cache was killed.*--no-cache"):
         built(root, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_killed_builds_leave_nothing_for_long(root: Path, tmp_path: Path) -> None:
+def test_the_next_build_removes_what_killed_builds_left(root: Path, tmp_path: Path) -> None:
     directory = tmp_path / "cache"
     process = building(root, directory)
     wait_for(directory, ".*.unfinished")
     process.kill()
     process.communicate()
-    (directory / ".0123.cache.unfinished").write_bytes(b"of another data set")
-    with open(directory / ".4567.cache.unfinished", "wb") as under_way:
-        fcntl.flock(under_way, fcntl.LOCK_EX)
+    (directory / ".0123.cache.unfinished").write_bytes(b"of another dataset")
+    with open(directory / ".4567.cache.unfinished", "wb") as in_progress:
+        fcntl.flock(in_progress, fcntl.LOCK_EX)
         path = built(root, directory).path
         assert {file.name for file in directory.iterdir()} == {path.name, ".4567.cache.unfinished"}
     fresh = built(root, tmp_path / "fresh").path
     assert path.read_bytes() == fresh.read_bytes()
 
 
-def test_of_several_processes_one_builds_and_the_others_wait(root: Path, tmp_path: Path) -> None:
+def test_one_of_several_processes_builds_and_the_others_wait(root: Path, tmp_path: Path) -> None:
     processes = [building(root, tmp_path / "cache") for _ in range(3)]
     printed = [process.communicate()[0] for process in processes]
     assert all(process.returncode == 0 for process in processes)
@@ -217,8 +222,8 @@ def test_of_several_processes_one_builds_and_the_others_wait(root: Path, tmp_pat
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_ctrl_c_while_it_is_built(root: Path, tiny_argv: Argv, tmp_path: Path) -> None:
-    for pair in pairs_of(root):  # enough of them for a signal to arrive in time on a busy machine, too
+def test_ctrl_c_during_a_build_leaves_nothing_behind(root: Path, tiny_argv: Argv, tmp_path: Path) -> None:
+    for pair in pairs_of(root):  # enough of them for the signal to arrive in time even on a busy machine
         for number in range(60):
             for path in (pair.image, pair.mask):
                 path.with_stem(f"{path.stem}_{number}").hardlink_to(path)
@@ -237,30 +242,31 @@ def test_ctrl_c_while_it_is_built(root: Path, tiny_argv: Argv, tmp_path: Path) -
     assert list(directory.iterdir()) == []
 
 
-def test_file_that_is_removed_meanwhile_is_no_loss(root: Path, tmp_path: Path) -> None:
+def test_samples_are_decoded_if_the_cache_file_is_removed(root: Path, tmp_path: Path) -> None:
     pairs, cache = pairs_of(root), built(root, tmp_path / "cache")
     before = [CamouflageDataset(pairs, 64, cache=cache)[SampleKey(0, index)] for index in (0, 1)]
     cache.path.unlink()
     again = pickle.loads(pickle.dumps(cache))  # as in a new loader process, where the file is not mapped yet
     for index, sample in enumerate(before):
-        anew = CamouflageDataset(pairs, 64, cache=again)[SampleKey(0, index)]
-        assert torch.equal(anew.image, sample.image)
-        assert torch.equal(anew.mask, sample.mask)
+        decoded = CamouflageDataset(pairs, 64, cache=again)[SampleKey(0, index)]
+        assert torch.equal(decoded.image, sample.image)
+        assert torch.equal(decoded.mask, sample.mask)
 
 
 # Whole runs
 
 
 def test_run_with_a_cache_ends_in_bitwise_the_weights_of_one_without(
-    root: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    root: Path, tiny_argv: Argv, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A resumed one, too, which finds the cache where the run had it."""
+    """So does a resumed run, which finds the cache again."""
+    caplog.set_level(logging.INFO, logger="train_ultimate")
     assert main(tiny_argv("--dataset-path", str(root), checkpoint_dir=tmp_path / "without")) == 0
     cached = ("--dataset-path", str(root), "--cache", "--cache-dir", str(tmp_path / "cache"), "--num-workers", "1")
     assert main(tiny_argv(*cached, "--epochs", "3", checkpoint_dir=tmp_path / "with")) == 0
-    capsys.readouterr()
+    caplog.clear()
     assert main(["train", "--resume", "auto", "--checkpoint-dir", str(tmp_path / "with"), "--epochs", "4"]) == 0
-    assert ", found" in capsys.readouterr().out
+    assert any(message.startswith("Cache: ") and message.endswith(", found") for message in caplog.messages)
     without, with_cache = (read_checkpoint(tmp_path / name / "epoch_0004.pth") for name in ("without", "with"))
     assert without["unreadable"] == with_cache["unreadable"]
     assert len(without["unreadable"]) == 1
@@ -272,7 +278,7 @@ def test_run_with_a_cache_ends_in_bitwise_the_weights_of_one_without(
     assert differing_tensors(again["optimizer"], with_cache["optimizer"]) == []
 
 
-def test_too_many_unreadable_images_end_the_run_before_it_trains(
+def test_too_many_unreadable_images_end_the_run_before_training(
     root: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for image in sorted((root / "TrainDataset" / "Imgs").iterdir())[:5]:
@@ -283,7 +289,7 @@ def test_too_many_unreadable_images_end_the_run_before_it_trains(
     assert not (tmp_path / "run").exists()
 
 
-def test_it_is_kept_where_caches_belong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_default_folder_is_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_directory() == tmp_path / "train_ultimate"
     monkeypatch.delenv("XDG_CACHE_HOME")

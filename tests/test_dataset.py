@@ -1,3 +1,5 @@
+"""Samples from files of any encoding, replacements for those that cannot be decoded, and batches."""
+
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from data.transforms import draw_augmentation, to_rows
 
 
 def half_red(mode: str, size: tuple[int, int] = (40, 20)) -> Image.Image:
-    """Left half bright, right half dark."""
+    """Return an image with a bright left half and a dark right half."""
     pixels = np.zeros((size[1], size[0], 3), dtype=np.uint8)
     pixels[:, : size[0] // 2] = 200
     return Image.fromarray(pixels).convert(mode)
@@ -45,7 +47,7 @@ def test_sixteen_bit_grey_keeps_its_range(tmp_path: Path) -> None:
 def test_exif_orientation_is_honoured(tmp_path: Path) -> None:
     path = tmp_path / "turned.jpg"
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to show
+    exif[0x0112] = 6  # show turned by 90 degrees clockwise
     half_red("RGB").save(path, exif=exif, quality=95)
     image = load_image(path, 32).float().mean(dim=0)
     assert image[:12].mean() > 150  # the left half has become the top
@@ -72,7 +74,7 @@ def test_mask_encodings_become_binary(tmp_path: Path, values: np.ndarray) -> Non
     assert mask[:, :, 16:].all()
 
 
-def test_palette_mask_counts_any_bright_colour_as_object(tmp_path: Path) -> None:
+def test_any_bright_colour_of_a_palette_mask_is_object(tmp_path: Path) -> None:
     image = Image.fromarray(np.repeat(np.array([[0, 1]], dtype=np.uint8), 2, axis=0)).resize((32, 32), 0)
     image.putpalette([0, 0, 0, 64, 0, 0])
     image.save(tmp_path / "mask.png")
@@ -81,7 +83,7 @@ def test_palette_mask_counts_any_bright_colour_as_object(tmp_path: Path) -> None
     assert mask.float().mean() == 0.5
 
 
-def test_empty_masks_stay_empty_also_with_compression_noise(tmp_path: Path) -> None:
+def test_empty_masks_stay_empty_even_with_compression_noise(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 9, (32, 32)).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "mask.jpg", quality=90)
     Image.fromarray(np.zeros((32, 32), dtype=np.uint8)).save(tmp_path / "mask.png")
@@ -90,7 +92,7 @@ def test_empty_masks_stay_empty_also_with_compression_noise(tmp_path: Path) -> N
 
 
 def test_whatever_pillow_raises_becomes_an_error_with_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Damaged EXIF data, for one, ends in a TypeError deep inside."""
+    """Damaged EXIF data, for example, raises a TypeError deep inside Pillow."""
 
     def damaged(_: Image.Image) -> Image.Image:
         raise TypeError("unsupported operand")
@@ -104,7 +106,7 @@ def test_whatever_pillow_raises_becomes_an_error_with_the_path(tmp_path: Path, m
 
 @pytest.fixture
 def damaged(tiny_dataset: Path, tmp_path: Path) -> list[Pair]:
-    """Eight pairs, of which the first has an image, the fourth a mask that is cut short."""
+    """Eight pairs; the first one's image and the fourth one's mask are cut short."""
     pairs = training_pairs(find_subsets(tiny_dataset), tiny_dataset)[:8]
     image, mask = tmp_path / pairs[0].image.name, tmp_path / pairs[3].mask.name
     image.write_bytes(pairs[0].image.read_bytes()[:-300])
@@ -112,7 +114,7 @@ def damaged(tiny_dataset: Path, tmp_path: Path) -> list[Pair]:
     return [Pair(image, pairs[0].mask), *pairs[1:3], Pair(pairs[3].image, mask), *pairs[4:]]
 
 
-def test_pair_that_cannot_be_decoded_is_missing_where_a_score_is_computed(damaged: list[Pair]) -> None:
+def test_an_undecodable_pair_is_missing_from_validation(damaged: list[Pair]) -> None:
     dataset = CamouflageDataset(damaged, 32)
     batch = collate([dataset[SampleKey(0, index)] for index in (1, 0, 2, 3)])
     assert batch.indices.tolist() == [1, 2]
@@ -126,8 +128,8 @@ def test_pair_that_cannot_be_decoded_is_missing_where_a_score_is_computed(damage
     assert empty.images.shape == (0, 3, 32, 32)
 
 
-def test_pair_that_cannot_be_decoded_is_replaced_in_training(damaged: list[Pair]) -> None:
-    """By another one for each epoch and index, always the same for the same; with an augmentation of its own."""
+def test_an_undecodable_pair_is_replaced_in_training(damaged: list[Pair]) -> None:
+    """The replacement is a function of epoch and index, and so is its augmentation."""
     dataset, again = (CamouflageDataset(damaged, 64, augmented=True, seed=3) for _ in range(2))
     replacements = set()
     for epoch in range(20):
@@ -139,11 +141,11 @@ def test_pair_that_cannot_be_decoded_is_replaced_in_training(damaged: list[Pair]
         assert not torch.equal(sample.image, dataset[SampleKey(epoch, sample.index)].image)
         replacements.add(sample.index)
     assert replacements == {1, 2, 4, 5, 6, 7}
-    assert any(3 in dataset[SampleKey(epoch, 0)].errors for epoch in range(20))  # drawn, and no better
+    assert any(3 in dataset[SampleKey(epoch, 0)].errors for epoch in range(20))  # drawn, but undecodable too
 
 
 def test_augmentations_left_to_the_device_belong_to_their_images(damaged: list[Pair]) -> None:
-    """Those of the pair asked for, also where another one takes its place, and where a batch is cut."""
+    """Also if a pair is replaced: its augmentation is the requested pair's. Also in part of a batch."""
     here, later = (CamouflageDataset(damaged, 64, augmented=True, seed=3, on_device=value) for value in (False, True))
     keys = [SampleKey(4, index) for index in (2, 0, 5)]
     expected, batch = collate([here[key] for key in keys]), collate([later[key] for key in keys])
@@ -155,19 +157,19 @@ def test_augmentations_left_to_the_device_belong_to_their_images(damaged: list[P
     assert part.augmentations is not None
     assert torch.equal(part.augmentations, drawn[[2, 1]])
     assert expected.augmentations is None
-    assert CamouflageDataset(damaged, 64, on_device=True)[SampleKey(0, 1)].augmentation is None  # not augmented at all
+    assert CamouflageDataset(damaged, 64, on_device=True)[SampleKey(0, 1)].augmentation is None  # validation
 
 
-def test_nothing_that_could_replace_it(damaged: list[Pair]) -> None:
+def test_a_sample_is_missing_if_no_replacement_can_be_decoded(damaged: list[Pair]) -> None:
     sample = CamouflageDataset([damaged[0], damaged[3]], 32, augmented=True)[SampleKey(0, 1)]
     assert sample.is_missing
     assert sample.errors.keys() == {0, 1}
 
 
-def test_augmentation_depends_on_seed_epoch_and_index_alone(tiny_dataset: Path) -> None:
+def test_augmentation_depends_only_on_seed_epoch_and_index(tiny_dataset: Path) -> None:
     pairs = training_pairs(find_subsets(tiny_dataset), tiny_dataset)
     first = CamouflageDataset(pairs, 64, augmented=True, seed=1)
-    torch.manual_seed(123)  # whatever the global generator does
+    torch.manual_seed(123)  # the global generator has no influence
     second = CamouflageDataset(pairs, 64, augmented=True, seed=1)
     key = SampleKey(3, 5)
     assert torch.equal(first[key].image, second[key].image)
@@ -177,7 +179,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(tiny_dataset: Path) 
     assert not torch.equal(first[key].image, other_seed[key].image)
 
 
-def test_header_check_finds_files_that_are_no_images(tmp_path: Path) -> None:
+def test_header_check_finds_files_that_are_not_images(tmp_path: Path) -> None:
     good, bad = tmp_path / "good.png", tmp_path / "bad.jpg"
     half_red("L").save(good)
     bad.write_text("<html>404</html>")
@@ -186,6 +188,6 @@ def test_header_check_finds_files_that_are_no_images(tmp_path: Path) -> None:
     assert "bad.jpg: cannot be decoded (not an image)" in problems[1]
 
 
-def test_problem_of_a_pair_is_found_in_its_pixels_too(damaged: list[Pair]) -> None:
+def test_problem_of_decodes_the_pixels_too(damaged: list[Pair]) -> None:
     assert header_problems(damaged) == {}
     assert [bool(problem_of(pair.image, pair.mask)) for pair in damaged] == [True, False, False, True] + 4 * [False]

@@ -1,3 +1,5 @@
+"""Sample order: every sample once per epoch, the same order from any window on."""
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,7 +12,7 @@ epochs = st.integers(0, 500)
 
 
 @given(num_samples=sizes, batch_size=batch_sizes, seed=seeds, epoch=epochs)
-def test_each_sample_once_in_full_batches_but_the_last(
+def test_each_sample_comes_once_and_all_batches_but_the_last_are_full(
     num_samples: int, batch_size: int, seed: int, epoch: int
 ) -> None:
     sampler = EpochBatchSampler(num_samples, batch_size, seed)
@@ -23,7 +25,7 @@ def test_each_sample_once_in_full_batches_but_the_last(
 
 
 @given(num_samples=sizes, batch_size=batch_sizes, seed=seeds, epoch=epochs, data=st.data())
-def test_entering_in_mid_epoch_gives_the_rest_of_the_same_order(
+def test_starting_in_mid_epoch_gives_the_rest_of_the_same_order(
     num_samples: int, batch_size: int, seed: int, epoch: int, data: st.DataObject
 ) -> None:
     whole = EpochBatchSampler(num_samples, batch_size, seed)

@@ -1,12 +1,13 @@
+"""Synthetic scenes: reproducible, found like photographs, and not solvable by brightness."""
+
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data import synthetic
 from data.layouts import find_subsets
-from data.synthetic import camouflage_scene, write_synthetic_dataset
+from data.synthetic import camouflage_scene, dataset_folder, write_synthetic_dataset
 
 
 def test_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
@@ -24,7 +25,7 @@ def test_layout_is_found_like_any_other(tmp_path: Path) -> None:
 
 
 def test_objects_cannot_be_found_by_brightness() -> None:
-    """The best of all thresholds, chosen per image with the mask in hand, must fail: the cue is texture, not level."""
+    """Even the best threshold, chosen per image by its mask, must fail: the cue is texture, not brightness."""
     best_ious = []
     for index in range(30):
         image, mask = camouflage_scene(np.random.default_rng(index), 96)
@@ -45,14 +46,19 @@ def test_second_call_with_the_same_recipe_keeps_the_files(tmp_path: Path) -> Non
         write_synthetic_dataset(root, 2, 1, 64, seed=5)
 
 
-def test_interrupted_writing_leaves_no_data_set_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> None:
+def test_interrupted_writing_leaves_no_dataset_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(synthetic, "camouflage_scene", interrupted)
+        patch.setattr(Image.Image, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
             write_synthetic_dataset(tmp_path / "data", 2, 1, 64, seed=4)
     assert not (tmp_path / "data").exists()
     write_synthetic_dataset(tmp_path / "data", 2, 1, 64, seed=4)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_synthetic_scenes_are_inside_the_runs_folder() -> None:
+    assert dataset_folder("synthetic", Path("runs/1")) == Path("runs/1/synthetic")
+    assert dataset_folder("photos", Path("runs/1")) == Path("photos")

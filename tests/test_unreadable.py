@@ -1,5 +1,6 @@
-"""Training on imperfect data: what cannot be read is named, counted and replaced; much of it ends the run."""
+"""Training on imperfect data: unreadable files are reported, counted and replaced; too many of them end the run."""
 
+import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -18,22 +19,22 @@ TRAINED = ("model", "ema", "optimizer", "scaler", "detector", "progress", "unrea
 
 
 @pytest.mark.parametrize(("num_pairs", "most"), [(4, 3), (399, 3), (400, 4), (996, 9), (4040, 40)])
-def test_one_per_cent_is_let_pass_and_three_of_a_small_data_set(num_pairs: int, most: int) -> None:
+def test_one_per_cent_is_tolerated_and_three_in_a_small_dataset(num_pairs: int, most: int) -> None:
     names = {f"{number}.jpg": "cut short" for number in range(most + 1)}
     require_few(dict(list(names.items())[:most]), num_pairs, "Do this.")
     with pytest.raises(UnreadableDataError, match=rf"^{most + 1} of {num_pairs} pairs.*and \d+ more\. Do this\.$"):
         require_few(names, num_pairs, "Do this.")
 
 
-def test_each_is_named_once_with_what_became_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_is_reported_once_with_its_treatment(caplog: pytest.LogCaptureFixture) -> None:
     events: list[dict[str, str]] = []
     known = {"old.jpg": "old.jpg: gone"}
     pairs = UnreadablePairs(known, 1000, ["v.jpg"], "", lambda name, **fields: events.append({"event": name, **fields}))
     for _ in range(2):
         pairs.note({"t.jpg": "t.jpg: cut short", "v.jpg": "v.png: no image", "old.jpg": "old.jpg: gone"})
-    assert capsys.readouterr().out.splitlines() == [
-        "Unreadable: t.jpg: cut short; replaced by another",
-        "Unreadable: v.png: no image; left out of the scores",
+    assert caplog.record_tuples == [
+        ("train_ultimate", logging.WARNING, "Unreadable: t.jpg: cut short; replaced by another"),
+        ("train_ultimate", logging.WARNING, "Unreadable: v.png: no image; left out of the scores"),
     ]
     assert [event["image"] for event in events] == ["t.jpg", "v.jpg"]
     assert known.keys() == {"old.jpg", "t.jpg", "v.jpg"}
@@ -42,7 +43,7 @@ def test_each_is_named_once_with_what_became_of_it(capsys: pytest.CaptureFixture
 
 @pytest.fixture(scope="module")
 def validation(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Names of the images that a run on the tiny data set validates on."""
+    """Names of the validation images of a run on the tiny dataset."""
     directory = tmp_path_factory.mktemp("undamaged")
     assert main(tiny_arguments(tiny_dataset, directory, "--epochs", "1", "--stage1-epochs", "1")) == 0
     return read_checkpoint(directory / "epoch_0001.pth")["config"]["validation"]
@@ -53,7 +54,7 @@ Damage = Callable[..., Path]
 
 @pytest.fixture
 def damage(tiny_dataset: Path, tmp_path: Path, validation: list[str]) -> Damage:
-    """A copy of the tiny data set with so many images cut short: the first ones of the training, or validation set."""
+    """Copies of the tiny dataset with the first few training or validation images cut short."""
 
     def copy(in_training: int, in_validation: int = 0) -> Path:
         root = tmp_path / "damaged"
@@ -73,16 +74,18 @@ def state(directory: Path) -> dict[str, Any]:
     return {key: checkpoint[key] for key in TRAINED}
 
 
-def test_a_run_goes_on_names_each_file_once_and_counts(
-    damage: Damage, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_goes_on_reports_each_file_once_and_counts(
+    damage: Damage, tiny_argv: Argv, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    caplog.set_level(logging.INFO, logger="train_ultimate")
     assert main(tiny_argv("--dataset-path", str(damage(2, 1)))) == 0
-    out = capsys.readouterr().out
-    lines = [line for line in out.splitlines() if re.match(r"Unreadable: .*cannot be decoded", line)]
+    lines = [line for line in caplog.messages if re.match(r"Unreadable: .*cannot be decoded", line)]
     assert len(lines) == 3
     assert sum(line.endswith("; replaced by another") for line in lines) == 2
     assert sum(line.endswith("; left out of the scores") for line in lines) == 1
-    assert "Unreadable: 3 of 22 pairs of image and mask, replaced in training or left out of validation: " in out
+    summary = "Unreadable: 3 of 22 pairs of image and mask, replaced in training or left out of validation: "
+    assert summary in capsys.readouterr().out + caplog.text
     events = read_events(tmp_path / "run", "unreadable")
     assert len({event["image"] for event in events}) == len(events) == 3
     assert [epoch["unreadable"] for epoch in read_events(tmp_path / "run", "epoch")] == [3] * 4
@@ -91,9 +94,9 @@ def test_a_run_goes_on_names_each_file_once_and_counts(
 
 
 def test_weights_do_not_depend_on_workers_or_interruptions(
-    damage: Damage, tiny_argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    damage: Damage, tiny_argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor does what is counted: in mid-epoch, one is known and the other is still to come."""
+    """Nor does the count: in the middle of an epoch, one file is known and the other is still to be found."""
     root = str(damage(2, 1))
     assert main(tiny_argv("--dataset-path", root, checkpoint_dir=tmp_path / "a")) == 0
     assert main(tiny_argv("--dataset-path", root, "--num-workers", "2", checkpoint_dir=tmp_path / "b")) == 0
@@ -103,7 +106,6 @@ def test_weights_do_not_depend_on_workers_or_interruptions(
             SignalAt(patch, "gated_step", stop)
             resume = ("--resume", "auto")
             assert main(tiny_argv("--dataset-path", root, *resume, checkpoint_dir=tmp_path / "c")) == 143
-    capsys.readouterr()
     assert main(["train", "--resume", "auto", "--checkpoint-dir", str(tmp_path / "c")]) == 0
     assert differing_tensors(state(tmp_path / "a"), state(tmp_path / "c")) == []
     events = read_events(tmp_path / "c", "unreadable")
@@ -111,13 +113,13 @@ def test_weights_do_not_depend_on_workers_or_interruptions(
 
 
 @pytest.mark.parametrize("num_workers", ["0", "1"])
-def test_too_many_stop_the_first_epoch_and_the_run_goes_on_when_they_are_repaired(
+def test_too_many_end_the_first_epoch_and_the_run_resumes_once_they_are_repaired(
     tiny_dataset: Path, damage: Damage, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     num_workers: str,
 ) -> None:  # fmt: skip
     root = damage(8)
     assert main(tiny_argv("--dataset-path", str(root), "--num-workers", num_workers)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.match(r"error: \d of 22 pairs of image and mask cannot be read, more than 3: .*cannot be decoded", line)
     assert "check-data --dataset-path" in line
     assert "--write-exclude" in line
@@ -131,26 +133,26 @@ def test_too_many_stop_the_first_epoch_and_the_run_goes_on_when_they_are_repaire
     assert state(tmp_path / "run")["unreadable"] == {}
 
 
-def test_file_that_is_no_image_is_named_before_training_and_replaced(
-    damage: Damage, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_file_that_is_not_an_image_is_reported_before_training_and_replaced(
+    damage: Damage, tiny_argv: Argv, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = damage(0)
     (root / "TrainDataset" / "Imgs" / "scene_00004.jpg").write_text("<html>not found</html>")
     assert main(tiny_argv("--dataset-path", str(root))) == 0
-    out = capsys.readouterr().out
-    assert out.index("scene_00004.jpg: cannot be decoded (not an image)") < out.index("Stage 1")
-    assert len(read_events(tmp_path / "run", "unreadable")) == 1
+    assert sum("scene_00004.jpg: cannot be decoded (not an image)" in message for message in caplog.messages) == 1
+    (found,), (first, *_) = (read_events(tmp_path / "run", event) for event in ("unreadable", "window"))
+    assert found["time"] < first["time"]
 
 
-def test_validation_without_one_readable_image_ends_the_run(
+def test_a_run_without_a_readable_validation_image_ends(
     damage: Damage, tiny_argv: Argv, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(tiny_argv("--dataset-path", str(damage(0, 2)))) == 2
     assert "not one image to validate on can be read" in capsys.readouterr().err
 
 
-def test_incidents_name_the_images_that_stood_in(damage: Damage, tiny_argv: Argv, tmp_path: Path) -> None:
-    """Not those that could not be read, which were not in the batch."""
+def test_incidents_name_the_replacements(damage: Damage, tiny_argv: Argv, tmp_path: Path) -> None:
+    """The unreadable images were not in the batch."""
     root = damage(2)
     assert main(tiny_argv("--dataset-path", str(root), "--drill", "bad-sample@1x7", "--max-rollbacks", "0")) in (0, 3)
     unreadable = {event["image"] for event in read_events(tmp_path / "run", "unreadable")}
