@@ -1,7 +1,8 @@
-"""Images to be predicted: found by file, folder or pattern, each with the name its prediction gets."""
+"""Images to predict: found by file, folder or pattern, each with the name its prediction gets."""
 
 import fnmatch
 import glob
+import itertools
 import os
 import stat
 from collections import deque
@@ -10,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
-# What is tried of a folder's files. Those that Pillow cannot read (.heic without a plug-in) are here to be named.
+# Files of a folder to try. Formats that Pillow cannot read (.heic without a plug-in) are here to be reported.
 # fmt: off
 PHOTOGRAPH_SUFFIXES = frozenset((
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".gif",
@@ -21,9 +22,11 @@ PHOTOGRAPH_SUFFIXES = frozenset((
 
 @dataclass(frozen=True)
 class Source:
+    """An image to predict."""
+
     path: Path
-    root: Path  # absolute; the folder that was given, a pattern's part without wildcards, or a file's folder
-    relative: PurePath  # below it
+    root: Path  # absolute: the folder that was given, the part of a pattern before its wildcards, or a file's folder
+    relative: PurePath  # to the root
 
     @property
     def absolute(self) -> Path:
@@ -32,122 +35,118 @@ class Source:
 
 @dataclass
 class Sources:
-    images: list[Source] = field(default_factory=list)  # each path once, in order of the inputs, of names below them
-    problems: list[str] = field(default_factory=list)  # what was asked for and cannot be read, and why
-    num_repeated: int = 0  # asked for more than once
+    """Images found, and inputs that cannot be read."""
+
+    images: list[Source] = field(default_factory=list)  # each path once, in the order of the inputs
+    problems: list[str] = field(default_factory=list)
+    num_repeated: int = 0  # images that several inputs name
 
 
 def find_sources(inputs: Iterable[str], output: Path) -> Sources:
-    """The images that files, folders and patterns name.
+    """Find the images that files, folders and patterns name.
 
-    A folder counts with all below it, links to folders included, each folder once; hidden files and folders, other
-    files than images (by ``PHOTOGRAPH_SUFFIXES``) and what is below ``output`` are passed over. A pattern (``*``,
-    ``?``, ``[...]``, ``**`` for folders at any depth) stands for what it matches, as if that were in a folder. A file
-    that is named is taken whatever its name.
+    A folder is searched with all folders below it, links included, each once. Hidden files and folders, files that are
+    not images (by ``PHOTOGRAPH_SUFFIXES``) and everything below ``output`` are skipped. A pattern (``*``, ``?``,
+    ``[...]``, ``**`` for folders at any depth) is searched the same way. A file is taken whatever its name.
     """
-    found, seen = Sources(), set[Path]()
+    sources, seen = Sources(), set[Path]()
     output = _real(output)
     for text in inputs:
-        for source in _expand(text, output, found.problems):
-            if source.absolute in seen:
-                found.num_repeated += 1
-                continue
-            seen.add(source.absolute)
-            found.images.append(source)
-    return found
+        for found in _expand(text, output):
+            if isinstance(found, str):
+                sources.problems.append(found)
+            elif found.absolute in seen:
+                sources.num_repeated += 1
+            else:
+                seen.add(found.absolute)
+                sources.images.append(found)
+    return sources
 
 
 def name_predictions(sources: Sequence[Source], suffix: str = ".png") -> list[PurePath]:
-    """A path for each prediction below the output folder, no two alike, letter case aside.
+    """Return a path below the output folder for each prediction, no two of them equal even if letter case is ignored.
 
-    It is the image's below the folder it was found by, with another suffix. Where two would be alike: for images of
-    one folder (a.jpg, a.png) the suffix is kept before the new one; otherwise all of both folders go into folders of
-    their names, of their parents' too where they need be.
+    It is the image's path below its root, with another suffix. If two would be equal: images of different roots go
+    into folders named after their roots, and after the roots' parents where needed; images of one root (a.jpg, a.png)
+    keep their suffix before the new one; what is then still equal (A.jpg, a.jpg) is numbered.
     """
-    extra = {source.root: 0 for source in sources}  # folders above the root that are part of the name
-    whole, numbers = set[int](), dict[int, int]()
+    depths = {source.root: 0 for source in sources}  # last folders of a root's path that become part of its names
+    whole = set[int]()  # images that keep their suffix
     while True:
         names = []
         for index, source in enumerate(sources):
-            own = source.relative.name if index in whole else source.relative.stem
-            number = f"-{numbers[index]}" if index in numbers else ""
             above = source.root.parts[1:]
-            folders = [*above[len(above) - extra[source.root] :], *source.relative.parent.parts]
-            names.append(PurePath(*folders, f"{own}{number}{suffix}"))
+            folders = above[len(above) - depths[source.root] :]
+            name = source.relative.name if index in whole else source.relative.stem
+            names.append(PurePath(*folders, *source.relative.parent.parts, name + suffix))
         groups: dict[str, list[int]] = {}
         for index, name in enumerate(names):
             groups.setdefault(str(name).casefold(), []).append(index)
-        alike = [group for group in groups.values() if len(group) > 1]
-        parents = {str(parent).casefold() for name in names for parent in name.parents}
-        alike += [group for name, group in groups.items() if name in parents and len(group) == 1]  # x.jpg beside x.png/
-        if not alike:
-            return names
-        for group in alike:
-            roots = {sources[index].root for index in group}
-            deeper = [root for root in roots if len(roots) > 1 and extra[root] < len(root.parts) - 1]
-            if deeper:
-                extra.update({root: extra[root] + 1 for root in deeper})
-            elif not whole.issuperset(group):
-                whole.update(group)
-            else:  # A.jpg and a.jpg, which some file systems cannot tell apart
-                later = group[1:] or group
-                numbers.update({index: numbers.get(index, 1) + n for n, index in enumerate(later, start=1)})
+        taken = {str(parent).casefold() for name in names for parent in name.parents}  # a folder x.png rules out a file
+        equal = [group for name, group in groups.items() if len(group) > 1 or name in taken]
+        roots = [{sources[index].root for index in group} for group in equal]
+        deeper = {root for group in roots if len(group) > 1 for root in group if depths[root] < len(root.parts) - 1}
+        if deeper:
+            depths.update({root: depths[root] + 1 for root in deeper})
+        elif not whole.issuperset(itertools.chain(*equal)):
+            whole.update(*equal)
+        else:
+            break
+    keeping = [group[0] for group in equal if str(names[group[0]]).casefold() not in taken]
+    taken |= groups.keys()
+    for index in sorted({*itertools.chain(*equal)} - {*keeping}):
+        stem = names[index].name.removesuffix(suffix)
+        numbered = (names[index].with_name(f"{stem}-{number}{suffix}") for number in itertools.count(2))
+        names[index] = next(name for name in numbered if str(name).casefold() not in taken)
+        taken.add(str(names[index]).casefold())
+    return names
 
 
-def _expand(text: str, output: Path, problems: list[str]) -> Iterator[Source]:
+def _expand(text: str, output: Path) -> Iterator[Source | str]:
+    """Yield the images that an input names, and what is wrong with the others."""
     path = Path(text)
     if not text:
-        problems.append("an input without a name: an empty variable of the shell?")
+        yield "an input without a name: an empty variable of the shell?"
     elif _is_folder(path):
         if _real(path) == output:
-            problems.append(f"{path}: is the folder that predictions are written to")
+            yield f"{path}: is the folder that predictions are written to"
         else:
-            yield from _walk(path, _absolute(path), output, problems)
+            yield from _walk(path, _absolute(path), output)
     elif not glob.has_magic(text) or os.path.lexists(path):  # a[1].jpg may well be a file's name
-        yield from _readable(Source(path, _absolute(path.parent), PurePath(path.name)), problems)
+        yield _checked(Source(path, _absolute(path.parent), PurePath(path.name)))
     else:
-        matches = {source.absolute: source for source in _match(text, output, problems)}
-        if not matches:
-            problems.append(f"{path}: no image matches")
-        yield from matches.values()
+        matches = {found if isinstance(found, str) else found.absolute: found for found in _match(text, output)}
+        yield from matches.values() or [f"{path}: no image matches"]
 
 
-def _match(pattern: str, output: Path, problems: list[str]) -> Iterator[Source]:
+def _match(pattern: str, output: Path) -> Iterator[Source | str]:
     parts = Path(pattern).parts
     first = next(number for number, part in enumerate(parts) if glob.has_magic(part))
-    fixed = Path(*parts[:first])
-    root = _absolute(fixed)
-    if "**" in parts:  # glob's own goes round and round in links that lead back
-
-        def wanted(relative: PurePath) -> bool:
-            whole = relative.parts
-            return any(_fits(whole[:length], parts[first:]) for length in range(1, len(whole) + 1))
-
-        yield from _walk(fixed, root, output, problems, wanted)
+    folder = Path(*parts[:first])
+    root = _absolute(folder)
+    if "**" in parts:  # glob follows links in circles
+        yield from _walk(folder, root, output, lambda relative: _fits(relative.parts, parts[first:]))
         return
-    for path in map(Path, sorted(glob.iglob(pattern))):  # noqa: PTH207  # Path.glob takes no absolute one
+    for path in map(Path, sorted(glob.iglob(pattern))):  # noqa: PTH207  # Path.glob takes no absolute pattern
         if _is_folder(path):
-            yield from _walk(path, root, output, problems)
+            yield from _walk(path, root, output)
         elif _is_photograph(path) and output not in _real(path).parents:
-            yield from _readable(Source(path, root, _absolute(path).relative_to(root)), problems)
+            yield _checked(Source(path, root, _absolute(path).relative_to(root)))
 
 
 def _fits(path: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Return whether a path, or a folder that it is in, matches a pattern."""
     if not pattern:
-        return not path
+        return True
     if pattern[0] == "**":
         return _fits(path, pattern[1:]) or (len(path) > 0 and _fits(path[1:], pattern))
     return len(path) > 0 and fnmatch.fnmatchcase(path[0], pattern[0]) and _fits(path[1:], pattern[1:])
 
 
 def _walk(
-    folder: Path,
-    root: Path,
-    output: Path,
-    problems: list[str],
-    wanted: Callable[[PurePath], bool] = lambda relative: True,
-) -> Iterator[Source]:
-    """Links to folders come last, so that what is there twice is found by its own path."""
+    folder: Path, root: Path, output: Path, wanted: Callable[[PurePath], bool] = lambda relative: True
+) -> Iterator[Source | str]:
+    """Yield the images below a folder. Links to folders come last, so that each file is found by its own path."""
     seen = {output}
     waiting, links = [folder], deque[Path]()
     while waiting or links:
@@ -160,40 +159,36 @@ def _walk(
             with os.scandir(here) as scan:
                 entries = sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda one: one.name)
         except OSError as error:
-            problems.append(f"{here}: {error.strerror}")
+            yield f"{here}: {error.strerror}"
             continue
         for path, entry in ((here / entry.name, entry) for entry in entries):
             if _is_folder(path):
                 (links if entry.is_symlink() else folders).append(path)
             elif _is_photograph(path) and wanted(relative := _absolute(path).relative_to(root)):
-                yield from _readable(Source(path, root, relative), problems)
+                yield _checked(Source(path, root, relative))
         waiting += reversed(folders)
 
 
 def _is_folder(path: Path) -> bool:
-    return os.path.isdir(path)  # noqa: PTH112  # Path.is_dir raises for what it may not look at
+    return os.path.isdir(path)  # noqa: PTH112  # Path.is_dir raises if permission is denied
 
 
 def _is_photograph(path: Path) -> bool:
     return path.suffix.lower() in PHOTOGRAPH_SUFFIXES
 
 
-def _readable(source: Source, problems: list[str]) -> Iterator[Source]:
-    """The source, unless its file cannot be opened, or never should be: opening a FIFO waits for a writer."""
-    path, problem = source.path, ""
+def _checked(source: Source) -> Source | str:
+    """Return the source, or why its file cannot be opened, or must not be: opening a FIFO waits for a writer."""
+    path = source.path
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            problem = "not a file but a pipe, socket or device"
-        elif not os.access(path, os.R_OK):
-            problem = "Permission denied"
+            return f"{path}: not a file but a pipe, socket or device"
+        return source if os.access(path, os.R_OK) else f"{path}: Permission denied"
     except OSError as error:
         problem = str(error.strerror)
         with suppress(OSError):
             problem = f"a link to {path.readlink()}, which cannot be read ({problem})"
-    if problem:
-        problems.append(f"{path}: {problem}")
-    else:
-        yield source
+        return f"{path}: {problem}"
 
 
 def _real(path: Path) -> Path:
@@ -201,5 +196,5 @@ def _real(path: Path) -> Path:
 
 
 def _absolute(path: Path) -> Path:
-    """Links are kept, ``..`` is not: what is found once by two spellings is one."""
+    """Return an absolute path without ``..`` but with its links: two spellings of a file become one."""
     return Path(os.path.normpath(path.absolute()))

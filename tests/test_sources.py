@@ -15,13 +15,14 @@ def plant(root: Path, *names: str) -> None:
 
 
 def found_in(root: Path, *inputs: str) -> list[str]:
-    """Paths below the root; nothing went wrong."""
+    """Return the paths found, below the root, and require that there was no problem."""
     sources = find_sources([str(root / text) for text in inputs], root / "out")
     assert sources.problems == []
     return [source.absolute.relative_to(root).as_posix() for source in sources.images]
 
 
 def predictions(root: Path, *inputs: str) -> dict[str, str]:
+    """Return the name of each image's prediction, by the image's path below the root."""
     sources = find_sources([str(root / text) for text in inputs], root / "out").images
     names = name_predictions(sources)
     return {
@@ -30,12 +31,12 @@ def predictions(root: Path, *inputs: str) -> dict[str, str]:
     }
 
 
-def test_folder_counts_with_all_below_it_but_hidden_ones_and_other_files(tmp_path: Path) -> None:
+def test_folder_is_searched_at_every_depth_without_hidden_and_other_files(tmp_path: Path) -> None:
     plant(tmp_path, "p/b.JPG", "p/a.png", "p/s/t/c.webp", "p/notes.txt", "p/.a.jpg", "p/.git/x.png", "p/d.jpg/e.gif")
     assert found_in(tmp_path, "p") == ["p/a.png", "p/b.JPG", "p/d.jpg/e.gif", "p/s/t/c.webp"]
 
 
-def test_what_is_named_is_taken_whatever_its_name(tmp_path: Path) -> None:
+def test_file_is_taken_whatever_its_name(tmp_path: Path) -> None:
     plant(tmp_path, "image.dat", ".hidden", "a[1]*.jpg")
     assert found_in(tmp_path, "image.dat", ".hidden", "a[1]*.jpg") == ["image.dat", ".hidden", "a[1]*.jpg"]
 
@@ -53,7 +54,7 @@ def test_what_is_named_is_taken_whatever_its_name(tmp_path: Path) -> None:
         ("**/b/*", ["a/b/3.png"]),
     ],
 )
-def test_pattern_that_the_shell_has_left_alone(tmp_path: Path, pattern: str, expected: list[str]) -> None:
+def test_pattern_that_the_shell_did_not_expand_is_expanded(tmp_path: Path, pattern: str, expected: list[str]) -> None:
     plant(tmp_path, "1.jpg", "a/2.jpg", "a/b/3.png", "c/4.jpg", "a/notes.txt")
     assert sorted(found_in(tmp_path, pattern)) == expected
 
@@ -69,16 +70,16 @@ def test_pattern_keeps_the_folders_below_its_fixed_part(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("text", ["p", "p/**/*.jpg", "p/**"])
-def test_links_that_lead_back_end(tmp_path: Path, text: str) -> None:
+def test_links_in_circles_are_followed_once(tmp_path: Path, text: str) -> None:
     plant(tmp_path, "p/a.jpg", "p/s/b.jpg", "other/c.jpg")
     for link in ("loop", "again", "s/up"):
         (tmp_path / "p" / link).symlink_to(tmp_path / "p")
     (tmp_path / "p" / "elsewhere").symlink_to(tmp_path / "other")
-    (tmp_path / "p" / "a-link-to-s").symlink_to("s")  # sorts before s, and yet s is found by its own name
+    (tmp_path / "p" / "a-link-to-s").symlink_to("s")  # sorts before s, but s is found by its own name
     assert found_in(tmp_path, text) == ["p/a.jpg", "p/s/b.jpg", "p/elsewhere/c.jpg"]
 
 
-def test_what_cannot_be_opened_is_named_and_a_pipe_is_not_opened(tmp_path: Path) -> None:
+def test_unreadable_files_are_reported_and_a_pipe_is_not_opened(tmp_path: Path) -> None:
     plant(tmp_path, "p/a.jpg")
     os.mkfifo(tmp_path / "p" / "pipe.jpg")
     (tmp_path / "p" / "lost.jpg").symlink_to("nowhere.jpg")
@@ -94,7 +95,7 @@ def test_what_cannot_be_opened_is_named_and_a_pipe_is_not_opened(tmp_path: Path)
         assert len(sources.images) == 1
 
 
-def test_nothing_is_named(tmp_path: Path) -> None:
+def test_inputs_without_images_are_reported(tmp_path: Path) -> None:
     sources = find_sources(["", str(tmp_path / "*.jpg"), str(tmp_path / "no.jpg"), str(tmp_path)], tmp_path / "out")
     assert sources == Sources(
         problems=[
@@ -105,7 +106,7 @@ def test_nothing_is_named(tmp_path: Path) -> None:
     )
 
 
-def test_output_below_the_input_is_passed_over(tmp_path: Path) -> None:
+def test_output_below_the_input_is_skipped(tmp_path: Path) -> None:
     plant(tmp_path, "a.jpg", "out/a.png", "out/s/b.png")
     for text in (".", "*", "**/*.*", "**"):
         assert found_in(tmp_path, text) == ["a.jpg"]
@@ -113,7 +114,7 @@ def test_output_below_the_input_is_passed_over(tmp_path: Path) -> None:
     assert problem.endswith("out: is the folder that predictions are written to")
 
 
-def test_the_same_file_counts_once_however_it_is_spelled(tmp_path: Path) -> None:
+def test_a_file_counts_once_however_its_path_is_spelled(tmp_path: Path) -> None:
     plant(tmp_path, "p/a.jpg", "p/b.jpg")
     spellings = ["p/a.jpg", "p/../p/a.jpg", "p/./a.jpg", "p", "p/*.jpg"]
     sources = find_sources([str(tmp_path / text) for text in spellings], tmp_path / "out")
@@ -143,14 +144,20 @@ def test_an_image_beside_a_folder_of_its_predictions_name(tmp_path: Path) -> Non
     assert list(predictions(tmp_path, "p").values()) == ["x.jpg.png", "x.png/y.png"]
 
 
-def test_folders_whose_names_meet_get_folders_of_their_own_with_all_that_is_in_them(tmp_path: Path) -> None:
+def test_folders_with_several_equal_names_go_no_deeper_than_needed(tmp_path: Path) -> None:
+    plant(tmp_path, *(f"{folder}/{number}.jpg" for folder in ("v", "w") for number in range(4)))
+    expected = [f"{folder}/{number}.png" for folder in ("v", "w") for number in range(4)]
+    assert list(predictions(tmp_path, "v", "w").values()) == expected
+
+
+def test_folders_with_equal_names_in_them_get_folders_of_their_own(tmp_path: Path) -> None:
     plant(tmp_path, "v/1.jpg", "v/2.jpg", "w/1.jpg", "x/3.jpg")
     expected = ["v/1.png", "v/2.png", "w/1.png", "3.png"]
     assert list(predictions(tmp_path, "v", "w", "x").values()) == expected
     assert list(predictions(tmp_path, "v/1.jpg", "v/2.jpg", "w/1.jpg", "x/3.jpg").values()) == expected
 
 
-def test_folders_of_one_name_are_told_apart_by_their_parents(tmp_path: Path) -> None:
+def test_folders_of_one_name_are_distinguished_by_their_parents(tmp_path: Path) -> None:
     plant(tmp_path, "one/v/1.jpg", "two/v/1.jpg")
     assert list(predictions(tmp_path, "one/v", "two/v").values()) == ["one/v/1.png", "two/v/1.png"]
 
@@ -163,7 +170,7 @@ def test_folders_of_one_name_are_told_apart_by_their_parents(tmp_path: Path) -> 
         [".jpg", ".jpg.png"],
     ],
 )
-def test_no_two_names_are_alike_even_where_letter_case_does_not_count(names: list[str]) -> None:
+def test_no_two_names_are_equal_even_if_letter_case_is_ignored(names: list[str]) -> None:
     sources = [Source(Path("/r") / name, Path("/r"), PurePath(name)) for name in names]
     sources += [Source(Path("/r/s") / name, Path("/r/s"), PurePath(name)) for name in names]
     given = [str(name).casefold() for name in name_predictions(sources)]
