@@ -1,4 +1,4 @@
-"""Pictures for people: thumbnails, and sheets of them."""
+"""Pictures for people: thumbnails, contact sheets, overlays."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,19 +10,19 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from data.decoding import decode_image
 
 _PANEL = (220, 165)  # width and height in pixels
-_GAP, _CAPTION = 6, 22
+_GAP, _CAPTION = 6, 22  # pixels
 _COLUMNS = 2  # rows of panels side by side
 _INK, _PAPER = (20, 20, 20), (245, 245, 242)
-_MARK = (255, 0, 144)  # of objects: hardly an animal hides in it
-_TINT = 0.35  # share of it within the object
+_MARK = (255, 0, 144)  # colour of objects; hardly an animal has it
+_TINT = 0.35  # its share in the pixels of an object
 _THICKEST_OUTLINE = 8  # pixels
 
 
 def thumbnail(source: Path | NDArray[np.uint8]) -> Image.Image:
-    """At most a panel's size; nothing is enlarged.
+    """Return an image no larger than a panel; small ones keep their size.
 
     Args:
-        source: an image file, or grey levels (H, W).
+        source: An image file, or grey levels (H, W).
 
     Raises:
         ValueError: the file cannot be decoded.
@@ -33,11 +33,12 @@ def thumbnail(source: Path | NDArray[np.uint8]) -> Image.Image:
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], titles: Sequence[str]) -> Image.Image:
-    """Rows of thumbnails with a caption above each, two side by side.
+    """Return a sheet of captioned rows of thumbnails, two rows side by side.
 
     Args:
-        rows: (caption, panels); as many panels as the first row has.
-        titles: of the panels, from the last one back: without its image, a row has a mask and a prediction.
+        rows: (caption, panels); all rows have the same number of panels.
+        titles: Titles of the panels. If there are more titles than panels, the last ones count: a row without its
+            image has a mask and a prediction.
     """
     num_panels = len(rows[0][1])
     width = num_panels * (_PANEL[0] + _GAP) + 2 * _GAP
@@ -58,11 +59,11 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], titles: Seq
 
 
 def overlay(image: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
-    """An RGB photograph with the object tinted, and outlined on its outside, so that the smallest can be seen.
+    """Return a photograph with its object tinted and outlined. The outline lies outside, to show even one pixel.
 
     Args:
-        image: (W, H).
-        mask: (H, W), True where the object is.
+        image: RGB photograph of size (W, H).
+        mask: (H, W), True on the object.
     """
     width = min(_THICKEST_OUTLINE, max(1, round(max(mask.shape) / 250)))
     grown = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.BoxBlur(width))) > 0

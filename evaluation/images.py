@@ -1,4 +1,4 @@
-"""Images as a trained network is to see them, with the sizes its predictions are to have."""
+"""Batches of images for a trained network, each with the size of its prediction."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +16,17 @@ from data.loading import begin_loader_process
 
 @dataclass(frozen=True)
 class PreparedImage:
-    image: Tensor  # (3, S, S) uint8 RGB; zeros where there is an error
+    """An image at the network's size, or the reason why it cannot be read."""
+
+    image: Tensor  # (3, S, S) uint8 RGB; zeros if there is an error
     index: int
-    size: tuple[int, int]  # (H, W) that the prediction is to have
+    size: tuple[int, int]  # (H, W) of its prediction
     error: str  # empty, or why image or mask cannot be read
 
 
 class PreparedBatch(NamedTuple):
+    """Prepared images, stacked."""
+
     images: Tensor  # (B, 3, S, S) uint8 RGB
     indices: list[int]
     sizes: list[tuple[int, int]]
@@ -30,7 +34,7 @@ class PreparedBatch(NamedTuple):
 
 
 class _Images(Dataset[PreparedImage]):
-    """Predictions get the sizes of the masks, or where there are none, of the images."""
+    """Images whose predictions get the sizes of their masks, or their own sizes if there are no masks."""
 
     def __init__(self, images: Sequence[Path], masks: Sequence[Path] | None, img_size: int) -> None:
         self.images = list(images)
@@ -53,7 +57,7 @@ class _Images(Dataset[PreparedImage]):
 def images_to_score(
     pairs: Sequence[Pair], img_size: int, batch_size: int, num_workers: int, pin_memory: bool
 ) -> DataLoader[PreparedBatch]:
-    """Batches of every pair's image, once and in order, with the sizes of the masks."""
+    """Return batches of the pairs' images, each once and in order, for predictions at the masks' sizes."""
     images = _Images([pair.image for pair in pairs], [pair.mask for pair in pairs], img_size)
     return _loader(images, batch_size, num_workers, pin_memory)
 
@@ -61,13 +65,13 @@ def images_to_score(
 def images_to_predict(
     images: Sequence[Path], img_size: int, batch_size: int, num_workers: int, pin_memory: bool
 ) -> DataLoader[PreparedBatch]:
-    """Batches of every image, once and in order, with their own sizes, upright."""
+    """Return batches of the images, each once and in order, for predictions at their own sizes, upright."""
     return _loader(_Images(images, None, img_size), batch_size, num_workers, pin_memory)
 
 
 def _loader(images: _Images, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader[PreparedBatch]:
     loader: DataLoader[PreparedBatch] = DataLoader(
-        images,  # type: ignore[arg-type]  # a loader is typed by its samples, not its batches
+        images,  # type: ignore[arg-type]  # typed by its samples, not its batches
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_collate,

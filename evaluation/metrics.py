@@ -1,10 +1,11 @@
-"""Scores of a prediction against a mask, by the protocol this field compares methods with.
+"""Scores of a prediction against a mask, by the protocol of the field.
 
-A prediction is an 8-bit grey image, stretched to its full range before it is scored; a mask is boolean; averages over a
-data set are means of image scores. The numbers are those of pysodmetrics 1.6.2 and of the papers' MATLAB code, to 1e-6.
+A prediction is an 8-bit grey image, stretched to its full range before scoring; a mask is boolean; the score of a
+dataset is the mean over its images. The numbers equal those of pysodmetrics 1.6.2 and of the papers' MATLAB code within
+1e-6.
 
-What is fast here: but for weighted F, every score of an image is a function of how many pixels there are of each grey
-level, inside and outside the mask, in the four regions that meet at the mask's centroid. Counting them is one pass.
+One pass over the pixels suffices for all scores but weighted F: they are functions of how many pixels there are of each
+grey level, inside and outside the mask, in the four regions that meet at the mask's centroid.
 """
 
 import math
@@ -20,17 +21,17 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
 _EPSILON = float(np.spacing(1))
-_BETA_SQUARED = 0.3  # of the F-measure: precision counts for more than recall
-_REACH = 100  # pixels; beyond, the distance weight of weighted F is below 1e-6
-_FAR = 30_000  # stands for a squared distance above _REACH ** 2; twice that still fits 16 bits
-_BLUR_RADIUS, _BLUR_SIGMA = 3, 5.0
+_BETA_SQUARED = 0.3  # F-measure: precision counts for more than recall
+_REACH = 100  # pixels; farther away, the distance weight of weighted F is below 1e-6
+_FAR = 30_000  # stands for any squared distance above _REACH ** 2; twice this still fits 16 bits
+_BLUR_RADIUS, _BLUR_SIGMA = 3, 5.0  # pixels
 
 
 @dataclass(frozen=True)
 class ImageScores:
-    """Scores of one image; all but ``mae`` are better when higher. Curves are by threshold, from 0 to 255.
+    """Scores of one image. Higher is better except for ``mae``. Curves run over the thresholds 0 to 255.
 
-    E at the single pixel of a 1 x 1 image is as unbounded here as in the reference.
+    As in the reference, E of a 1 x 1 image is unbounded.
     """
 
     s_measure: float
@@ -46,7 +47,7 @@ class ImageScores:
     recall: FloatArray  # (256,)
 
     def numbers(self) -> dict[str, float]:
-        """All but the curves, which are told by their means."""
+        """Return all scores by name, with the curves of E and F as their means."""
         return {
             "s_measure": self.s_measure,
             "weighted_f": self.weighted_f,
@@ -62,7 +63,7 @@ class ImageScores:
 
 @dataclass
 class MeanScores:
-    """Scores of a set of images: its size does not depend on how many there are."""
+    """Mean scores of a set of images, in memory that does not grow with their number."""
 
     num_images: int = 0
     sums: dict[str, float] = field(default_factory=dict)
@@ -75,10 +76,10 @@ class MeanScores:
         self.curve_sums += (scores.e_curve, scores.f_curve, scores.precision, scores.recall)
 
     def means(self) -> dict[str, float]:
-        """Means over images; ``max_e`` and ``max_f`` are at the threshold that is best for the set as a whole.
+        """Return means over images; ``max_e`` and ``max_f`` are maxima of the mean curves.
 
         Raises:
-            ValueError: there is no image.
+            ValueError: no image has been added.
         """
         if not self.num_images:
             raise ValueError("no image has been scored")
@@ -88,14 +89,14 @@ class MeanScores:
 
 
 def score_image(prediction: ByteArray, mask: BoolArray) -> ImageScores:
-    """Every score of one image.
+    """Return every score of one image.
 
     Args:
-        prediction: (H, W), 0 background to 255 object; stretched to its full range unless it is of one level.
+        prediction: (H, W), 0 background to 255 object; stretched to its full range unless all pixels are equal.
         mask: (H, W), True on the object.
 
     Raises:
-        ValueError: their sizes differ, or there is no pixel.
+        ValueError: their sizes differ, or they have no pixel.
     """
     counts = _Counts(prediction, mask, stretch=True)
     levels = counts.levels
@@ -122,41 +123,41 @@ def score_image(prediction: ByteArray, mask: BoolArray) -> ImageScores:
 
 
 def quick_scores(prediction: ByteArray, mask: BoolArray) -> dict[str, float]:
-    """IoU, Dice, MAE and S-measure of one image as it is, not stretched: for validation while training.
+    """Return IoU, Dice, MAE and S-measure of one image, not stretched: for validation during training.
 
-    A network that finds nothing should be told so; stretched, its noise would be scored as if it meant something.
+    If a network finds nothing yet, stretching would score its noise as if it were a prediction.
     """
     counts = _Counts(prediction, mask, stretch=False)
     return {"iou": counts.iou(), "dice": counts.dice(), "mae": counts.mae(), "s_measure": counts.s_measure()}
 
 
 class _Counts:
-    """How many pixels of each grey level there are, by region and by side of the mask: enough for most scores."""
+    """Numbers of pixels of each grey level, by region, inside and outside the mask."""
 
     def __init__(self, prediction: ByteArray, mask: BoolArray, stretch: bool) -> None:
         if prediction.shape != mask.shape or prediction.ndim != 2 or not prediction.size:
             raise ValueError(f"a prediction of {prediction.shape} pixels and a mask of {mask.shape} cannot be compared")
         self.prediction, self.size = prediction, prediction.size
-        self.levels = np.arange(256) / 255  # of each grey level, its value in [0, 1]
+        self.levels = np.arange(256) / 255  # value of each grey level, in [0, 1]
         low, high = self.levels[prediction.min()], self.levels[prediction.max()]
-        if stretch and low != high:  # step by step like the reference: ties are broken alike
+        if stretch and low != high:  # in the reference's steps, so that ties break the same way
             self.levels = (self.levels - low) / (high - low)
         joint = mask.astype(np.uint16)
         joint <<= 8
         joint |= prediction
         row, column = _centroid(mask)
         self.regions: list[tuple[slice, slice]] = []
-        self.region_counts: list[IntArray] = []  # of each region, (2, 256): outside and inside the mask
+        self.region_counts: list[IntArray] = []  # (2, 256) each: outside and inside the mask
         for rows in (slice(0, row), slice(row, None)):
             for columns in (slice(0, column), slice(column, None)):
                 self.regions.append((rows, columns))
                 pixels = joint[rows, columns].ravel()
                 self.region_counts.append(np.bincount(pixels, minlength=512).reshape(2, 256))
         self.outside, self.inside = np.sum(self.region_counts, axis=0)
-        self.num_outside, self.num_inside = int(self.outside.sum()), int(self.inside.sum())
+        self.num_inside = int(self.inside.sum())
 
     def at_least(self, thresholds: NDArray[np.int_], bins: ByteArray) -> tuple[IntArray, IntArray]:
-        """Pixels inside and outside the mask whose bin is at or above each threshold.
+        """Return how many pixels inside and outside the mask have a bin at or above each threshold.
 
         Args:
             thresholds: (n,), in [0, 255].
@@ -168,10 +169,10 @@ class _Counts:
         return above[0], above[1]
 
     def adaptive_threshold(self) -> float:
-        """Twice the mean of the prediction, at most 1.
+        """Return twice the mean of the prediction, at most 1.
 
-        Where it meets a grey level, rounding decides on which side that level falls: then it is summed up pixel by
-        pixel, in the reference's order.
+        If it coincides with a grey level, rounding decides on which side that level falls. The pixels are then summed
+        in the reference's order.
         """
         threshold = 2 * float((self.inside + self.outside) @ self.levels) / self.size
         if np.abs(self.levels - threshold).min() < 1e-9:
@@ -182,21 +183,21 @@ class _Counts:
         return float(self.inside @ (1 - self.levels) + self.outside @ self.levels) / self.size
 
     def iou(self) -> float:
-        """At 0.5; 1 where prediction and mask are both empty."""
+        """Return the score at threshold 0.5; 1 if prediction and mask are both empty."""
         hits, alarms = self._above_half()
         return hits / (alarms + self.num_inside) if alarms + self.num_inside else 1.0
 
     def dice(self) -> float:
-        """At 0.5; 1 where prediction and mask are both empty."""
+        """Return the score at threshold 0.5; 1 if prediction and mask are both empty."""
         hits, alarms = self._above_half()
         return 2 * hits / (hits + alarms + self.num_inside) if hits + alarms + self.num_inside else 1.0
 
     def e_measure(self, hits: IntArray, alarms: IntArray) -> FloatArray:
-        """Enhanced-alignment measure (Fan et al., IJCAI 2018) of binary predictions.
+        """Return the enhanced-alignment measure (Fan et al., IJCAI 2018) of n binary predictions, (n,).
 
         Args:
-            hits: (n,), pixels predicted inside the mask.
-            alarms: (n,), pixels predicted outside of it.
+            hits: (n,), predicted pixels inside the mask.
+            alarms: (n,), predicted pixels outside it.
         """
         predicted = hits + alarms
         if self.num_inside in (0, self.size):
@@ -213,7 +214,7 @@ class _Counts:
         return aligned / (self.size - 1 + _EPSILON)
 
     def s_measure(self) -> float:
-        """Structure measure with alpha = 0.5 (Fan et al., ICCV 2017): agreement of objects and of four regions."""
+        """Return the structure measure (Fan et al., ICCV 2017), alpha = 0.5: agreement of objects and of regions."""
         share = self.num_inside / self.size
         if share in (0, 1):
             mean = float((self.inside + self.outside) @ self.levels) / self.size
@@ -224,7 +225,7 @@ class _Counts:
         return max(0.0, 0.5 * objects + 0.5 * float(regions))
 
     def _similarity(self, region: int) -> float:
-        """Structural similarity of prediction and mask in a region."""
+        """Return the structural similarity of prediction and mask in a region."""
         outside, inside = self.region_counts[region]
         number, number_inside = int(outside.sum() + inside.sum()), int(inside.sum())
         if not number:
@@ -243,10 +244,10 @@ class _Counts:
         return 1.0 if denominator == 0 else 0.0
 
     def _mean(self, region: int, counts: IntArray, number: int) -> float:
-        """Of the prediction in a region.
+        """Return the mean of the prediction in a region.
 
-        A flat region agrees with a flat mask wholly or not at all, depending on whether its mean is exactly its value.
-        So it is summed up pixel by pixel, in the reference's order.
+        The similarity of a flat region to a flat mask is 1 or 0, depending on whether its mean is exactly its value. So
+        the pixels of a flat region are summed in the reference's order.
         """
         if np.count_nonzero(counts) == 1:
             value = float(self.levels[counts.argmax()])
@@ -259,7 +260,7 @@ class _Counts:
 
 
 def _centroid(mask: BoolArray) -> tuple[int, int]:
-    """Row and column after the mask's centroid, where the regions of the S-measure meet; of an empty mask (0, 0)."""
+    """Return the row and column after the mask's centroid, where the four regions meet; (0, 0) for an empty mask."""
     per_row, per_column = np.count_nonzero(mask, axis=1), np.count_nonzero(mask, axis=0)
     total = per_row.sum()
     if not total:
@@ -281,10 +282,10 @@ def _f_measure(precision: FloatArray, recall: FloatArray) -> FloatArray:
 
 
 def _weighted_f(prediction: ByteArray, mask: BoolArray, counts: _Counts) -> float:
-    """Weighted F-measure (Margolin et al., CVPR 2014); 0 for an empty mask.
+    """Return the weighted F-measure (Margolin et al., CVPR 2014); 0 for an empty mask.
 
-    Errors inside the object are averaged with their neighbours' where that is in their favour; those outside weigh the
-    more, up to twice, the further away from the object they are.
+    An error inside the object is averaged with its neighbours' if that makes it smaller. An error outside weighs more
+    the farther it is from the object, up to twice.
     """
     if not counts.num_inside:
         return 0.0
@@ -292,7 +293,7 @@ def _weighted_f(prediction: ByteArray, mask: BoolArray, counts: _Counts) -> floa
     prediction, mask, levels = prediction[rows, columns], mask[rows, columns], counts.levels
     distances = _squared_distances(mask)
     error_inside = _error_inside(prediction, mask, levels, distances)
-    # Not a dot product: BLAS would start threads for it, in each of the processes that score.
+    # Not a dot product: BLAS would start threads for it in each scoring process.
     relief = float((levels.take(prediction) * _distance_relief().take(distances)).sum())
     error_outside = 2 * float(counts.outside @ levels) - relief
     hits = counts.num_inside - error_inside
@@ -303,27 +304,27 @@ def _weighted_f(prediction: ByteArray, mask: BoolArray, counts: _Counts) -> floa
 
 @cache
 def _distance_relief() -> FloatArray:
-    """By squared distance: what is taken off the doubled weight of an error outside the object, 1 to 0; 0 inside."""
+    """Return, by squared distance, how much the weight of an error is below 2: 1 to 0; inside the object 0."""
     relief = np.exp(np.log(0.5) / 5 * np.sqrt(np.arange(_FAR + 1)))
     relief[_REACH**2 + 1 :] = relief[0] = 0
     return relief
 
 
 def _bounding_box(mask: BoolArray, margin: int) -> tuple[slice, slice]:
-    """Of what is True, with a margin, inside the image."""
+    """Return rows and columns of a mask's bounding box, with a margin, clipped to the image."""
     found = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
     rows, columns = (slice(max(0, int(where[0]) - margin), int(where[-1]) + margin + 1) for where in found)
     return rows, columns
 
 
 def _squared_distances(mask: BoolArray) -> NDArray[np.uint16]:
-    """Squared distance of each pixel to the nearest one inside the mask; ``_FAR`` beyond ``_REACH``.
+    """Return the squared distance of each pixel to the nearest one inside the mask; ``_FAR`` beyond ``_REACH``.
 
-    Exact. Row by row first; then along the columns by the parabola's decomposition into steps of 1, 3, 5, ... from
-    each pixel to the next (Huang and Mitchell, 1994), in blocks of columns that stay in the cache.
+    Exact. First along the rows; then along the columns by decomposing the parabola into steps of 1, 3, 5, ... from each
+    pixel to the next (Huang and Mitchell, 1994), in blocks of columns that fit the cache.
     """
     height, width = mask.shape
-    kind = np.int16 if width + _FAR < 2**15 else np.int32  # half the time where it suffices
+    kind = np.int16 if width + _FAR < 2**15 else np.int32  # 16 bits take half the time
     index = np.arange(width, dtype=kind)[:, None]
     columns = np.ascontiguousarray(mask.T)
     before = np.maximum.accumulate(np.where(columns, index, kind(-_FAR)), axis=0)
@@ -340,7 +341,7 @@ def _squared_distances(mask: BoolArray) -> NDArray[np.uint16]:
             np.minimum(above, below, out=candidate)
             np.add(candidate, np.uint16(2 * step - 1), out=candidate)
             np.minimum(pixels, candidate, out=pixels)
-            if step % 8 == 0 and pixels.max() <= (step + 1) ** 2:  # no pixel is further from the object
+            if step % 8 == 0 and pixels.max() <= (step + 1) ** 2:  # no pixel is farther from the object
                 break
         distances[:, first : first + columns_per_block] = pixels
     distances[distances > _REACH**2] = _FAR
@@ -348,11 +349,11 @@ def _squared_distances(mask: BoolArray) -> NDArray[np.uint16]:
 
 
 def _error_inside(prediction: ByteArray, mask: BoolArray, levels: FloatArray, distances: NDArray[np.uint16]) -> float:
-    """Sum of the errors inside the object, each at most the mean error around it.
+    """Return the sum of the errors inside the object, each at most the mean error around it.
 
-    Around means a Gaussian window in which a pixel outside the object has the error of the nearest one inside.
+    The mean is that of a Gaussian window, in which a pixel outside the object has the error of the nearest one inside.
     """
-    reach = math.isqrt(2 * _BLUR_RADIUS**2)  # of a pixel in the window to the one inside that is nearest to it
+    reach = math.isqrt(2 * _BLUR_RADIUS**2)  # from a pixel of the window to the nearest one inside, at most
     rows, columns = _bounding_box(mask, margin=_BLUR_RADIUS)
     mask, distances = mask[rows, columns], distances[rows, columns]
     errors = np.where(mask, (1 - levels)[prediction[rows, columns]], 0.0)
@@ -377,9 +378,9 @@ def _error_inside(prediction: ByteArray, mask: BoolArray, levels: FloatArray, di
 
 @cache
 def _neighbours() -> dict[int, list[tuple[int, int]]]:
-    """Squared distance -> the (row, column) offsets at that distance, up to that of the blur window's corners.
+    """Return the (row, column) offsets by squared distance, up to that of the blur window's corners.
 
-    Of pixels equally near, the reference takes the leftmost, and in one column the topmost.
+    Of pixels at the same distance, the reference takes the leftmost, and within a column the topmost.
     """
     furthest = 2 * _BLUR_RADIUS**2
     reach = range(-math.isqrt(furthest), math.isqrt(furthest) + 1)
@@ -392,7 +393,7 @@ def _neighbours() -> dict[int, list[tuple[int, int]]]:
 
 
 def _blur(padded: FloatArray) -> FloatArray:
-    """Gaussian along the rows, (H, W) -> (H, W - 6)."""
+    """Blur along the rows with a Gaussian, (H, W) -> (H, W - 6)."""
     offsets = np.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1)
     kernel = np.exp(-(offsets**2) / (2 * _BLUR_SIGMA**2))
     kernel /= kernel.sum()

@@ -1,4 +1,4 @@
-"""Scores against pysodmetrics, the field's reference, and against what they are by definition."""
+"""Scores against pysodmetrics, the reference of the field, and against their definitions."""
 
 import warnings
 from typing import Any
@@ -16,7 +16,7 @@ CURVES = ("e_curve", "f_curve", "precision", "recall")
 
 
 def reference(prediction: ByteArray, mask: BoolArray) -> dict[str, Any]:
-    """Every score by pysodmetrics; its curves run from the highest threshold to the lowest."""
+    """Return every score by pysodmetrics, whose curves run from the highest threshold to the lowest."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         f, s, e = sod_metrics.Fmeasure(), sod_metrics.Smeasure(), sod_metrics.Emeasure()
@@ -46,9 +46,9 @@ def reference(prediction: ByteArray, mask: BoolArray) -> dict[str, Any]:
 
 def assert_equals_reference(prediction: ByteArray, mask: BoolArray) -> None:
     scores, expected = score_image(prediction, mask), reference(prediction, mask)
-    if scores.iou == 1 and not mask.any():  # the reference gives 0 to what is wholly right
+    if scores.iou == 1 and not mask.any():  # the reference scores an empty prediction of an empty mask 0
         expected |= {"iou": 1.0, "dice": 1.0}
-    if np.isnan(expected["s_measure"]):  # the centroid lies in the last row or column: it averages an empty region
+    if np.isnan(expected["s_measure"]):  # it averages an empty region: the centroid is in the last row or column
         expected["s_measure"] = scores.s_measure
         assert 0 <= scores.s_measure <= 1
     for name, value in expected.items():
@@ -57,7 +57,7 @@ def assert_equals_reference(prediction: ByteArray, mask: BoolArray) -> None:
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[ByteArray, BoolArray]:
-    """Sizes from 1 x 1 to 2000 x 3; masks empty, full, of one pixel, of blobs and of noise; predictions to match."""
+    """Draw images of 1 x 1 to 2000 x 3 pixels with masks and predictions of every kind: empty, blobs, noise, ..."""
     side = st.integers(1, 40)
     height, width = draw(
         st.one_of(st.tuples(side, side), st.sampled_from([(2000, 3), (3, 2000), (1, 300), (130, 250)]))
@@ -95,13 +95,13 @@ def cases(draw: st.DrawFn) -> tuple[ByteArray, BoolArray]:
 
 @settings(max_examples=300, deadline=None)
 @given(cases())
-def test_every_score_and_curve_is_the_references(case: tuple[ByteArray, BoolArray]) -> None:
+def test_every_score_and_curve_equals_the_reference(case: tuple[ByteArray, BoolArray]) -> None:
     assert_equals_reference(*case)
 
 
 @pytest.mark.parametrize("size", [(352, 352), (768, 1024), (1024, 300)])
-def test_sizes_of_real_images_with_far_away_errors(size: tuple[int, int]) -> None:
-    """An object in a corner: most of the image is further away than the distances that are computed exactly."""
+def test_scores_equal_the_reference_for_errors_far_from_the_object(size: tuple[int, int]) -> None:
+    """The object is in a corner: most of the image lies beyond the distances that are computed exactly."""
     rng = np.random.default_rng(3)
     y, x = np.mgrid[: size[0], : size[1]]
     mask = np.hypot(y - 40, x - 50) < 30 + 8 * np.sin(np.arctan2(y - 40, x - 50) * 5)
@@ -111,8 +111,8 @@ def test_sizes_of_real_images_with_far_away_errors(size: tuple[int, int]) -> Non
     )
 
 
-def test_empty_mask_and_empty_prediction_agree_wholly_in_iou_and_dice() -> None:
-    """Where we leave the reference, which gives 0."""
+def test_empty_prediction_of_an_empty_mask_has_iou_and_dice_of_one() -> None:
+    """The only deviation from the reference, which gives 0."""
     nothing = np.zeros((8, 8), dtype=np.uint8)
     scores = score_image(nothing, nothing > 0)
     assert (scores.iou, scores.dice, scores.mae, scores.s_measure) == (1, 1, 0, 1)
@@ -120,7 +120,7 @@ def test_empty_mask_and_empty_prediction_agree_wholly_in_iou_and_dice() -> None:
     assert reference(nothing, nothing > 0)["iou"] == 0
 
 
-def test_quick_scores_do_not_stretch_what_is_faint() -> None:
+def test_quick_scores_do_not_stretch_a_faint_prediction() -> None:
     mask = np.zeros((20, 20), dtype=np.bool_)
     mask[5:15, 5:15] = True
     faint = np.where(mask, 60, 20).astype(np.uint8)
@@ -132,7 +132,7 @@ def test_quick_scores_do_not_stretch_what_is_faint() -> None:
     assert quick == {name: getattr(whole, name) for name in quick}
 
 
-def test_iou_and_dice_count_what_is_above_half() -> None:
+def test_iou_and_dice_count_pixels_above_half() -> None:
     mask = np.array([[True, True, True, False, False, False]])
     prediction = np.array([[255, 128, 127, 200, 0, 0]], dtype=np.uint8)
     quick = quick_scores(prediction, mask)
@@ -141,14 +141,14 @@ def test_iou_and_dice_count_what_is_above_half() -> None:
     assert quick["mae"] == pytest.approx((0 + 127 + 128 + 200) / 255 / 6)
 
 
-def test_sizes_that_differ_and_images_without_pixels_are_refused() -> None:
+def test_different_sizes_and_images_without_pixels_are_refused() -> None:
     for prediction, mask in (((4, 4), (4, 5)), ((0, 4), (0, 4)), ((4,), (4,))):
         with pytest.raises(ValueError, match="cannot be compared"):
             score_image(np.zeros(prediction, dtype=np.uint8), np.zeros(mask, dtype=np.bool_))
 
 
-def test_means_are_the_references_over_a_set() -> None:
-    """The best threshold of the mean curve, not the mean of each image's best."""
+def test_means_over_a_set_equal_the_reference() -> None:
+    """Maxima are those of the mean curve, not means of each image's maximum."""
     rng = np.random.default_rng(0)
     images = [(rng.integers(0, 256, (30, 40)).astype(np.uint8), rng.random((30, 40)) < 0.3) for _ in range(5)]
     total = MeanScores()
