@@ -1,11 +1,12 @@
-"""``evaluate``: scores of a checkpoint on test sets, or of any method's saved predictions against masks.
+"""``evaluate``: score a checkpoint on test sets, or any method's saved predictions against masks.
 
-Images stream through: a network (or files) on one side, processes that score on the other, and sums at the end.
+Images stream from the network (or from files) to the processes that score them; only sums and a row each are kept.
 """
 
 import argparse
 import heapq
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from commands.output import print_lines, require_writable
+from commands.output import print_lines, progress_bar, require_writable
 from data.decoding import decode_mask, decode_prediction
 from data.layouts import (
     MASK_SUFFIXES,
@@ -32,10 +32,12 @@ from data.layouts import (
 from data.processes import map_in_order
 from evaluation.figures import contact_sheet, thumbnail
 from evaluation.metrics import ByteArray, ImageScores, MeanScores, score_image
-from runtime.files import write_json
+from runtime.files import replacing, write_json
 from runtime.log import environment
 
-_COLUMNS = {  # as papers print them
+logger = logging.getLogger("train_ultimate")
+
+_COLUMNS = {  # names as in papers
     "s_measure": "S", "weighted_f": "wF", "mae": "MAE", "adaptive_e": "adpE", "mean_e": "meanE", "max_e": "maxE",
     "adaptive_f": "adpF", "mean_f": "meanF", "max_f": "maxF", "iou": "IoU", "dice": "Dice",
 }  # fmt: skip
@@ -45,27 +47,27 @@ _NUM_WORST = 24
 
 @dataclass(frozen=True)
 class Case:
-    """One image to be scored."""
+    """One image to score."""
 
     set_name: str
     mask: Path
     image: Path | None
     prediction: Path | ByteArray
-    save_as: Path | None = None
+    save_as: Path | None = None  # None: the prediction is not saved
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What the scoring process returns."""
+    """Result of a scoring process."""
 
     scores: ImageScores
-    object_share: float  # of the image's pixels
-    was_resized: bool  # the prediction, to the mask's size
+    object_share: float  # share of the object in the image's pixels
+    was_resized: bool  # whether the prediction had another size than the mask
 
 
 @dataclass(order=True)
 class Bad:
-    """One of the worst images so far. The heap's first is the best of them."""
+    """One of the worst images so far. The first of the heap is the best of them."""
 
     badness: float
     number: int
@@ -75,7 +77,7 @@ class Bad:
 
 @dataclass
 class SetReport:
-    """Scores of a test set as they come in. An image leaves a row of numbers behind, no pixels and no curves."""
+    """Scores of a test set so far: sums, and a row of numbers for each image."""
 
     totals: MeanScores = field(default_factory=MeanScores)
     images: list[dict[str, Any]] = field(default_factory=list)
@@ -93,7 +95,7 @@ class SetReport:
         return {name: _means([row for row in self.images if row["superclass"] == name]) for name in names}
 
     def by_size(self) -> dict[str, dict[str, float]]:
-        """A third of the images each, by the share of the image that the object covers."""
+        """Return mean scores of three groups of equal size, by the object's share of the image."""
         by_share = sorted(self.images, key=lambda row: row["object_share"])
         thirds: dict[str, dict[str, float]] = {}
         for name, rows in zip(("small", "medium", "large"), np.array_split(np.arange(len(by_share)), 3), strict=True):
@@ -115,23 +117,23 @@ class SetReport:
 
 
 def evaluate(args: argparse.Namespace, num_processes: int) -> int:
-    """Print the table and write what is asked for.
+    """Print the table of scores, and write the files that the flags ask for.
 
     Args:
-        args: of the command line.
-        num_processes: that score; 0: this one.
+        args: flags of the command line.
+        num_processes: processes that score; 0 to score in this one.
 
     Returns:
-        the exit code: 0, or 1 where an image could not be scored.
+        exit code: 0, or 1 if an image could not be scored.
 
     Raises:
-        ValueError, OSError: a folder or checkpoint is not usable, or a mask has no prediction.
+        ValueError, OSError: a folder or checkpoint cannot be used, or a mask has no prediction.
     """
     for output in (args.json, args.contact_sheet):
         if output is not None:
             require_writable(Path(output))
     if args.contact_sheet is not None and Path(args.contact_sheet).suffix.lower() not in (".png", ".jpg", ".webp"):
-        raise ValueError(f"{args.contact_sheet}: name a picture, .png, .jpg or .webp")
+        raise ValueError(f"--contact-sheet {args.contact_sheet}: is no picture; name a .png, .jpg or .webp file")
     if args.checkpoint is not None:
         cases, total, source = _cases_of_checkpoint(args, num_processes)
     else:
@@ -140,45 +142,54 @@ def evaluate(args: argparse.Namespace, num_processes: int) -> int:
     failures: list[str] = []
     worst: list[Bad] = []
     number = itertools.count()
-    with tqdm(total=total, unit="image", disable=None) as bar:
-        for case, scored in scored_cases(cases, num_processes):
+    with progress_bar(total, "image") as bar:
+        for result in scored_cases(cases, num_processes):
             bar.update()
-            if isinstance(scored, str):
-                failures.append(scored)
+            if isinstance(result, str):
+                failures.append(result)
                 continue
+            case, scored = result
             reports.setdefault(case.set_name, SetReport()).add(case, scored)
             if args.contact_sheet is not None:
                 _keep_if_bad(worst, case, scored.scores, next(number))
     if not reports:
-        raise ValueError(f"not one image could be scored; the first reason: {failures[0] if failures else 'no image'}")
+        raise ValueError(f"no image could be scored; the first reason: {failures[0] if failures else 'no image'}")
     print_lines(_table(reports))
     print_lines((f"Not scored: {failure}" for failure in failures), to_stderr=True)
     if args.json is not None:
         sets = {name: report.to_json() for name, report in reports.items()}
         packages = environment(Path(__file__), ("torch", "numpy", "pillow"))
         write_json(Path(args.json), {**source, **packages, "not_scored": failures, "sets": sets})
-        print_lines([f"All of it, image by image: {args.json}"])
+        print_lines([f"All scores, image by image: {args.json}"])
     if args.contact_sheet is not None:
         rows = [(bad.caption, bad.panels) for bad in sorted(worst, reverse=True)]
-        contact_sheet(rows, ("image", "mask", "prediction")).save(args.contact_sheet)
+        sheet = contact_sheet(rows, ("image", "mask", "prediction"))
+        with replacing(Path(args.contact_sheet), Path(args.contact_sheet).suffix) as unfinished:
+            sheet.save(unfinished)
         print_lines([f"The {len(rows)} worst: {args.contact_sheet}"])
     return 1 if failures else 0
 
 
-def scored_cases(cases: Iterable[Case | str], num_processes: int) -> Iterator[tuple[Case, Scored | str]]:
-    """Score in other processes, in order, with few images under way: memory does not depend on how many there are.
+def scored_cases(cases: Iterable[Case | str], num_processes: int) -> Iterator[tuple[Case, Scored] | str]:
+    """Yield each case with its scores, in order, or the reason why it has none. Few cases are in memory at once.
 
     Args:
-        cases: or the reason why there is none, which is passed on.
-        num_processes: 0: here.
+        cases: images to score, or reasons why there is none.
+        num_processes: processes that score; 0 to score in this one.
     """
     way_out = "try fewer with --num-workers"
-    for case, scored in map_in_order(_scored, cases, num_processes, "scores", way_out):
-        yield (_NO_CASE if isinstance(case, str) else case), scored
+    for case, scored in map_in_order(score_case, cases, num_processes, "scores", way_out):
+        if isinstance(scored, str):
+            yield scored
+        else:
+            assert isinstance(case, Case)
+            yield case, scored
 
 
-def score_case(case: Case) -> Scored | str:
-    """Score one image, and save its prediction where that is asked for; or the reason why it cannot be done."""
+def score_case(case: Case | str) -> Scored | str:
+    """Score one image, and save its prediction if asked to. Return the reason if that fails, or if ``case`` is one."""
+    if isinstance(case, str):
+        return case
     try:
         mask = decode_mask(case.mask)
         prediction = case.prediction if isinstance(case.prediction, np.ndarray) else decode_prediction(case.prediction)
@@ -191,24 +202,17 @@ def score_case(case: Case) -> Scored | str:
         return str(error)
     if case.save_as is not None:
         try:
-            Image.fromarray(prediction).save(case.save_as)
+            with replacing(case.save_as) as unfinished:
+                Image.fromarray(prediction).save(unfinished, "PNG")
         except OSError as error:
-            case.save_as.unlink(missing_ok=True)
             return f"{case.save_as}: cannot be saved ({error.strerror or error})"
     return scored
-
-
-_NO_CASE = Case("", Path(), None, Path())
-
-
-def _scored(case: Case | str) -> Scored | str:
-    return case if isinstance(case, str) else score_case(case)
 
 
 def _cases_of_checkpoint(
     args: argparse.Namespace, num_processes: int
 ) -> tuple[Iterator[Case | str], int, dict[str, Any]]:
-    from evaluation.predictor import load_network, predict_pairs  # torch, which scoring alone does not need
+    from evaluation.predictor import load_network, predict_pairs  # torch: scoring files does not need it
 
     sets = {} if args.held_out else _test_sets(args.dataset_path, args.include_noncam)
     network = load_network(Path(args.checkpoint), args.device, args.precision, args.img_size, args.tta)
@@ -223,10 +227,14 @@ def _cases_of_checkpoint(
         for name in sets:
             folder = folders[name] = Path(args.save_predictions) / name
             if data & {folder.resolve(), *folder.resolve().parents}:
-                raise ValueError(f"--save-predictions {args.save_predictions}: {folder} belongs to the data set")
+                raise ValueError(
+                    f"--save-predictions {args.save_predictions}: {folder} belongs to the dataset; name another folder"
+                )
             folder.mkdir(parents=True, exist_ok=True)
     tta = ", with mirror images" if network.tta else ""
-    print(f"Network: {args.checkpoint}, {network.img_size} px, {network.precision.name} on {network.device}{tta}")
+    print_lines(
+        [f"Network: {args.checkpoint}, {network.img_size} px, {network.precision.name} on {network.device}{tta}"]
+    )
 
     def cases() -> Iterator[Case | str]:
         pairs = [pair for _, pair in names]
@@ -249,19 +257,25 @@ def _cases_of_checkpoint(
 
 
 def _cases_of_folder(args: argparse.Namespace) -> tuple[Iterator[Case | str], int, dict[str, Any]]:
-    """Raises ValueError where a mask has no prediction: a method is not to be scored on what it did not leave out."""
+    """Pair each mask with its prediction in a folder.
+
+    Raises:
+        ValueError: a folder or a prediction is missing. A method must not be scored only on the images it chose.
+    """
     root = Path(args.predictions)
     if not root.is_dir():
-        raise ValueError(f"{root}: no such folder; --predictions must name the folder with a method's predictions")
+        raise ValueError(f"--predictions {root}: no such folder; name the folder with a method's predictions")
     if args.masks is not None:
         masks = Path(args.masks)
         if not masks.is_dir():
-            raise ValueError(f"{masks}: no such folder; --masks must name the folder with the masks")
-        sets = {masks.resolve().name: [Pair(mask, mask) for mask in files_by_stem(masks, MASK_SUFFIXES).values()]}
+            raise ValueError(f"--masks {masks}: no such folder; name the folder with the masks")
+        pairs = [Pair(mask, mask) for mask in files_by_stem(masks, MASK_SUFFIXES).values()]
+        if not pairs:
+            kinds = ", ".join(MASK_SUFFIXES)
+            raise ValueError(f"--masks {masks}: no mask ({kinds}) there; name the folder with the masks")
+        sets = {masks.resolve().name: pairs}
     else:
         sets = _test_sets(args.dataset_path, args.include_noncam)
-    if not any(sets.values()):
-        raise ValueError(f"{args.masks or args.dataset_path}: not one mask ({', '.join(MASK_SUFFIXES)}) there")
     cases: list[Case | str] = []
     for name, pairs in sets.items():
         folder = root / name if (root / name).is_dir() else root
@@ -271,8 +285,8 @@ def _cases_of_folder(args: argparse.Namespace) -> tuple[Iterator[Case | str], in
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise ValueError(
                 f"{folder}: no prediction for {len(missing)} of the {len(pairs)} masks of {name}: "
-                f"{', '.join(missing[:3])}{more}; a prediction carries its mask's file name, "
-                f"in the folder itself or in one called {name}"
+                f"{', '.join(missing[:3])}{more}; give each prediction its mask's file name, in this folder or in one "
+                f"called {name}"
             )
         for pair in pairs:
             image = pair.image if args.masks is None else None
@@ -281,39 +295,39 @@ def _cases_of_folder(args: argparse.Namespace) -> tuple[Iterator[Case | str], in
 
 
 def _test_sets(roots: Sequence[str], include_noncam: bool) -> dict[str, list[Pair]]:
-    """The pairs of the test folders below each root, by the name to print.
+    """Return the pairs of the test sets below each root, by the name to print.
 
-    Where a root has none, all of its folders, with a warning: who names a folder here wants it scored.
+    If a root has no test set, all of its folders are taken, with a warning.
     """
     found: dict[tuple[str, ...], Subset] = {}
     for root in roots:
         subsets = find_subsets(Path(root), include_noncam)
         tests = [subset for subset in subsets if subset.split == "test"]
         if not tests:
-            print(
-                f"Warning: {root}: nothing in its path marks a test set; all of it is scored, trained on or not "
-                f"(--held-out: what the checkpoint's run was not trained on)"
+            logger.warning(
+                f"{root}: nothing in its path marks a test set; all images are scored, trained on or not "
+                f"(--held-out scores those that the checkpoint's run did not train on)"
             )
         for subset in tests or subsets:
             if subset.images_without_mask:
-                print(f"Warning: {subset.name}: {len(subset.images_without_mask)} images without a mask are left out")
+                logger.warning(f"{subset.name}: {len(subset.images_without_mask)} images without a mask are skipped")
             if subset.pairs:
                 found[*Path(root).resolve().parts[1:], *subset.name.split("/")] = subset
     if not found:
-        raise ValueError(f"{', '.join(roots)}: not one image there has a mask")
+        raise ValueError(f"--dataset-path {' '.join(roots)}: no image there has a mask; name a folder with both")
     return dict(zip(_short_names(list(found)), [list(subset.pairs) for subset in found.values()], strict=True))
 
 
 def _short_names(paths: Sequence[tuple[str, ...]]) -> list[str]:
-    """The last folder of each that says more than "test" or "images"; more of the path where that is not unique."""
-    telling = [
+    """Return the last folder of each path that says more than "test" or "images", and more if that is not unique."""
+    specific = [
         [part for part in path if split_of([part]) is None and part.lower() not in PAIR_FOLDER_NAMES] or list(path)
         for path in paths
     ]
     names = []
-    for own in telling:
+    for own in specific:
         endings = ("-".join(own[-length:]) for length in range(1, len(own) + 1))
-        unique = (end for end in endings if sum(f"-{'-'.join(other)}".endswith(f"-{end}") for other in telling) == 1)
+        unique = (end for end in endings if sum(f"-{'-'.join(other)}".endswith(f"-{end}") for other in specific) == 1)
         names.append(next(unique, None))
     return [name or "-".join(path) for name, path in zip(names, paths, strict=True)]
 
@@ -327,7 +341,7 @@ def _keep_if_bad(worst: list[Bad], case: Case, scores: ImageScores, number: int)
     if case.image is not None:
         try:
             panels.insert(0, thumbnail(case.image))
-        except ValueError:  # it is not needed for the scores
+        except ValueError:  # the scores do not need it
             panels.insert(0, Image.new("RGB", (1, 1)))
     caption = f"{case.set_name}/{case.mask.stem}   S {scores.s_measure:.3f}   IoU {scores.iou:.3f}"
     keep: Callable[[list[Bad], Bad], Any] = heapq.heappush if len(worst) < _NUM_WORST else heapq.heapreplace
@@ -340,7 +354,7 @@ def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _table(reports: dict[str, SetReport]) -> list[str]:
-    """Aligned; the names' column is as wide as the longest."""
+    """Return the aligned lines of the table."""
     rows = [("", "images", list(_COLUMNS.values()))]
     for name, report in reports.items():
         means = report.totals.means()

@@ -27,6 +27,8 @@ from evaluation.predictor import load_network
 from runtime.checkpoint import read_checkpoint
 from train_ultimate import main
 
+needs_any_name = pytest.mark.skipif(os.name != "posix" or sys.platform == "darwin", reason="names must be UTF-8 there")
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -36,7 +38,7 @@ def checkpoint(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def write_set(root: Path, names: list[str], suffix: str = ".jpg", size: tuple[int, int] = (30, 20)) -> Path:
-    """``root/{Imgs,GT}``, each object a little larger than the last."""
+    """Write ``root/{Imgs,GT}``, each object a little larger than the last."""
     for folder in ("Imgs", "GT"):
         (root / folder).mkdir(parents=True)
     for number, name in enumerate(names, start=1):
@@ -120,7 +122,7 @@ def test_held_out_images_are_those_that_the_run_was_validated_on(
     assert [image["name"] for image in held_out["images"]] == [f"{Path(name).stem}.png" for name in validation]
 
 
-def test_held_out_images_that_have_gone_are_told(
+def test_missing_held_out_images_are_reported(
     tiny_dataset: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(tiny_dataset, tmp_path / "data")
@@ -142,12 +144,12 @@ def test_evaluate_with_tta_says_so_and_is_for_checkpoints(
     assert "--tta goes with --checkpoint" in failing(["--predictions", str(tmp_path), *flags], capsys)
 
 
-def test_weights_alone_do_not_tell_their_network(
+def test_checkpoint_that_holds_only_weights_is_refused(
     checkpoint: Path, tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(read_checkpoint(checkpoint)["model"], tmp_path / "weights.pth")
     argv = ["--checkpoint", str(tmp_path / "weights.pth"), "--dataset-path", str(tiny_dataset)]
-    assert "weights.pth: holds weights alone" in failing(argv, capsys)
+    assert "weights.pth: holds only weights" in failing(argv, capsys)
 
 
 def test_image_that_cannot_be_read_is_named_and_the_others_are_scored(
@@ -247,7 +249,7 @@ def test_contact_sheet_has_the_worst_twenty_four(tmp_path: Path, capsys: pytest.
     assert Image.open(tmp_path / "b.png").width < sheet.width  # without images
 
 
-def test_images_stream_through_with_few_under_way(tmp_path: Path) -> None:
+def test_few_images_are_in_memory_at_once(tmp_path: Path) -> None:
     root = write_set(tmp_path / "set", ["a"])
     taken = 0
 
@@ -258,11 +260,11 @@ def test_images_stream_through_with_few_under_way(tmp_path: Path) -> None:
             yield "a reason" if number == 3 else Case("set", root / "GT" / "a.png", None, root / "GT" / "a.png")
 
     results: list[Any] = []
-    for _, scored in scored_cases(cases(), num_processes=2):
-        results.append(scored)
+    for result in scored_cases(cases(), num_processes=2):
+        results.append(result)
         assert taken - len(results) <= 2 * 4
     assert results[3] == "a reason"
-    assert all(isinstance(scored, Scored) for scored in results[:3] + results[4:])
+    assert all(isinstance(scored, Scored) for _, scored in results[:3] + results[4:])
     assert len(results) == 50
 
 
@@ -281,7 +283,7 @@ def test_ctrl_c_ends_it_without_a_traceback(tmp_path: Path) -> None:
     time.sleep(0.1)
     deadline = time.monotonic() + 60
     children: list[str] = []
-    while len(children) < 2:  # the processes that score have begun
+    while len(children) < 2:  # the scoring processes have started
         assert time.monotonic() < deadline
         assert process.poll() is None
         task = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -324,27 +326,27 @@ def test_ctrl_c_ends_it_without_a_traceback(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_mistakes_are_told_in_one_line(
+def test_mistakes_are_reported_in_one_line(
     flags: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(write_set(tmp_path / "set", ["a"]))
     assert message in failing(flags, capsys)
 
 
-def test_empty_folders_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_empty_folders_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     empty = str(tmp_path / "empty")
-    assert "not one mask" in failing(["--predictions", empty, "--masks", empty], capsys)
+    assert "no mask (" in failing(["--predictions", empty, "--masks", empty], capsys)
     root = write_set(tmp_path / "set", ["a"])
     shutil.rmtree(root / "GT")
     (root / "GT").mkdir()
-    assert "not one image there has a mask" in failing(["--predictions", empty, "--dataset-path", str(root)], capsys)
+    assert "no image there has a mask" in failing(["--predictions", empty, "--dataset-path", str(root)], capsys)
 
 
-# What a review found
+# Found by reviews
 
 
-def test_sets_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_sets_of_one_name_are_distinguished(tmp_path: Path) -> None:
     for root, number in (("a", 2), ("b", 3)):
         write_set(tmp_path / root / "TestDataset" / "CAMO", [f"{root}{index}" for index in range(number)])
         write_predictions(tmp_path / root / "TestDataset" / "CAMO" / "GT", tmp_path / "p" / f"{root}-CAMO")
@@ -355,7 +357,7 @@ def test_sets_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert {name: report["num_images"] for name, report in sets.items()} == {"a-CAMO": 2, "b-CAMO": 3}
 
 
-def test_set_is_never_called_after_its_image_folder_and_data_is_never_written_into(
+def test_set_is_not_named_after_its_image_folder_and_no_prediction_is_written_among_the_data(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_set(tmp_path / "flat", ["x", "y"])
@@ -368,7 +370,7 @@ def test_set_is_never_called_after_its_image_folder_and_data_is_never_written_in
     assert re.search(r"^CAMO-V\.1\.0 +2 ", capsys.readouterr().out, re.MULTILINE)
     assert len(list((root / "CAMO-V.1.0").iterdir())) == 2
     inside = str(root / "Images" / "Test")
-    assert "belongs to the data set" in failing([*argv[1:], "--save-predictions", inside], capsys)
+    assert "belongs to the dataset; name another folder" in failing([*argv[1:], "--save-predictions", inside], capsys)
 
 
 @pytest.mark.usefixtures("network_of_nan")
@@ -379,7 +381,7 @@ def test_network_whose_output_is_not_finite_is_not_scored(
     assert "the network's output is not finite; try --precision fp32" in line
 
 
-def test_damaged_photograph_costs_its_panel_and_no_score(tmp_path: Path) -> None:
+def test_damaged_photograph_costs_only_its_panel(tmp_path: Path) -> None:
     root = write_set(tmp_path / "set", ["a", "b"])
     predictions = write_predictions(root / "GT", tmp_path / "predictions")
     (root / "Imgs" / "b.jpg").write_text("<html>")
@@ -388,7 +390,7 @@ def test_damaged_photograph_costs_its_panel_and_no_score(tmp_path: Path) -> None
     assert (tmp_path / "a.png").exists()
 
 
-def test_scoring_process_that_is_killed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_scoring_process_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_set(tmp_path / "set", ["a", "b"])
     monkeypatch.setattr(evaluate_module, "decode_mask", lambda _: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(ValueError, match="a process that scores was killed"):
@@ -401,8 +403,26 @@ def test_prediction_that_cannot_be_saved_is_named(tmp_path: Path) -> None:
     assert "nowhere/a.png: cannot be saved (No such file" in str(score_case(case))
 
 
-def test_folder_without_a_test_set_is_scored_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_without_a_test_set_is_scored_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = write_set(tmp_path / "TrainDataset", ["a"])
     predictions = write_predictions(root / "GT", tmp_path / "predictions")
     assert main(["evaluate", "--predictions", str(predictions), "--dataset-path", str(root)]) == 0
-    assert "nothing in its path marks a test set" in capsys.readouterr().out
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert f"{root}: nothing in its path marks a test set" in warning
+
+
+@needs_any_name
+def test_names_that_are_not_utf_8_are_printed_escaped(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    odd_checkpoint = tmp_path / f"{name}.pth"
+    shutil.copy(checkpoint, odd_checkpoint)
+    root = write_set(tmp_path / name, [f"{name}1", f"{name}2"])
+    (root / "Imgs" / f"{name}2.jpg").write_text("<html>")
+    sheet = ["--contact-sheet", str(tmp_path / f"{name}.png")]
+    assert main(["evaluate", "--checkpoint", str(odd_checkpoint), "--dataset-path", str(root), *sheet]) == 1
+    printed = capsys.readouterr()
+    assert r"caf\udce9.pth" in printed.out
+    assert re.search(r"^caf\\udce9 +1 ", printed.out, re.MULTILINE)
+    assert r"caf\udce92.jpg: cannot be decoded (not an image)" in printed.err
