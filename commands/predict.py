@@ -1,6 +1,6 @@
-"""``predict``: what a checkpoint sees in photographs that need no masks, as PNGs and as pictures for people.
+"""``predict``: find the objects in photographs, as PNGs and as overlays for people. No masks needed.
 
-Images stream through: processes that decode, the network, and processes that write.
+Images stream from the processes that decode them through the network to the processes that write predictions.
 """
 
 import argparse
@@ -14,42 +14,42 @@ from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
 
-from commands.output import print_lines
+from commands.output import print_lines, progress_bar
 from data.decoding import decode_image
 from data.processes import map_in_order
 from evaluation.figures import overlay
 from evaluation.metrics import ByteArray
 from evaluation.sources import Source, find_sources, name_predictions
+from runtime.files import replacing
 
-_OBJECT = 128  # from this level on a probability is one half or more
-_MARK = "train_ultimate predict"  # in each file written: what does not carry it is somebody's, and stays
+_OBJECT = 128  # grey levels from here on are probabilities of at least one half
+_MARK = "train_ultimate predict"  # in each file that predict writes; files without it are never replaced
 _JPEG_QUALITY = 90
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One to be written."""
+    """A prediction to write."""
 
     levels: ByteArray  # (H, W)
     image: Path
     save_as: Path
-    overlay: Path | None
+    overlay: Path | None  # None: no overlay is written
 
 
 def predict(args: argparse.Namespace, num_processes: int) -> int:
-    """Write a prediction of every image that can be read, name the others on stderr.
+    """Write a prediction of every image that can be read, and name the others on stderr.
 
     Args:
-        args: of the command line.
-        num_processes: beside this one, half to decode and half to write; 0: none.
+        args: flags of the command line.
+        num_processes: processes that decode and write, half each; 0 to do both in this one.
 
     Returns:
-        the exit code: 0, or 1 where something that was asked for could not be read or written.
+        exit code: 0, or 1 if an input could not be read or a prediction not written.
 
     Raises:
-        ValueError, OSError: no image at all, a checkpoint or an output folder that is not usable.
+        ValueError, OSError: there is no image, or checkpoint or output folder cannot be used.
     """
     output = Path(args.output)
     if output.exists() and not output.is_dir():
@@ -65,10 +65,10 @@ def predict(args: argparse.Namespace, num_processes: int) -> int:
     _require_apart(sources.images, folders, output)
     _require_own([*names, *filter(None, overlays)], output)
 
-    from evaluation.predictor import load_network, predict_images  # torch: not for mistakes that show without it
+    from evaluation.predictor import load_network, predict_images  # torch: mistakes so far need not wait for it
 
     network = load_network(Path(args.checkpoint), args.device, args.precision, args.img_size, args.tta)
-    for parent in {path.parent for path in [*names, *overlays] if path is not None}:
+    for parent in folders:
         parent.mkdir(parents=True, exist_ok=True)
     tta = ", with mirror images" if network.tta else ""
     print_lines(
@@ -84,8 +84,8 @@ def predict(args: argparse.Namespace, num_processes: int) -> int:
 
     failures = list(sources.problems)
     print_lines((f"Not predicted: {problem}" for problem in failures), to_stderr=True)
-    with warnings.catch_warnings(), tqdm(total=len(images), unit="image", disable=None) as bar:
-        warnings.simplefilter("ignore")  # Pillow's, about metadata and very large images: they are read all the same
+    with warnings.catch_warnings(), progress_bar(len(images), "image") as bar:
+        warnings.simplefilter("ignore")  # Pillow's, about metadata and very large images, which it reads all the same
         way_out = "try fewer with --num-workers"
         for _, problem in map_in_order(save_prediction, predictions(), num_writers, "writes predictions", way_out):
             bar.update()
@@ -97,23 +97,23 @@ def predict(args: argparse.Namespace, num_processes: int) -> int:
         "probabilities x 255" if args.threshold is None else f"masks, 255 from a probability of {args.threshold:g} on"
     )
     num_written = len(images) - len(failures) + len(sources.problems)
-    told = [f"{num_written} PNG{'s' if num_written != 1 else ''} in {output} ({what})"]
-    told += [f"as many overlays in {folder}"] if args.overlay else []
-    told += [f"{sources.num_repeated} named more than once, predicted once"] if sources.num_repeated else []
-    told += [f"{len(failures)} not predicted, named above"] if failures else []
-    print_lines([f"Predicted: {'; '.join(told)}"])
+    summary = [f"{num_written} PNG{'s' if num_written != 1 else ''} in {output} ({what})"]
+    summary += [f"as many overlays in {folder}"] if args.overlay else []
+    summary += [f"{sources.num_repeated} named more than once, predicted once"] if sources.num_repeated else []
+    summary += [f"{len(failures)} not predicted, named above"] if failures else []
+    print_lines([f"Predicted: {'; '.join(summary)}"])
     return 1 if failures else 0
 
 
 def save_prediction(prediction: Prediction | str) -> str:
-    """Write what belongs to one image; why that cannot be done, or why there is no prediction."""
+    """Write an image's prediction and overlay. Return the reason if that fails or ``prediction`` is one, else ""."""
     if isinstance(prediction, str):
         return prediction
     what = "prediction"
     try:
         _save(Image.fromarray(prediction.levels), prediction.save_as)
         if prediction.overlay is not None:
-            what = "overlay"  # JPEG knows no more than 65,535 pixels a side
+            what = "overlay"  # JPEG allows at most 65,535 pixels a side
             marked = overlay(decode_image(prediction.image), prediction.levels >= _OBJECT)
             _save(marked, prediction.overlay)
     except (OSError, ValueError) as error:
@@ -122,33 +122,28 @@ def save_prediction(prediction: Prediction | str) -> str:
 
 
 def _save(image: Image.Image, path: Path) -> None:
-    """Under its name only when it is whole; a link of that name is replaced, and what it led to stays."""
-    unfinished = path.with_name(f".{os.getpid()}.unfinished")  # a suffix could make a long name too long
-    try:
+    """Write a picture in one step. If its name is a link, the link is replaced, not the file it leads to."""
+    with replacing(path) as unfinished:
         if path.suffix == ".png":
             information = PngInfo()
             information.add_text("Software", _MARK)
             image.save(unfinished, "PNG", pnginfo=information)
         else:
             image.save(unfinished, "JPEG", quality=_JPEG_QUALITY, comment=_MARK)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _require_own(files: Sequence[Path], output: Path) -> None:
-    """Masks, other methods' predictions, photographs: whatever another program has written is not to be replaced.
+    """Check that only files of ``predict`` would be replaced, not masks, photographs or other methods' predictions.
 
     Raises:
-        ValueError: a file of a name that would be written is there, and ``predict`` has not written it. (A folder of
-            such a name cannot be replaced anyway.)
+        ValueError: a file to write exists, and another program wrote it. (A folder cannot be replaced anyway.)
     """
     foreign = [file for file in files if os.path.lexists(file) and not (file.is_dir() or _is_own(file))]
     if foreign:
-        more = f", nor {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        more = f", nor {len(foreign) - 1} others" if len(foreign) > 1 else ""
         raise ValueError(
-            f"--output {output}: {foreign[0]} is there already, and not from predict{more}; name another folder, or "
-            "remove what is not needed"
+            f"--output {output}: {foreign[0]} exists already, and predict did not write it{more}; name another folder, "
+            "or remove what is not needed"
         )
 
 
@@ -166,10 +161,10 @@ def _unused_name(name: str, used: Collection[str]) -> str:
 
 
 def _require_apart(sources: Sequence[Source], folders: Collection[Path], output: Path) -> None:
-    """Predictions and photographs in one folder: the next run would take the one for the other, or overwrite them.
+    """Check that no folder gets both predictions and photographs: the next run would mistake one for the other.
 
     Raises:
-        ValueError: an image, or the file that it is a link to, is in a folder that would be written to.
+        ValueError: an image, or the file that it links to, is in a folder that would be written to.
     """
     written_to = {os.path.realpath(folder) for folder in folders}
     for source in sources:

@@ -33,7 +33,7 @@ def checkpoint(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def photograph(path: Path, size: tuple[int, int] = (60, 40), **options: Any) -> Path:
-    """Of smooth colours, so that what a network makes of it varies over the image."""
+    """Write a photograph of smooth colours, so that its prediction varies over the image."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows, columns = np.linspace(0, 255, size[1])[:, None], np.linspace(0, 255, size[0])[None]
     colours = np.stack(np.broadcast_arrays(rows, columns, 255 - rows), axis=2)
@@ -75,7 +75,7 @@ def test_probabilities_at_the_photographs_own_size_are_not_stretched(
     assert levels.max() < 255 or levels.min() > 0
 
 
-def test_neither_batches_nor_processes_nor_neighbours_change_a_prediction(checkpoint: Path, tmp_path: Path) -> None:
+def test_prediction_does_not_depend_on_batches_processes_and_other_images(checkpoint: Path, tmp_path: Path) -> None:
     for number in range(5):
         photograph(tmp_path / "p" / f"{number}.png", (20 + 30 * number, 70 - 10 * number))
     for name, flags in {"a": ("8", "0"), "b": ("2", "2"), "c": ("1", "3")}.items():
@@ -102,7 +102,7 @@ def test_threshold_makes_masks_of_two_values(
     assert "(masks, 255 from a probability of" in capsys.readouterr().out
 
 
-def test_overlays_come_beside_the_predictions_and_never_in_their_place(checkpoint: Path, tmp_path: Path) -> None:
+def test_overlays_are_written_beside_predictions_and_never_replace_one(checkpoint: Path, tmp_path: Path) -> None:
     for name in ("a.png", "s/b.jpg", "overlays/c.png"):
         photograph(tmp_path / "p" / name)
     assert predict(checkpoint, tmp_path / "p", "--output", tmp_path / "out", "--overlay", "--threshold", "0.001") == 0
@@ -126,7 +126,7 @@ def test_overlay_tints_the_object_and_outlines_it_outside() -> None:
     assert np.array_equal(np.array(overlay(Image.new("RGB", (40, 30)), np.zeros_like(mask))), np.zeros((30, 40, 3)))
 
 
-def test_tta_and_another_size_are_those_of_evaluate(
+def test_tta_and_another_size_apply_as_in_evaluate(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = photograph(tmp_path / "p" / "a.png")
@@ -219,7 +219,7 @@ def test_each_of_thirty_ugly_inputs_is_predicted_or_named(
     printed = capfd.readouterr()
     for name, size in UGLY_SIZES.items():
         stem = name.rsplit(".", 1)[0]
-        stem = name if stem in ("turned", "animated") else stem  # two of a name in one folder
+        stem = name if stem in ("turned", "animated") else stem  # two of this name in one folder
         with Image.open(out / f"{stem}.png") as prediction, Image.open(out / "overlays" / f"{stem}.jpg") as picture:
             assert (prediction.mode, prediction.size) == ("L", size), name
             assert (picture.mode, picture.size) == ("RGB", size), name
@@ -234,7 +234,7 @@ def test_each_of_thirty_ugly_inputs_is_predicted_or_named(
     assert printed.out.splitlines()[-1].endswith(f"; {len(UGLY_PROBLEMS)} not predicted, named above")
 
 
-def test_photographs_are_seen_as_in_training_whatever_their_encoding(checkpoint: Path, tmp_path: Path) -> None:
+def test_photographs_are_decoded_as_in_training_whatever_their_encoding(checkpoint: Path, tmp_path: Path) -> None:
     write_ugly(tmp_path / "ugly")
     predict(checkpoint, tmp_path / "ugly", "--output", tmp_path / "out", "--num-workers", "0")
     grey, rgb, *_ = (levels_of(tmp_path / "out" / f"{name}.png").astype(int) for name in ("grey", "tagged"))
@@ -244,7 +244,7 @@ def test_photographs_are_seen_as_in_training_whatever_their_encoding(checkpoint:
     assert rgb.shape == grey.shape
 
 
-def test_hidden_and_strangely_named_files_are_tried_when_they_are_named(
+def test_hidden_and_strangely_named_files_are_tried_if_given_by_name(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hidden, odd = photograph(tmp_path / ".a.jpg"), photograph(tmp_path / "frame.0001", format="PNG")
@@ -264,7 +264,7 @@ def test_name_that_is_not_utf_8_is_kept(checkpoint: Path, tmp_path: Path) -> Non
     assert written(tmp_path / "out") == [f"{name}.png"]
 
 
-# Nothing that is there is lost
+# No existing file is lost
 
 
 @pytest.mark.parametrize("given", ["p", "p/a.jpg", "p/*.jpg"])
@@ -280,9 +280,7 @@ def test_output_among_the_photographs_is_refused_before_anything_is_written(
     assert written(tmp_path / "p") == ["a.jpg"]
 
 
-def test_output_where_a_linked_photograph_is_kept_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_output_folder_with_a_linked_photograph_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = photograph(tmp_path / "archive" / "a.png")
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "a.png").symlink_to(kept)
@@ -290,28 +288,28 @@ def test_output_where_a_linked_photograph_is_kept_is_refused(
     assert "predictions would be written to" in capsys.readouterr().err
 
 
-def test_output_below_the_input_is_not_predicted_the_next_time(checkpoint: Path, tmp_path: Path) -> None:
+def test_output_below_the_input_is_not_predicted_in_the_next_run(checkpoint: Path, tmp_path: Path) -> None:
     photograph(tmp_path / "p" / "s" / "a.jpg")
     for _ in range(2):
         assert predict(checkpoint, tmp_path / "p", "--output", tmp_path / "p" / "out", "--overlay") == 0
     assert written(tmp_path / "p") == ["out/overlays/s/a.jpg", "out/s/a.png", "s/a.jpg"]
 
 
-def test_what_predict_has_not_written_is_never_replaced(
+def test_files_of_other_programs_are_never_replaced(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image, mask = photograph(tmp_path / "Imgs" / "a.jpg"), photograph(tmp_path / "GT" / "a.png")
     before = mask.read_bytes()
     assert predict(checkpoint, image, "--output", tmp_path / "GT") == 2
-    assert "a.png is there already, and not from predict" in capsys.readouterr().err
+    assert "a.png exists already, and predict did not write it" in capsys.readouterr().err
     assert mask.read_bytes() == before
     assert predict(checkpoint, image, "--output", tmp_path / "out", "--overlay") == 0
-    photograph(tmp_path / "out" / "overlays" / "a.jpg")  # somebody's
+    photograph(tmp_path / "out" / "overlays" / "a.jpg")  # another program's
     assert predict(checkpoint, image, "--output", tmp_path / "out", "--overlay") == 2
     assert predict(checkpoint, image, "--output", tmp_path / "out") == 0
 
 
-def test_an_overlay_that_cannot_be_saved_costs_no_prediction(
+def test_overlay_that_cannot_be_saved_does_not_cost_the_prediction(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wide = photograph(tmp_path / "wide.png", (65_536, 1))
@@ -321,10 +319,10 @@ def test_an_overlay_that_cannot_be_saved_costs_no_prediction(
 
 
 @pytest.mark.parametrize("memory", [3, 1, 0])
-def test_batches_that_do_not_fit_are_halved(
+def test_batches_that_exceed_memory_are_halved(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], memory: int
 ) -> None:
-    """A device with memory for so many images at once."""
+    """The device has memory for ``memory`` images at once."""
     for number in range(7):
         photograph(tmp_path / "p" / f"{number}.jpg", (40 + number, 30))
     argv = (tmp_path / "p", "--batch-size", "7", "--num-workers", "0", "--output")
@@ -347,7 +345,7 @@ def test_batches_that_do_not_fit_are_halved(
         assert "out of memory with one image" in capsys.readouterr().err
 
 
-def test_link_under_a_predictions_name_is_replaced_and_what_it_led_to_stays(tmp_path: Path) -> None:
+def test_link_with_a_predictions_name_is_replaced_and_its_target_stays(tmp_path: Path) -> None:
     kept = photograph(tmp_path / "kept.png")
     before = kept.read_bytes()
     (tmp_path / "a.png").symlink_to(kept)
@@ -386,11 +384,11 @@ def test_prediction_that_cannot_be_saved_is_named_and_leaves_nothing_behind(
         (["--checkpoint", "no.pth", str(Path(__file__).parent / "?.jpg"), "--output", "c"], "no image found"),
     ],
 )
-def test_mistakes_are_told_without_torch_and_nothing_is_written(
+def test_mistakes_are_reported_without_torch_and_nothing_is_written(
     argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "evaluation.predictor", None)  # an ImportError where it is asked for
+    monkeypatch.setitem(sys.modules, "evaluation.predictor", None)  # importing it is an ImportError
     assert main(["predict", *argv]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
@@ -398,7 +396,7 @@ def test_mistakes_are_told_without_torch_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_checkpoint_that_is_none_is_told_before_a_folder_is_made(
+def test_missing_checkpoint_is_reported_before_a_folder_is_created(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert predict(tmp_path / "no.pth", photograph(tmp_path / "a.jpg"), "--output", tmp_path / "out") == 2
