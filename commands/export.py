@@ -1,32 +1,31 @@
-"""``export``: a checkpoint's network for other programs, as ONNX, as a .pt2 of torch.export, or as a folder."""
+"""``export``: write a checkpoint's network for other programs, as ONNX, as a .pt2 of torch.export, or as a folder."""
 
 import importlib.util
 import math
-import os
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from commands.output import print_lines, require_writable
-from evaluation.predictor import load_network
+from commands.output import print_error, print_lines, require_writable
+from evaluation.trained import network_of
 from models.backbone import padding_for_multiples
 from models.network import CamouflageSegmenter
 from runtime.checkpoint import read_checkpoint
+from runtime.files import first_line, replacing
 from runtime.log import environment
 
-MULTIPLE = 32  # of pixels: what sides that are left open are multiples of
-TOLERANCE = 1e-4  # in probabilities, between what is exported and the network it was made from
-_MOST_PIXELS, _MOST_IMAGES = 8192, 4096  # torch.export wants to know an end
+MULTIPLE = 32  # pixels; sides that are left open are multiples of it
+TOLERANCE = 1e-4  # largest difference in probabilities between the exported network and the original
+_MOST_PIXELS, _MOST_IMAGES = 8192, 4096  # upper bounds that torch.export asks for
 _SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ""}
 _ONNX_PACKAGES = ("onnx", "onnxscript")
 
 
 class ExportedNetwork(nn.Module):
-    """The network as it is exported: its finest output alone, as probabilities.
+    """Network as it is exported: only the finest output, as probabilities.
 
     Shape:
         images (B, 3, H, W) float32 RGB in [0, 1] -> (B, 1, H, W) float32 in [0, 1]
@@ -41,61 +40,64 @@ class ExportedNetwork(nn.Module):
 
 
 class Traced(NamedTuple):
+    """Program of torch.export, and the smallest images it takes."""
+
     program: torch.export.ExportedProgram
-    least_side: int | None  # of images, in pixels; None: they have one size
+    least_side: int | None  # pixels; None: all images have one size
+
+
+class _CheckError(Exception):
+    """Failed check of an exported network against the original."""
 
 
 def export(
     checkpoint: Path, form: str, output: Path | None = None, img_size: int | None = None, fixed_size: bool = False
 ) -> int:
-    """Write the averaged weights' network beside its name, check it, and only then give it the name.
+    """Write a checkpoint's network under a temporary name, check it, and only then rename it.
 
     Args:
-        checkpoint: of ``train``.
+        checkpoint: checkpoint of ``train``; its averaged weights are exported if it has them.
         form: onnx, torch or safetensors.
         output: file, or folder for safetensors; None for one beside the checkpoint.
-        img_size: side of the images it is for; None for that of training.
+        img_size: side of the images in pixels; None for that of training.
         fixed_size: leave open how many images there are, but not their size.
 
     Returns:
-        the exit code: 0, or 1 where what was exported does not compute what the network does.
+        exit code: 0, or 1 if the exported network does not compute what the original does.
 
     Raises:
-        ValueError, OSError: the checkpoint or the place is not usable, packages are missing, torch cannot export it.
+        ValueError, OSError: checkpoint or output cannot be used, packages are missing, or torch cannot export it.
     """
     output = output or _beside(checkpoint, form)
     _require_place(output, form)
     if form == "onnx":
         _require_onnx()
-    facts = _facts(checkpoint)
-    trained = load_network(checkpoint, "cpu", "fp32", img_size)
-    network = trained.model.to(memory_format=torch.contiguous_format).requires_grad_(False)  # type: ignore[call-overload]
-    facts["img_size"] = trained.img_size
-    print_lines([f"Network: {checkpoint}, backbone {facts['backbone']}, {trained.img_size} px"])
-    unfinished = output.with_name(f".unfinished-{os.getpid()}-{output.name}")  # its ending is looked at, too
+    saved = read_checkpoint(checkpoint)
+    network = network_of(saved, checkpoint, img_size).requires_grad_(False)
+    facts = _facts(saved, img_size)
+    size = facts["img_size"]
+    print_lines([f"Network: {checkpoint}, backbone {facts['backbone']}, {size} px"])
     try:
-        if form == "safetensors":
-            difference = _write_folder(unfinished, network, facts, output.name)
-        else:
-            write, load = (write_onnx, _load_onnx) if form == "onnx" else (_write_torch, _load_torch)
-            traced = trace(network, trained.img_size, fixed_size)
-            write(traced, unfinished, facts)
-            exported = load(unfinished)
-            sizes = sizes_to_check(trained.img_size, traced.least_side)
-            difference = None if exported is None else largest_difference(exported, ExportedNetwork(network), sizes)
-        if difference is not None and not difference <= TOLERANCE:  # NaN, too
-            told = f"differs by {difference:.2g} in probabilities, more than {TOLERANCE:g}: not kept"
-            print_lines([f"error: {output}: what was exported {told}"], to_stderr=True)
-            return 1
-        os.replace(unfinished, output)
-    finally:
-        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink(missing_ok=True)
+        with replacing(output, _SUFFIXES[form]) as unfinished:
+            if form == "safetensors":
+                difference = _write_folder(unfinished, network, facts, output.name)
+            else:
+                write, load = (write_onnx, _load_onnx) if form == "onnx" else (_write_torch, _load_torch)
+                traced = trace(network, size, fixed_size)
+                write(traced, unfinished, facts)
+                exported, sizes = load(unfinished), sizes_to_check(size, traced.least_side)
+                difference = None if exported is None else largest_difference(exported, ExportedNetwork(network), sizes)
+            if difference is not None and not difference <= TOLERANCE:  # NaN, too
+                raise _CheckError(f"differs by {difference:.2g} in probabilities, more than {TOLERANCE:g}: not kept")
+    except _CheckError as error:
+        print_error(f"{output}: the exported network {error}")
+        return 1
     print_lines(_summary(output, form, difference))
     return 0
 
 
 def trace(network: CamouflageSegmenter, img_size: int, fixed_size: bool) -> Traced:
-    """Through torch.export, with the number of images left open, and their size where the backbone allows it.
+    """Trace the network with torch.export, for any number of images, and any size if the backbone allows it.
 
     Raises:
         ValueError: torch.export does not understand the backbone.
@@ -104,7 +106,7 @@ def trace(network: CamouflageSegmenter, img_size: int, fixed_size: bool) -> Trac
     batch = torch.export.Dim("batch", min=1, max=_MOST_IMAGES)
     reason = "--fixed-size" if fixed_size else "its backbone takes one size" if network.backbone.fixed_size else ""
     if not reason:
-        # Where the smallest zoom still sees two features side by side: one alone is a special case to torch.export.
+        # The smallest zoom must see two features side by side: torch.export treats a single one as a special case.
         smallest = min([1.0] if network.zoom is None else [1.0, *network.zoom.zooms])
         least = math.ceil(2 / smallest)  # in multiples
         height, width = (
@@ -119,21 +121,21 @@ def trace(network: CamouflageSegmenter, img_size: int, fixed_size: bool) -> Trac
                 [f"Images: any number, sides multiples of {MULTIPLE}, {least * MULTIPLE} to {_MOST_PIXELS} pixels"]
             )
             return Traced(program, least * MULTIPLE)
-        except Exception as error:  # of what torch.export does not understand it makes anything
-            reason = f"torch.export cannot leave it open for this backbone: {_first_line(error)}"
+        except Exception as error:  # torch.export raises anything if it does not understand a network
+            reason = f"torch.export cannot leave the size open for this backbone: {first_line(error)}"
     print_lines([f"Images: any number, all of {img_size} x {img_size} pixels ({reason})"])
     try:
         images = torch.zeros(2, 3, img_size, img_size)
         return Traced(torch.export.export(model, (images,), dynamic_shapes=({0: batch},)), None)
     except Exception as error:
         raise ValueError(
-            f"torch {torch.__version__} cannot export this backbone ({_first_line(error)}); "
-            f"--format safetensors needs no export"
+            f"torch {torch.__version__} cannot export this backbone ({first_line(error)}); "
+            f"use --format safetensors, which needs no export"
         ) from error
 
 
 def sizes_to_check(img_size: int, least_side: int | None) -> list[tuple[int, int, int]]:
-    """Numbers of images with their heights and widths: as trained, and if that is left open, others."""
+    """Return (number, height, width) of images to check with: the training size, and others if the size is open."""
     if least_side is None:
         return [(1, img_size, img_size), (3, img_size, img_size)]
     other = max(least_side, img_size // 2 // MULTIPLE * MULTIPLE)
@@ -143,7 +145,7 @@ def sizes_to_check(img_size: int, least_side: int | None) -> list[tuple[int, int
 def largest_difference(
     exported: Callable[[Tensor], Tensor], network: nn.Module, sizes: Sequence[tuple[int, int, int]]
 ) -> float:
-    """In probabilities, over images of noise, coarse and fine; NaN where one of the two is not finite."""
+    """Return the largest difference in probabilities, on images of coarse and fine noise; NaN if not all are finite."""
     generator = torch.Generator().manual_seed(0)
     differences = []
     for count, height, width in sizes:
@@ -157,7 +159,7 @@ def largest_difference(
 
 
 def write_onnx(traced: Traced, path: Path, facts: dict[str, Any]) -> None:
-    """One file. Images and probabilities are named, their open sides, too; facts are in its metadata."""
+    """Write one ONNX file with named inputs, outputs and open dimensions, and with the facts as metadata."""
     import onnx_ir
 
     exported = torch.onnx.export(
@@ -172,12 +174,14 @@ def write_onnx(traced: Traced, path: Path, facts: dict[str, Any]) -> None:
     exported.model.metadata_props.update({key: str(value) for key, value in facts.items()})
     try:
         exported.save(str(path), external_data=False)
-    except ValueError as error:  # of protobuf
-        raise ValueError(f"{path.name}: larger than an ONNX file can be, 2 GB ({_first_line(error)})") from error
+    except ValueError as error:  # from protobuf
+        raise ValueError(
+            f"--format onnx: an ONNX file holds at most 2 GB ({first_line(error)}); use --format torch"
+        ) from error
 
 
 def _load_onnx(path: Path) -> Callable[[Tensor], Tensor] | None:
-    """What onnxruntime computes from it; None where that is not installed."""
+    """Return the function that onnxruntime computes from a file; None if onnxruntime is not installed."""
     if importlib.util.find_spec("onnxruntime") is None:
         return None
     import onnxruntime
@@ -203,7 +207,7 @@ def _load_torch(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _write_folder(folder: Path, network: CamouflageSegmenter, facts: dict[str, Any], name: str) -> float:
-    """Returns by how much what is read back differs: 0, or else it is not what was written."""
+    """Write the folder, and return 0 if its weights are read back bit for bit, else NaN."""
     network.save_pretrained(folder, facts)
     (folder / "README.md").write_text(model_card(name, facts), encoding="utf-8")
     read_back = CamouflageSegmenter.from_pretrained(folder).state_dict()
@@ -213,12 +217,12 @@ def _write_folder(folder: Path, network: CamouflageSegmenter, facts: dict[str, A
 
 
 def model_card(name: str, facts: dict[str, Any]) -> str:
-    """README.md of the folder, with the header that the Hugging Face hub reads."""
-    iou, kept = facts["validation_iou"], "the averaged" if facts["averaged_weights"] else "the"
+    """Return the folder's README.md, with the header that the Hugging Face hub reads."""
+    iou, averaged = facts["validation_iou"], "averaged " if facts["averaged_weights"] else ""
     score = "" if iou is None else f"\nIoU at 0.5 on the validation images of its run: {iou:.4f}.\n"
     size = facts["img_size"]
     return f"""---
-# license: yours to say, see https://huggingface.co/docs/hub/repositories-licenses
+# license: choose one, see https://huggingface.co/docs/hub/repositories-licenses
 library_name: train_ultimate
 pipeline_tag: image-segmentation
 tags:
@@ -231,12 +235,12 @@ tags:
 # {name}
 
 Finds camouflaged objects in photographs: a {facts["backbone"]} with a coarse-to-fine decoder, for images of
-{size} x {size} pixels. `model.safetensors` holds {kept} weights after epoch {facts["epoch"]} of training by
-`train_ultimate`, `config.json` tells which network they are of.
+{size} x {size} pixels. `model.safetensors` holds its {averaged}weights after epoch {facts["epoch"]} of training with
+`train_ultimate`, and `config.json` describes the network.
 {score}
 ## Use
 
-With the folder of `train_ultimate` as working directory, or in `PYTHONPATH`:
+Run this in the folder of `train_ultimate`, or with that folder in `PYTHONPATH`:
 
 ```python
 import torch
@@ -251,18 +255,18 @@ with torch.inference_mode():
 """
 
 
-def _facts(checkpoint: Path) -> dict[str, Any]:
-    """What is to be told about a checkpoint, wherever it goes."""
-    saved = read_checkpoint(checkpoint)
-    settings, progress = saved.get("config", {}).get("settings", {}), saved.get("progress", {})
+def _facts(saved: Mapping[str, Any], img_size: int | None) -> dict[str, Any]:
+    """Return what an exported network says about its checkpoint."""
+    settings, progress = saved["config"]["settings"], saved.get("progress", {})
     is_best = progress.get("best_epoch", 0) == progress.get("epoch") and progress.get("window") == 0
     return {
-        "backbone": settings.get("backbone"),
-        "decoder_channels": settings.get("decoder_channels"),
+        "backbone": settings["backbone"],
+        "decoder_channels": settings["decoder_channels"],
         "epoch": progress.get("epoch"),
-        "validation_iou": progress["best_iou"] if is_best else None,  # known of the best epoch alone
+        "validation_iou": progress["best_iou"] if is_best else None,  # checkpoints keep only that of the best epoch
         "averaged_weights": saved.get("ema") is not None,
         "exported_with": environment(Path(__file__), ("torch", "timm")),
+        "img_size": img_size or settings["img_size"],
     }
 
 
@@ -271,22 +275,22 @@ def _beside(checkpoint: Path, form: str) -> Path:
 
 
 def _require_place(output: Path, form: str) -> None:
-    """Before anything is computed."""
+    """Check that the output can be written, before anything is computed."""
     if form == "safetensors":
         if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-            raise ValueError(f"{output}: is there already; choose another --output, or remove it")
+            raise ValueError(f"{output}: exists already; choose another --output, or remove it")
         if not output.absolute().parent.is_dir():
-            raise ValueError(f"{output}: cannot be made, there is no folder {output.parent}; create it first")
+            raise ValueError(f"{output}: cannot be written, there is no folder {output.parent}; create it first")
         return
     require_writable(output)
     if output.suffix != _SUFFIXES[form]:
-        raise ValueError(f"{output}: --format {form} writes a file that ends in {_SUFFIXES[form]}")
+        raise ValueError(f"{output}: --format {form} writes a file that ends in {_SUFFIXES[form]}; rename --output")
 
 
 def _require_onnx() -> None:
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"--format onnx needs {' and '.join(missing)}: pip install onnx onnxscript onnxruntime")
+        raise ValueError(f"--format onnx: needs {' and '.join(missing)}; pip install onnx onnxscript onnxruntime")
 
 
 def _summary(output: Path, form: str, difference: float | None) -> list[str]:
@@ -301,8 +305,3 @@ def _summary(output: Path, form: str, difference: float | None) -> list[str]:
         else f"Checked with {with_what}: within {difference:.1g} of the network, in probabilities"
     )
     return [f"Exported: {output}, {size:.1f} MB; images (B, 3, H, W) -> probabilities (B, 1, H, W)", checked]
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
