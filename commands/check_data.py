@@ -1,4 +1,4 @@
-"""``check-data``: every finding about a data set with file and reason, before a run meets it."""
+"""``check-data``: list what is wrong with a dataset, file by file, before a run meets it."""
 
 import shlex
 import sys
@@ -9,35 +9,40 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from commands.output import print_lines, require_writable
+from commands.output import print_lines, progress_bar, require_writable
 from data.inspection import KINDS, SIZE_BINS, PairFacts, Report, assess, pairs_to_inspect, start_inspection
 from data.layouts import Pair, Split, find_subsets
 from runtime.files import write_json, write_text
 
-_SHOWN = 10  # files of a kind in the table
-_BAR = 30  # characters of the histogram's longest bar
+_SHOWN = 10  # findings of a kind in the table
+_BAR = 30  # characters, longest bar of the histogram
 
 
 def check_data(
     root: Path, json_file: Path | None, exclude_file: Path | None, num_workers: int, include_noncam: bool
 ) -> int:
-    """Print the report, and write it where asked.
+    """Print the report, and write it to the files that are given.
+
+    Args:
+        root: folder of the dataset.
+        json_file: file for the whole report; None for none.
+        exclude_file: file for the training images to leave out; None for none.
+        num_workers: processes that read; 0 to read in this one.
+        include_noncam: take COD10K's images without camouflaged objects too.
 
     Returns:
-        0: no findings; 1: findings; 2: nothing in the folder can be used; 130: interrupted.
+        exit code: 0 for no findings, 1 for findings, 130 if interrupted.
 
     Raises:
-        ValueError: no such folder, no known layout, nothing in it that can be used; a file cannot be written.
+        ValueError: the folder is missing, has no known layout or no usable pair, or a file cannot be written.
     """
     if not root.is_dir():
-        raise ValueError(f"{root}: no such folder; --dataset-path must name the data set's folder")
+        raise ValueError(f"--dataset-path {root}: no such folder; name the dataset's folder")
     for file in (json_file, exclude_file):
         if file is not None:
             require_writable(file)
     if json_file is not None and exclude_file is not None and json_file.resolve() == exclude_file.resolve():
-        raise ValueError(f"{json_file}: is to be written twice; give --json and --write-exclude a file each")
+        raise ValueError(f"{json_file}: is named twice; give --json and --write-exclude a file each")
     start = time.perf_counter()
     try:
         subsets = find_subsets(root, include_noncam)
@@ -45,7 +50,7 @@ def check_data(
         facts = _inspect([pair for pair, _ in pairs], num_workers)
         report = assess(root, subsets, pairs, facts)
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print_lines(["interrupted: nothing was written"], to_stderr=True)
         return 130
     seconds = time.perf_counter() - start
     print_lines(_table(root, report, seconds))
@@ -59,14 +64,14 @@ def check_data(
         raise ValueError(f"{names}: cannot be written ({error.strerror}); choose another place") from error
     print_lines(["", _next_step(root, report, exclude_file)])
     if not report.num_usable:
-        raise ValueError(f"{root}: not one image and mask that can be used; see the findings above")
+        raise ValueError(f"{root}: no image with a mask can be used; see the findings above")
     return 1 if report.findings else 0
 
 
 def _inspect(pairs: Sequence[Pair], num_workers: int) -> list[PairFacts]:
-    results = start_inspection(pairs, num_workers)  # before the bar, which starts a thread: processes fork without one
+    results = start_inspection(pairs, num_workers)  # before the bar starts a thread: processes must fork without one
     facts = []
-    with tqdm(total=2 * len(pairs), unit="file", desc="Reading", disable=None) as bar:
+    with progress_bar(2 * len(pairs), "file", "Reading") as bar:
         for fact in results:
             facts.append(fact)
             bar.update(2)
@@ -102,7 +107,7 @@ def _table(root: Path, report: Report, seconds: float) -> list[str]:
 
 
 def _histogram(sizes: dict[Split, list[int]]) -> list[str]:
-    """Pairs by the object's share of the image, a column for each split that has any."""
+    """Return a histogram of the pairs by the object's share of the image, with a column for each split."""
     shown = {split: counts for split, counts in sizes.items() if any(counts)}
     if not shown:
         return ["Object's share of the image: no mask could be read"]
@@ -126,7 +131,7 @@ def _next_step(root: Path, report: Report, exclude_file: Path | None) -> str:
     program = ["python", sys.argv[0]]
     train = [*program, "train", "--dataset-path", str(root)]
     if not report.exclude:
-        return f"Nothing that training would have to leave out. Next: {shlex.join(train)}"
+        return f"Training can use every pair. Next: {shlex.join(train)}"
     if exclude_file is not None:
         leave_out = shlex.join([*train, "--exclude", str(exclude_file)])
         return f"{exclude_file} names {len(report.exclude)} training images to leave out. Next: {leave_out}"
@@ -136,8 +141,8 @@ def _next_step(root: Path, report: Report, exclude_file: Path | None) -> str:
 
 def _exclude_text(root: Path, report: Report) -> str:
     lines = [
-        f"# Of {root.resolve().name}: training images to leave out, with train --exclude FILE. Found by check-data.",
-        "# One path a line, relative to the data set's folder; lines that begin with # are comments.",
+        f"# Training images of {root.resolve().name} to leave out, for train --exclude FILE. Written by check-data.",
+        "# One path a line, relative to the dataset's folder; lines that begin with # are comments.",
     ]
     for file, reason in sorted(report.exclude.items()):
         lines += [f"# {reason}", file]

@@ -1,4 +1,4 @@
-"""``check-data`` and ``train --exclude`` as a user meets them."""
+"""``check-data`` and ``train --exclude``, as a user runs them."""
 
 import io
 import json
@@ -27,14 +27,14 @@ def check(dataset: Path, *flags: str, workers: int = 0) -> int:
 
 
 def read_findings(dataset: Path, out: Path, workers: int = 0) -> tuple[int, list[tuple[str, str]], dict[str, Any]]:
-    """Exit code, (kind, file) of each finding, and the whole report."""
+    """Return the exit code, (kind, file) of each finding, and the whole report."""
     code = check(dataset, "--json", str(out), workers=workers)
     report = json.loads(out.read_text())
     return code, [(finding["kind"], finding["file"]) for finding in report["findings"]], report
 
 
 def plant_defects(root: Path) -> list[tuple[str, str]]:
-    """Spoil training pairs, each in its own way; (kind, file) of the findings this should make."""
+    """Damage training pairs, each in its own way. Return (kind, file) of the expected findings."""
     images, masks = Path("TrainDataset/Imgs"), Path("TrainDataset/GT")
     stems = iter(sorted(path.stem for path in (root / images).iterdir()))
 
@@ -105,7 +105,7 @@ def test_twelve_defects_are_found_and_nothing_else(scenes: Path, tmp_path: Path)
 
 
 @needs_shared
-def test_twelve_defects_among_photographs(tmp_path: Path) -> None:
+def test_twelve_defects_are_found_among_photographs(tmp_path: Path) -> None:
     root = tmp_path / "photos"
     for split, count in (("TrainDataset", 50), ("TestDataset", 10)):
         source = SHARED / "data" / "CAMO" / split
@@ -120,7 +120,7 @@ def test_twelve_defects_among_photographs(tmp_path: Path) -> None:
     assert [finding for finding in findings if finding not in before] == planted
 
 
-def test_table_names_files_reasons_and_what_to_do_next(scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_names_files_reasons_and_the_next_step(scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plant_defects(scenes)
     assert check(scenes) == 1
     captured = capsys.readouterr()
@@ -134,7 +134,7 @@ def test_table_names_files_reasons_and_what_to_do_next(scenes: Path, capsys: pyt
     assert captured.err == ""
 
 
-def test_long_lists_are_cut_in_the_table_and_whole_in_json(
+def test_long_lists_are_cut_in_the_table_but_not_in_json(
     scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for mask in (scenes / "TrainDataset" / "GT").iterdir():
@@ -146,7 +146,7 @@ def test_long_lists_are_cut_in_the_table_and_whole_in_json(
     assert "... and 40 more" in out
 
 
-def test_training_goes_without_what_check_data_lists(
+def test_training_excludes_the_images_that_check_data_lists(
     tiny_dataset: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, exclude = tmp_path / "tiny", tmp_path / "exclude.txt"
@@ -173,11 +173,11 @@ def test_training_goes_without_what_check_data_lists(
     assert "Warning: 1 paths in it match no training pair, the first: TrainDataset/Imgs/nobody.jpg" in out
 
 
-def test_resumed_run_leaves_out_the_same_when_the_list_has_gone(
+def test_resumed_run_excludes_the_same_images_if_the_list_is_gone(
     tiny_dataset: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     exclude = tmp_path / "exclude.txt"
-    exclude.write_text("TrainDataset/GT/scene_00003.png\n")  # a mask's name does as well
+    exclude.write_text("TrainDataset/GT/scene_00003.png\n")  # a mask's name works too
     assert main(tiny_argv("--exclude", str(exclude), "--epochs", "1", "--stage1-epochs", "1")) == 0
     capsys.readouterr()
     exclude.unlink()
@@ -186,7 +186,7 @@ def test_resumed_run_leaves_out_the_same_when_the_list_has_gone(
     assert f"--exclude {exclude} has gone: what it named when the checkpoint was written is left out" in out
     assert "19 pairs to train on, 2 to validate on" in out
     assert "files were added, removed, changed or excluded" not in out
-    exclude.write_text("")  # a list that is there counts as it is now
+    exclude.write_text("")  # an existing list counts as it is now
     assert main(tiny_argv("--resume", "auto", "--epochs", "3", "--stage1-epochs", "1")) == 0
     assert "20 pairs to train on, 2 to validate on" in capsys.readouterr().out
 
@@ -195,7 +195,7 @@ def test_resumed_run_leaves_out_the_same_when_the_list_has_gone(
     ("content", "message"),
     [(None, "cannot be read (No such file or directory)"), ("all", "names every one of the 22 training pairs")],
 )
-def test_exclude_file_that_cannot_be_used_is_told_in_one_line(
+def test_unusable_exclude_file_is_reported_in_one_line(
     tiny_dataset: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     content: str | None, message: str,
 ) -> None:  # fmt: skip
@@ -209,15 +209,15 @@ def test_exclude_file_that_cannot_be_used_is_told_in_one_line(
     assert err.count("\n") == 1
 
 
-def test_unusable_folders_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_folders_are_reported_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     for kind, name in (("Imgs", "a.jpg"), ("GT", "a.png")):
         (tmp_path / "broken" / "TrainDataset" / kind).mkdir(parents=True)
         (tmp_path / "broken" / "TrainDataset" / kind / name).write_bytes(b"no image")
     for folder, message in (
-        ("nowhere", "no such folder; --dataset-path must name the data set's folder"),
+        ("nowhere", "no such folder; name the dataset's folder"),
         ("empty", "no image/mask folders found. Looked for {image,gt_object}"),
-        ("broken", "not one image and mask that can be used; see the findings above"),
+        ("broken", "no image with a mask can be used; see the findings above"),
     ):
         assert check(tmp_path / folder) == 2
         err = capsys.readouterr().err
@@ -226,7 +226,7 @@ def test_unusable_folders_are_told_in_one_line(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("flag", ["--json", "--write-exclude"])
-def test_places_that_cannot_be_written_to_are_told_before_the_work(
+def test_files_that_cannot_be_written_are_reported_before_the_work(
     scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
 ) -> None:
     for place, message in ((tmp_path / "nowhere" / "out", "create it first"), (tmp_path, "is a folder")):
@@ -237,7 +237,7 @@ def test_places_that_cannot_be_written_to_are_told_before_the_work(
         assert captured.out == ""
 
 
-def test_reader_that_has_seen_enough_is_no_error(scenes: Path) -> None:
+def test_closed_pipe_is_no_error(scenes: Path) -> None:
     plant_defects(scenes)
     read, write = os.pipe()
     os.close(read)
@@ -255,7 +255,7 @@ def test_reader_that_has_seen_enough_is_no_error(scenes: Path) -> None:
 
 def test_interrupt_ends_all_processes_without_a_traceback(tmp_path: Path) -> None:
     buffer = io.BytesIO()
-    Image.new("RGB", (2000, 2000)).save(buffer, "PNG")  # small, but takes a while to decode
+    Image.new("RGB", (2000, 2000)).save(buffer, "PNG")  # a small file that takes a while to decode
     for kind in ("Imgs", "GT"):
         (tmp_path / "TrainDataset" / kind).mkdir(parents=True)
         for number in range(300):
@@ -278,4 +278,4 @@ def test_interrupt_ends_all_processes_without_a_traceback(tmp_path: Path) -> Non
     assert process.returncode == 130
     assert err == "interrupted: nothing was written\n"
     with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)  # no process of the group is left
+        os.killpg(process.pid, 0)  # no process of the group is alive
