@@ -1,6 +1,6 @@
-"""``replay INCIDENT_DIR``: run the window of an incident again, here, and say what was at fault.
+"""``replay INCIDENT_DIR``: rerun the window of an incident on this machine, and name the cause.
 
-Needs nothing but the folder: weights, images, masks and settings are in it.
+The folder is all it takes: weights, images, masks and settings are in it.
 """
 
 from collections.abc import Sequence
@@ -9,30 +9,37 @@ from typing import Any
 
 import torch
 
-from models.network import CamouflageSegmenter, build_network
+from commands.output import print_lines
+from models.network import CamouflageSegmenter, NetworkSettings, build_network
 from runtime.files import first_line
-from runtime.machine import memory_format_of, on_device, resolve_device
+from runtime.machine import on_device, resolve_device
 from training.batchnorm import running_statistics, untouched
 from training.diagnosis import Diagnosis, diagnose, find_culprits, name_cause, stand_out
 from training.gate import StepVerdict
 from training.incidents import OF_THE_RUN, IncidentRecord, read_incident
 from training.optim import all_finite
-from training.setup import settings_of
 from training.window import Window, accumulate_gradients, window_from_payload
 
 _EXPLANATIONS = {
     "data": "other samples are fine under the same weights",
-    "model": "the samples are not to blame one by one: the weights, or all of the data, lead there",
+    "model": "the samples are not to blame one by one: the weights, or all of the data, lead to it",
     "precision": "it is finite in fp32",
-    "not reproduced": "run again it is as it should be: a passing fault of the machine, or a fire drill",
+    "not reproduced": "the rerun is as it should be: a passing fault of the machine, or a fire drill",
 }
 
 
 def replay(folder: Path, device_name: str) -> int:
-    """Print loss, gradient norm and first non-finite module in the recorded precision and in fp32, and the cause.
+    """Rerun an incident's window in the recorded precision and in fp32, and print the numbers of both and the cause.
+
+    Args:
+        folder: folder of the incident, or a copy of it.
+        device_name: auto, cpu or cuda.
+
+    Returns:
+        exit code 0.
 
     Raises:
-        ValueError: the folder is no incident, or what replay needs is not in it.
+        ValueError: the folder holds no incident, or not all that its rerun needs.
     """
     record, payload = read_incident(folder)
     device = resolve_device(device_name)
@@ -44,8 +51,8 @@ def replay(folder: Path, device_name: str) -> int:
         culprits = _culprits(model, full, record, full_again)
         samples = [record.samples[position] for position in culprits]
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-        reason = first_line(error)[:120]
-        raise ValueError(f"{folder}: cannot be run again from its settings, weights and samples ({reason})") from error
+        reason = first_line(error, 120)
+        raise ValueError(f"{folder}: its settings, weights and samples cannot be rerun ({reason})") from error
 
     cause = name_cause(recorded_again, full_again, culprits, window.num_samples, record.healthy_otherwise)
     high = record.grad_norm / 2
@@ -54,29 +61,28 @@ def replay(folder: Path, device_name: str) -> int:
     if record.verdict in OF_THE_RUN:
         cause = "model"
 
-    print(f"{folder}: {record.verdict} in stage {record.stage}, epoch {record.epoch}, window {record.window}")
-    print(f"Then: {record.action}")
+    lines = [f"{folder}: {record.verdict} in stage {record.stage}, epoch {record.epoch}, window {record.window}"]
+    lines.append(f"Then: {record.action}")
+    if record.verdict in OF_THE_RUN:
+        lines.append("Replayed on the weights after that window's step: the run had failed by then")
+    lines.append(f"{'':16} {'loss':>10} {'grad norm':>10}  first number that is not finite")
     rows = [(f"recorded, {record.precision}", record.loss, record.grad_norm, record.first_nonfinite)]
     for name, again in ((f"replayed, {record.precision}", recorded_again), ("replayed, fp32", full_again)):
         rows.append((name, again.loss, again.grad_norm, again.first_nonfinite))
-    if record.verdict in OF_THE_RUN:
-        print("Replayed on the weights after that window's step: the run had gone astray by then")
-    print(f"{'':16} {'loss':>10} {'grad norm':>10}  first number that is not finite")
-    for name, loss, norm, where in rows:
-        print(f"{name:16} {loss:10.4g} {norm:10.4g}  {where or 'none'}")
+    lines += [f"{name:16} {loss:10.4g} {norm:10.4g}  {module or 'none'}" for name, loss, norm, module in rows]
     if not all_finite(model.parameters()):
-        print("Weights are not finite, so nothing after them is")
-    for sample in samples if cause == "data" else ():
-        print(f"Alone, in fp32, this sample does it: {sample}")
+        lines.append("Weights are not finite, so nothing after them is")
+    if cause == "data":
+        lines += [f"Alone, in fp32, this sample does it: {sample}" for sample in samples]
     drill = f" (a fire drill: {record.drill})" if record.drill else ""
-    print(f"Cause: {cause}: {_EXPLANATIONS[cause]}{drill}")
+    print_lines([*lines, f"Cause: {cause}: {_EXPLANATIONS[cause]}{drill}"])
     return 0
 
 
 def _rebuild(payload: dict[str, Any], device: torch.device) -> tuple[CamouflageSegmenter, Window]:
-    settings = settings_of(payload["settings"])
-    memory_format = memory_format_of(settings)
-    model = on_device(build_network(settings, load_weights=False), device, memory_format)
+    settings = payload["settings"]
+    memory_format = torch.channels_last if settings.get("channels_last", True) else torch.contiguous_format
+    model = on_device(build_network(NetworkSettings.of(settings)), device, memory_format)
     model.load_state_dict(payload["model"])
     model.set_backbone_frozen(payload["backbone_frozen"])
     return model.train(), window_from_payload(payload["window"], device.type, memory_format)
@@ -90,7 +96,7 @@ def _diagnose(model: CamouflageSegmenter, window: Window, loss_scale: float = 1.
 def _culprits(
     model: CamouflageSegmenter, window: Window, record: IncidentRecord, diagnosis: Diagnosis
 ) -> Sequence[int]:
-    """Positions of the samples that do it alone: not finite, or for a spike, far above the others."""
+    """Return the positions of the samples at fault: not finite by themselves, or in a spike far above the others."""
     with running_statistics(model):
         if not diagnosis.finite:
             return find_culprits(window.num_samples, lambda few: not _diagnose(model, window.only(few)).finite)

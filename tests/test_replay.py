@@ -1,4 +1,4 @@
-"""``replay``: what it says about incidents of each kind. (Of data and precision, end to end: test_recovery.py.)"""
+"""``replay``: its answer to incidents of each kind. (Data and precision, end to end: test_recovery.py.)"""
 
 import json
 import re
@@ -15,7 +15,7 @@ from train_ultimate import main
 
 @pytest.fixture(scope="module")
 def incident(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The first incident's folder of a run with a drill, moved away from its run."""
+    """Return a function that runs a drill and moves the folder of its first incident away from the run."""
 
     def folder(drill: str, *more: str) -> Path:
         root = tmp_path_factory.mktemp("incident")
@@ -33,11 +33,11 @@ def incident(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
     [
         ("bad-sample@4", "data: other samples are fine"),
         ("nan-weight@13", "model: the samples are not to blame"),
-        ("nan-loss@13", "not reproduced: run again it is as it should be"),
-        ("spike@16", "not reproduced: run again it is as it should be"),
+        ("nan-loss@13", "not reproduced: the rerun is as it should be"),
+        ("spike@16", "not reproduced: the rerun is as it should be"),
     ],
 )
-def test_cause_of_each_kind(
+def test_cause_of_each_kind_is_named(
     incident: Callable[..., Path], capsys: pytest.CaptureFixture[str], drill: str, cause: str
 ) -> None:
     folder = incident(drill)
@@ -47,16 +47,16 @@ def test_cause_of_each_kind(
     assert re.search(rf"^Cause: {cause}", out, re.MULTILINE)
     assert re.search(r"^recorded, fp32 ", out, re.MULTILINE)
     assert re.search(r"^replayed, fp32 ", out, re.MULTILINE)
-    weights_broken = drill.startswith("nan-weight")  # struck a window before the one that shows it
+    weights_broken = drill.startswith("nan-weight")  # set one window before it shows
     assert ("Weights are not finite" in out) == weights_broken
     assert ("a fire drill" in out) == (not weights_broken)
 
 
 @pytest.mark.parametrize("flags", [(), ("--augment-on", "device", "--gradient-checkpointing")])
-def test_finite_window_is_replayed_to_the_recorded_numbers(
+def test_finite_window_has_the_recorded_loss(
     incident: Callable[..., Path], capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
 ) -> None:
-    """A spike's loss is not touched by the drill, only its gradient: the loss comes out the same to every digit."""
+    """The spike drill changes only the gradient, so the loss must be the same to every digit."""
     folder = incident("spike@16", *flags)
     capsys.readouterr()
     assert main(["replay", str(folder)]) == 0
@@ -64,10 +64,10 @@ def test_finite_window_is_replayed_to_the_recorded_numbers(
     assert rows["recorded"] == rows["replayed"]
 
 
-def test_spike_that_can_be_reproduced_is_put_down_to_the_sample_that_stands_out(
+def test_reproduced_spike_is_attributed_to_the_sample_that_stands_out(
     incident: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A network that is sure of background everywhere, and two masks: right for the empty one, wrong for the full."""
+    """The network predicts only background, which is right for an empty mask and wrong for a full one."""
     folder = incident("spike@16")
     payload = torch.load(folder / "replay.pt", weights_only=True)
     for name, weights in payload["model"].items():
@@ -86,7 +86,7 @@ def test_spike_that_can_be_reproduced_is_put_down_to_the_sample_that_stands_out(
 
 
 @pytest.mark.parametrize("argv", [["replay"], ["replay", "nowhere"], ["replay", "x", "--lr", "3"]])
-def test_mistakes_are_told_in_one_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_reported_in_one_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -99,4 +99,4 @@ def test_weights_of_another_network_are_refused(
     payload["settings"]["decoder_channels"] = 24
     torch.save(payload, folder / "replay.pt")
     assert main(["replay", str(folder)]) == 2
-    assert "cannot be run again from its settings, weights and samples" in capsys.readouterr().err
+    assert "its settings, weights and samples cannot be rerun" in capsys.readouterr().err
