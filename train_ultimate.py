@@ -4,53 +4,58 @@
     python train_ultimate.py train --dataset-path data/COD10K-v3    the real thing
     python train_ultimate.py train --resume auto                    after a crash, a kill, a pre-emption
 
-Read it from main() upwards: main -> prepare -> train -> run_stage -> train_epoch. Stage 1 trains the decoder on a
-frozen backbone, stage 2 everything; both are rows of build_stages() and go through the same code. A window is one
-optimizer step's worth of batches.
+Read it from main() upwards: main -> train -> run_stage -> train_epoch. Stage 1 trains the decoder on a frozen backbone,
+stage 2 everything; both are rows of build_stages() and share all code. A window is one optimizer step's worth of
+batches.
 """
 
 import math
 import signal
 import sys
-import time
 import traceback
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import commands
-from data.processes import default_num_workers
-from training.feed import epoch_windows, settle_window, take_in
 
-if __name__ == "__main__":  # help, mistakes and the commands that do without torch answer before it is imported
-    if (answered := commands.run()) is not None:
-        sys.exit(answered)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not so in a background job
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): a traceback from amid imports would help nobody
+if __name__ == "__main__":  # help, mistakes and commands that need no torch answer before it is imported
+    REQUEST = commands.answer()
+    if isinstance(REQUEST, int):
+        sys.exit(REQUEST)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # background jobs ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: a traceback from amid imports helps nobody
 
 import torch
-from torch.nn.utils import clip_grads_with_norm_
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+from commands.cli import Request
+from commands.output import print_error, print_lines
 from data.dataset import Batch
-from data.loading import sampler_of, to_device, training_loader, validation_loader
+from data.loading import to_device, training_loader, validation_loader
+from data.processes import default_num_workers
 from data.unreadable import UnreadableDataError
 from evaluation.metrics import quick_scores
-from models.network import CamouflageSegmenter
-from reporting.listeners import epoch_lines
-from runtime.folder import unlock_directory
+from models import CamouflageSegmenter
+from reporting.closing import closing_lines, resume_command
+from reporting.listeners import listeners_of
+from runtime import console
+from runtime.files import first_line
+from runtime.log import Listener
+from runtime.ranks import join, rank_before_joining
 from runtime.sharding import whole_weights
-from training.batchnorm import BufferGuard
-from training.feed import WindowFeed
-from training.gate import PendingOutcome, gated_step, should_skip
+from training.feed import WindowQueue
+from training.gate import StepGate, clip_gradients_, gated_step
 from training.ladder import LossHistory
 from training.optim import fresh_moments, gradient_norm, set_learning_rates
 from training.recovery import RecoverySpentError
 from training.run import Run
-from training.setup import prepare
+from training.settings import Settings
+from training.setup import Parts, prepare
 from training.stages import Stage
 from training.state import EpochStats
-from training.window import Window
+
+Validation = Callable[[Run, DataLoader[Batch]], dict[str, float]]
 
 
 class StoppedError(Exception):
@@ -62,130 +67,63 @@ class StoppedError(Exception):
 
 
 def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
-    """Train what is left of the epoch under way, or up to a stop request; sums go to ``state.epoch_stats``.
+    """Train the rest of the epoch, one optimizer step per window of batches; sums go to ``state.epoch_stats``.
 
-    The host waits for the device once a window, for numbers one window old: see ``PendingOutcome``. Where they show
-    that a window was not applied, recovery may want it to be run again: then the gradient under way is dropped, and
-    both windows come anew, in their order.
+    The device decides whether a step is applied. The host reads that verdict one window later, so it never waits for
+    the step it has just queued. If recovery reruns the previous window, the current gradient is discarded and both
+    windows are queued again, in order.
 
     Raises:
-        RecoverySpentError: training does not get on, whatever recovery has tried.
-        UnreadableDataError: too many images or masks cannot be decoded.
+        RecoverySpentError: Recovery has nothing left to try.
+        UnreadableDataError: Too many images or masks cannot be decoded.
     """
-    state, progress, stats = run.state, run.state.progress, run.state.epoch_stats
-    parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
-    num_windows = sampler_of(loader).num_windows
-    state.model.train()
-    guard = BufferGuard(state.model)
-    feed = WindowFeed(epoch_windows(run, stage, loader, num_windows, guard), run.drills)
-    pending: tuple[Window, PendingOutcome] | None = None
-    start = time.perf_counter()
-    bar = tqdm(desc=f"Epoch {progress.epoch + 1}/{run.args.epochs}", total=num_windows, initial=progress.window,
-               unit="window", disable=run.hides_bars)  # fmt: skip
-    while True:
-        now = time.perf_counter()
-        guard.begin_window()
-        try:
-            window, loss = feed.take(hold=run.save_is_due or run.stop.signal_number is not None), None
-            if window is not None:
-                window, loss = run.runner.gradients(state.model, window, guard)
-        except Exception:  # a bug, a lost worker: what has been trained so far can still be saved
-            guard.restore()
-            if pending is not None:
-                take_in(run, stage, *pending, guard)
-            raise
-        if pending is not None:  # before the step: the average takes in the weights as that window left them
-            again, pending = settle_window(run, stage, *pending, guard, bar), None
-            if again is not None:
-                feed.put_back([*again, *([window] if window is not None else [])])
-                state.ladder.seconds_lost += time.perf_counter() - now
+    state, grad_clip = run.state, run.settings.grad_clip
+    model, optimizer = state.model.train(), state.optimizer
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gate = StepGate(model, state.detector, grad_clip, run.machine.ranks, run.signals.received)
+    with WindowQueue(run, stage, loader, gate) as queue:
+        for window in queue:
+            gate.begin_window()
+            window, loss = run.runner.backward(model, window, gate.guard)  # forward and backward pass of each batch
+            if queue.settle_previous():  # the only host sync, on numbers one window old
+                queue.put_back(window)
                 continue
-        if window is None or loss is None:
-            if run.save_is_due:
-                stats.seconds, start = stats.seconds + now - start, now
-                save_step(run)
-                continue
-            break
-
-        run.consistent = False
-        if window.drill is not None:
-            window.drill.strike(parameters)
-        window.scaler.unscale_(state.optimizer)
-        grad_norm = gradient_norm(parameters)
-        found_inf, loss_scale = window.scaler.found_inf(state.optimizer, loss), window.scaler.current_scale(loss)
-        loss, grad_norm, found_inf, requests = run.ranks.agree(  # of several processes: one verdict for all
-            loss, grad_norm, found_inf, run.stop.told(), guard.statistics, window.num_samples
-        )
-        spike, highest = state.detector.examine(loss, grad_norm, found_inf)
-        # Clips to the lower of --grad-clip and the detector's height, which is on the device: a float would be a sync.
-        relative_norm = grad_norm * (run.args.grad_clip / highest.clamp(max=run.args.grad_clip))
-        clip_grads_with_norm_(parameters, run.args.grad_clip, relative_norm, foreach=True)
-        skip = should_skip(loss, grad_norm, found_inf, spike)
-        set_learning_rates(state.optimizer, window.lr * state.ladder.lr_factor, stage.backbone_lr_scale)
-        gated_step(state.optimizer, skip)
-        guard.end_window(skip)
-        window.scaler.update_after(loss, found_inf)
-        state.optimizer.zero_grad(set_to_none=True)
-        pending = window, PendingOutcome(loss, grad_norm, found_inf, spike, loss_scale, requests)
-        if window.attempt == 0:
-            progress.count(window.number, window.global_number, window.num_samples_everywhere)
-            stats.num_samples += window.num_samples_everywhere
-            bar.update()
-        else:
-            state.ladder.seconds_lost += time.perf_counter() - now
-    bar.close()
-    stats.seconds += time.perf_counter() - start
-
-
-def stop_if_asked(run: Run) -> None:
-    """End the run after a signal, saved where it stands; an epoch trained to its end is only validated on resume."""
-    run.stop.hear(run.ranks.total(run.stop.told()))
-    number = run.stop.signal_number
-    if number is not None:
-        told = f"stopped by {signal.Signals(number).name}; {save_and_wait(run)}. Go on with: {run.resume_command}"
-        raise StoppedError(128 + number, told)
-
-
-def save_step(run: Run) -> Path:
-    """Begin a checkpoint in mid-epoch. Training waits for a copy of the state, not for the disk."""
-    run.stop.saved()
-    return run.store.save_step(run.state.progress.global_window, run.checkpoint())
-
-
-def save_and_wait(run: Run, together: bool = True) -> str:
-    """Save before the process ends; returns what to tell the user. Ranks wait ``together`` for the one that writes."""
-
-    def written() -> str:
-        run.store.wait()
-        kept = "older checkpoints stay" if run.store.files() else "there is no older checkpoint"
-        return f"saved {path}" if run.store.failure is None else f"not saved ({run.store.failure}); {kept}"
-
-    path = save_step(run)
-    told = run.ranks.from_first(written) if together else written()
-    return told if run.ranks.is_first else ""
+            window.strike(parameters)  # a fire drill's fault; nothing in an ordinary window
+            window.scaler.unscale_(optimizer)
+            grad_norm = gradient_norm(parameters)
+            verdict = gate.judge(loss, grad_norm, window.scaler, optimizer, window.num_samples)  # the same on all ranks
+            clip_gradients_(parameters, verdict, grad_clip)
+            set_learning_rates(optimizer, window.lr * state.ladder.lr_factor, stage.backbone_lr_scale)
+            gated_step(optimizer, verdict.skip)  # a skipped step changes no weight and no moment
+            gate.end_window(verdict.skip)  # nor BatchNorm's running statistics
+            window.scaler.update_after(verdict.loss, verdict.found_inf)
+            optimizer.zero_grad(set_to_none=True)
+            queue.stepped(window, verdict)
 
 
 @torch.inference_mode()
 def validate(run: Run, loader: DataLoader[Batch]) -> dict[str, float]:
-    """Means over images, at the training size: IoU and Dice at 0.5, MAE and S-measure, of the averaged weights.
+    """Return IoU and Dice at 0.5, MAE and S-measure of the averaged weights: means over images, at the training size.
 
-    Predictions are scored in 8 bits. Images that cannot be read are left out of the means. A network whose output is
-    not finite has no score: NaN, which is never the best.
+    Predictions are scored in 8 bits, unreadable images are left out. A network whose output is not finite has no score:
+    NaN, which is never the best.
 
     Raises:
-        UnreadableDataError: too many, or none at all can be read.
+        StoppedError: A signal arrived.
+        UnreadableDataError: Too many images, or all of them, cannot be decoded.
     """
+    ranks, unreadable = run.machine.ranks, run.data.unreadable
     model = run.state.model_for_use.train().eval()  # train() first: some timm models cache weights when eval() begins
     scores: dict[int, dict[str, float]] = {}
     is_finite = True
-    num_heard = 0 if run.ranks.shards else min(run.ranks.gather(len(loader)))  # batches that every rank has
+    num_interruptible = 0 if ranks.shards else min(ranks.gather(len(loader)))  # batches that every rank has
     for number, batch in enumerate(loader):
-        if number < num_heard:
+        if number < num_interruptible:
             stop_if_asked(run)
-        run.unreadable.meet({run.config["validation"][index]: reason for index, reason in batch.errors.items()})
+        unreadable.meet({run.data.validation[index]: reason for index, reason in batch.errors.items()})
         if not len(batch.images):
             continue
-        images, _ = to_device(batch, run.device, run.memory_format)
+        images, _ = to_device(batch, run.machine.device, run.machine.memory_format)
         with run.precision_in_use.autocast():
             logits = model(images)[-1]
         probabilities = logits.float().sigmoid()
@@ -198,56 +136,92 @@ def validate(run: Run, loader: DataLoader[Batch]) -> dict[str, float]:
             index: quick_scores(prediction, mask)
             for index, (prediction, mask) in zip(batch.indices.tolist(), pairs, strict=True)
         }
-    run.unreadable.agree(run.ranks.gather)
-    if not run.ranks.all(is_finite):
+    unreadable.agree(ranks.gather)
+    if not ranks.all(is_finite):
         return dict.fromkeys(("iou", "dice", "mae", "s_measure"), math.nan)
-    everywhere = {index: image for part in run.ranks.gather(scores) for index, image in part.items()}
-    in_order = [everywhere[index] for index in sorted(everywhere)]  # for the same sums, however many ranks
+    everywhere = {index: image for part in ranks.gather(scores) for index, image in part.items()}
+    in_order = [everywhere[index] for index in sorted(everywhere)]  # for the same sums on any number of ranks
     if not in_order:
-        raise UnreadableDataError("not one image to validate on can be read: restore them")
+        raise UnreadableDataError("none of the validation images can be read: restore them")
     return {name: sum(image[name] for image in in_order) / len(in_order) for name in in_order[0]}
 
 
+def stop_if_asked(run: Run) -> None:
+    """Save and end the run if a signal asks for it. On resume, an epoch trained to its end is only validated.
+
+    Raises:
+        StoppedError: A signal arrived.
+    """
+    run.signals.hear(run.machine.ranks.total(run.signals.received()))
+    number = run.signals.signal_number
+    if number is not None:
+        saved = save_and_wait(run)
+        raise StoppedError(
+            128 + number, f"stopped by {signal.Signals(number).name}; {saved}. Go on with: {resume_command(run)}"
+        )
+
+
+def save_and_wait(run: Run, together: bool = True) -> str:
+    """Save before the process ends. Return what to print about it, on rank 0.
+
+    Args:
+        run: the run.
+        together: All ranks wait for rank 0, which writes.
+    """
+    ranks, store = run.machine.ranks, run.folder.store
+
+    def written() -> str:
+        store.wait()
+        kept = "older checkpoints stay" if store.files() else "there is no older checkpoint"
+        return f"saved {path}" if store.failure is None else f"not saved ({store.failure}); {kept}"
+
+    path = run.save_step()
+    saved = ranks.from_first(written) if together else written()
+    return saved if ranks.is_first else ""
+
+
 def begin_stage(run: Run, stage: Stage) -> None:
-    """Make the run's state what the stage starts from, or goes on from where the run was resumed in its midst."""
+    """Bring the state to the stage's start. A run resumed within the stage keeps its scaler and its history."""
     state, progress = run.state, run.state.progress
     assert isinstance(state.model, CamouflageSegmenter)
     state.model.set_backbone_frozen(stage.freeze_backbone)
     if progress.stage != stage.number:
         progress.stage = stage.number
-        state.scaler = run.precision.new_scaler(stage.scaler)
-        state.detector.reset(run.device)
+        state.scaler = run.machine.precision.new_scaler(stage.scaler)
+        state.detector.reset(run.machine.device)
         if not stage.freeze_backbone and not state.model.freeze_norm_statistics:
-            state.ladder.losses = LossHistory()  # BatchNorm begins to learn its statistics: another level
+            state.ladder.losses = LossHistory()  # BatchNorm begins to learn its statistics: losses of another level
     fresh_moments(state.optimizer, everywhere=False)
-    run.runner.replicate(state.model.train(), run.ranks, run.args.img_size, run.precision_in_use, run.memory_format)
+    run.runner.replicate(state.model.train(), run.precision_in_use)
     run.recovery.begin_stage()
 
 
-def run_stage(run: Run, stage: Stage) -> None:
-    """Train, validate and save every epoch of the stage that is still to come.
+def run_stage(run: Run, stage: Stage, validate: Validation = validate) -> None:
+    """Train, validate and save the stage's remaining epochs.
 
     Raises:
-        StoppedError: by a signal.
+        StoppedError: A signal arrived.
         RecoverySpentError, UnreadableDataError: see ``train_epoch``.
     """
-    state, progress = run.state, run.state.progress
+    state, progress, settings = run.state, run.state.progress, run.settings
     begin_stage(run, stage)
-    num_workers = default_num_workers() if run.args.num_workers is None else run.args.num_workers
-    workers = {"num_workers": num_workers, "pin_memory": run.device.type == "cuda", "cache": run.cache}
-    later = {"augment_on_device": run.args.augment_on == "device", "window_size": run.config["window_size"]}
-    sizes = run.args.img_size, stage.batch_size
-    train_loader = training_loader(run.train_pairs, *sizes, run.args.seed, share=run.share, **workers, **later)
-    val_loader = validation_loader(run.val_pairs, *sizes, share=run.share, **workers)
+    num_workers = default_num_workers() if settings.num_workers is None else settings.num_workers
+    shape: dict[str, Any] = {"img_size": settings.img_size, "batch_size": stage.batch_size, "share": run.share}
+    workers = {"num_workers": num_workers, "pin_memory": run.machine.device.type == "cuda", "cache": run.data.cache}
+    train_loader = training_loader(
+        run.data.train_pairs, **shape, **workers, seed=settings.seed, window_size=run.data.window_size,
+        augment_on_device=settings.augment_on == "device",
+    )  # fmt: skip
+    val_loader = validation_loader(run.data.val_pairs, **shape, **workers)
     backbone = "frozen" if stage.freeze_backbone else f"lr {stage.lr * stage.backbone_lr_scale:g}"
     epochs = f"epochs {stage.first_epoch + 1} to {stage.end_epoch}"
-    print(f"Stage {stage.number}: {epochs}, lr {stage.lr:g}, backbone {backbone}")
-    if run.args.compile:
-        run.runner.compile(state.model.train(), run.args.img_size, run.precision_in_use, run.memory_format)
+    console.logger.info(f"Stage {stage.number}: {epochs}, lr {stage.lr:g}, backbone {backbone}")
+    if settings.compile:
+        run.runner.compile(state.model.train(), run.precision_in_use)
     while progress.epoch < stage.end_epoch:
         stop_if_asked(run)
         train_epoch(run, stage, train_loader)
-        run.unreadable.agree(run.ranks.gather)
+        run.data.unreadable.agree(run.machine.ranks.gather)
         run.recovery.require_finite_weights()
         stop_if_asked(run)
         with whole_weights(state.model_for_use):
@@ -256,121 +230,150 @@ def run_stage(run: Run, stage: Stage) -> None:
 
 
 def finish_epoch(run: Run, stage: Stage, scores: dict[str, float]) -> None:
-    """Report the epoch, move on to the next, write the checkpoints."""
-    state, progress = run.state, run.state.progress
-    report_epoch(run, stage, scores)
-    progress.epoch += 1
-    progress.window = 0
-    state.epoch_stats = EpochStats()
-    is_best = scores["iou"] > progress.best_iou  # False for NaN
-    if is_best:
-        progress.best_iou, progress.best_epoch = scores["iou"], progress.epoch
-    run.store.save_epoch(progress.epoch, run.checkpoint(), is_best)
-
-
-def report_epoch(run: Run, stage: Stage, scores: dict[str, float]) -> None:
-    """The epoch's lines on the terminal and its event in metrics.jsonl."""
-    stats, epoch = run.state.epoch_stats, run.state.progress.epoch + 1
-    backbone_lr = 0.0 if stage.freeze_backbone else stats.lr * stage.backbone_lr_scale
-    run.log.event(
+    """Log the epoch, move on to the next one, and begin the checkpoint."""
+    state, stats = run.state, run.state.epoch_stats
+    run.folder.log.event(
         "epoch",
-        **{"stage": stage.number, "epoch": epoch, **scores, **stats.summary(), "backbone_lr": backbone_lr},
-        **{"unreadable": len(run.unreadable.reasons)},
+        stage=stage.number,
+        epoch=state.progress.epoch + 1,
+        **scores,
+        **stats.summary(),
+        backbone_lr=0.0 if stage.freeze_backbone else stats.lr * stage.backbone_lr_scale,
+        loss_scale=state.scaler.get_scale(),
+        unreadable=len(run.data.unreadable.reasons),
     )
-    if not sys.stderr.isatty():  # no progress bar above these lines to tell the epoch
-        print(f"Epoch {epoch}/{run.args.epochs}")
-    scale = run.state.scaler.get_scale()
-    print(*epoch_lines(stats, scores, 5 * run.args.grad_clip, scale, warn=not run.norm_warned), sep="\n")
-    run.norm_warned |= stats.num_large_norms > 0
+    is_best = state.progress.end_epoch(scores["iou"])
+    state.epoch_stats = EpochStats()
+    run.folder.store.save_epoch(state.progress.epoch, run.checkpoint(), is_best)
 
 
-def train(run: Run) -> None:
-    """Run the stages that are left.
+def train(run: Run, validate: Validation = validate) -> None:
+    """Run the remaining stages.
 
     Raises:
-        StoppedError: by a signal, or because recovery has nothing left to try.
-        UnreadableDataError: too many images or masks cannot be decoded.
+        StoppedError: A signal arrived, or recovery has nothing left to try.
+        UnreadableDataError: Too many images or masks cannot be decoded.
     """
-    progress = run.state.progress
-    if run.state.ladder.spent:
-        advice = f"with a lower learning rate, say: {run.resume_command} --lr {run.args.lr / 2:g}"
-        raise StoppedError(3, f"diverged before, and the same command would again; go on {advice}")
-    if progress.epoch >= run.args.epochs:
-        print(f"All {run.args.epochs} epochs are done already; a larger --epochs goes on from here")
+    progress, settings, ladder = run.state.progress, run.settings, run.state.ladder
+    if ladder.spent:
+        lower = f"{resume_command(run)} --lr {settings.lr / 2:g}"
+        raise StoppedError(
+            3, f"diverged before, and the same command would again; go on with a lower learning rate, say: {lower}"
+        )
+    if progress.epoch >= settings.epochs:
+        console.logger.info(f"All {settings.epochs} epochs are done already; a larger --epochs goes on from here")
     for stage in run.stages:
         if progress.epoch < stage.end_epoch:
             try:
-                run_stage(run, stage)
+                run_stage(run, stage, validate)
             except RecoverySpentError as error:
-                saved = save_and_wait(run)
                 raise StoppedError(
                     3,
-                    f"diverged in epoch {progress.epoch + 1}/{run.args.epochs}, all recoveries spent: {error}. What "
-                    f"happened: {run.recovery.incidents.directory}; a good state: {saved}\n"
-                    f"Go on from it, say with a lower learning rate: {run.resume_command} "
-                    f"--lr {run.args.lr * run.state.ladder.lr_factor / 2:g}",
+                    f"diverged in epoch {progress.epoch + 1}/{settings.epochs}, all recoveries spent: {error}. What "
+                    f"happened: {run.recovery.incidents.directory}; a good state: {save_and_wait(run)}\n"
+                    f"Go on from it, say with a lower learning rate: {resume_command(run)} "
+                    f"--lr {settings.lr * ladder.lr_factor / 2:g}",
                 ) from error
 
 
 def rescue(run: Run) -> str:
-    """After an error: save what has been trained, unless it struck in the midst of a step; returns what to tell."""
-    if run.ranks.shards or not (run.consistent and run.ranks.is_first):  # what is sharded takes all ranks to be saved
+    """Save what has been trained after an error, unless a step is half done. Return what to print about it."""
+    ranks = run.machine.ranks
+    if ranks.shards or not ranks.is_first or run.state.mid_step:  # saving shards takes all ranks
         return ""
     try:
         return f" ({save_and_wait(run, together=False)})"
-    except Exception as error:  # it must not hide the one that is to be told
+    except Exception as error:  # must not hide the first error
         return f" (not saved: {error})"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done; 1 a bug; 2 bad usage or input; 3 diverged; 130 / 143 stopped by a signal.
+def outcome_of(run: Run, validate: Validation) -> tuple[int, str]:
+    """Train, and return the exit code and the message for the user."""
+    ranks, store, go_on = run.machine.ranks, run.folder.store, f"Go on with: {resume_command(run)}"
+    try:
+        train(run, validate)
+        store.wait()
+        if ranks.all(store.failure is None):
+            return 0, ""
+        message = save_and_wait(run)  # a last attempt, for a state that is in no file yet
+        return 0 if ranks.all(store.failure is None) else 1, message
+    except StoppedError as stopped:
+        return stopped.exit_code, str(stopped) if ranks.is_first else ""
+    except torch.OutOfMemoryError:
+        way_out = "--gradient-checkpointing, a smaller --img-size or --backbone needs less"
+        return 1, f"out of memory with the smallest batches; {way_out}. {go_on}{rescue(run)}"
+    except UnreadableDataError as error:
+        return 2, f"{error}; then go on with: {resume_command(run)}{rescue(run)}"
+    except KeyboardInterrupt:
+        return 130, f"stopped at once. Go on from the newest checkpoint with: {resume_command(run)}"
+    except Exception as error:
+        if lost := ranks.lost():
+            return 1, f"{lost} has ended ({first_line(error)}){rescue(run)}"
+        traceback.print_exc()
+        return 1, f"unexpected, see above. {go_on}{rescue(run)}"
 
-    Of ``check-data``: 1 for findings; of ``evaluate`` and ``predict``: 1 for an image that could not be read.
-    """
-    if (exit_code := commands.run(argv)) is not None:
-        return exit_code
-    run = commands.attempt(lambda: prepare(argv))
-    if isinstance(run, int):
-        return run
-    exit_code, message = 0, ""
-    with run.stop:  # to the end: launchers send SIGTERM as soon as one rank has failed
-        try:
-            train(run)
-            run.store.wait()
-            if not run.ranks.all(run.store.failure is None):  # a last attempt, for what is in no file yet
-                message = save_and_wait(run)
-                exit_code = 0 if run.ranks.all(run.store.failure is None) else 1
-        except StoppedError as stopped:
-            exit_code, message = stopped.exit_code, str(stopped) if run.ranks.is_first else ""
-        except torch.OutOfMemoryError:
-            exit_code, way_out = 1, "--gradient-checkpointing, a smaller --img-size or --backbone needs less"
-            message = (
-                f"out of memory with the smallest batches; {way_out}. Go on with: {run.resume_command}{rescue(run)}"
-            )
-        except UnreadableDataError as error:
-            exit_code, message = 2, f"{error}; then go on with: {run.resume_command}{rescue(run)}"
-        except KeyboardInterrupt:
-            exit_code, message = 130, f"stopped at once. Go on from the newest checkpoint with: {run.resume_command}"
-        except Exception as error:
-            exit_code, reason = 1, next(iter(str(error).splitlines()), type(error).__name__)
-            if lost := run.ranks.lost():
-                message = f"{lost} has ended ({reason}){rescue(run)}"
-            else:
-                traceback.print_exc()
-                message = f"unexpected, see above. Go on with: {run.resume_command}{rescue(run)}"
-        run.log_end(exit_code)
-        if run.lock is not None:
-            unlock_directory(run.lock)
-        run.ranks.close(done=exit_code == 0)
-        print(*run.state.ladder.describe(), *run.unreadable.describe(), sep="\n")
-        if message:
-            print(message if exit_code in (0, 130, 143) else f"error: {message}", file=sys.stderr)
-        if not exit_code:
-            print(*run.last_lines(), sep="\n")
-        run.log.close()
+
+def run_to_its_end(run: Run, parts: "ScriptParts") -> int:
+    """Train with signals caught, then log how the run ended, print it, and return the exit code."""
+    progress, ladder, unreadable = run.state.progress, run.state.ladder, run.data.unreadable
+    if run.machine.ranks.is_first:
+        run.folder.log.listeners += parts.listeners_of(run)
+    with run.signals:  # to the end: launchers send SIGTERM as soon as one rank has failed
+        exit_code, message = outcome_of(run, parts.validate)
+        run.folder.log.event(
+            "run_end",
+            exit_code=exit_code,
+            best_iou=progress.best_iou,
+            best_epoch=progress.best_epoch,
+            recovery=ladder.summary(),
+            unreadable=list(unreadable.reasons),
+        )
+        run.folder.release()
+        run.machine.ranks.close(done=exit_code == 0)
+        for line in (*ladder.describe(), *unreadable.describe()):
+            console.logger.info(line)
+        if message and exit_code in (0, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+            print_lines([message], to_stderr=True)
+        elif message:
+            print_error(message)
+        for line in closing_lines(run) if exit_code == 0 else ():
+            console.logger.info(line)
+        run.folder.log.close()
     return exit_code
+
+
+@dataclass(frozen=True)
+class ScriptParts(Parts):
+    """Parts of the script that tests and other programs may exchange."""
+
+    validate: Validation = validate
+    listeners_of: Callable[[Run], list[Listener]] = listeners_of
+
+
+def run_training(request: Request, parts: ScriptParts | None = None) -> int:
+    """Run ``train`` or ``demo``. Return the exit code, see ``main``."""
+    parts, given = parts or ScriptParts(), request.given
+    quiet = given.get("quiet", False) or given.get("json_logs", False)
+    with console.configured(warnings_only=quiet, silent=rank_before_joining() > 0):
+
+        def prepared() -> Run:
+            ranks = join(given.get("device", "auto"), given.get("rank_timeout", Settings.rank_timeout))
+            return prepare(given, ranks, request.preset, parts)
+
+        run = commands.attempt(prepared)
+        return run if isinstance(run, int) else run_to_its_end(run, parts)
+
+
+def main(argv: Sequence[str] | None = None, parts: ScriptParts | None = None) -> int:
+    """Run a command and return its exit code.
+
+    0: done. 1: a bug; findings of ``check-data``; images that ``evaluate`` or ``predict`` could not read. 2: bad usage
+    or bad input. 3: diverged, all recoveries spent. 130, 143: stopped by SIGINT, SIGTERM, with a checkpoint written.
+    """
+    request = commands.answer(argv)
+    return request if isinstance(request, int) else run_training(request, parts)
 
 
 if __name__ == "__main__":
     commands.begin()
-    sys.exit(main())
+    sys.exit(run_training(REQUEST))

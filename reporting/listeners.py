@@ -14,10 +14,12 @@ from torch import Tensor
 
 from data.dataset import load_image, load_mask
 from data.layouts import Pair
+from data.loading import unit_range
 from reporting.history import number
 from reporting.report import write_final_report
 from runtime.files import first_line
 from runtime.log import Listener
+from training.run import Run
 
 _EPOCH_SCALARS = (
     "epoch", "loss", "iou", "dice", "mae", "s_measure", "grad_norm_avg", "grad_norm_max", "lr", "backbone_lr",
@@ -217,27 +219,16 @@ class FinalReport:
             logger.warning("No report written (interrupted); later: %s", again)
 
 
-def listeners_of(
-    directory: Path,
-    epochs: int,
-    grad_clip: float,
-    global_window: int,
-    samples: Samples | None,
-    alone: bool = True,
-) -> list[Listener]:
-    """Return the listeners of a run. Log which ones are missing because a package is not installed.
-
-    Args:
-        directory: folder of the run.
-        epochs: see ``EpochLines``.
-        grad_clip: see ``EpochLines``.
-        global_window: windows that the run has done before.
-        samples: see ``TensorBoardCurves``.
-        alone: see ``FinalReport``.
-    """
-    found: list[Listener] = [EpochLines(epochs, grad_clip)]
-    try:
-        found.append(TensorBoardCurves(directory / "tensorboard", global_window, samples))
+def listeners_of(run: Run) -> list[Listener]:
+    """Return the listeners of a run, on rank 0. Log which ones are missing because a package is not installed."""
+    directory, global_window = run.folder.path, run.state.progress.global_window
+    found: list[Listener] = [EpochLines(run.settings.epochs, run.settings.grad_clip)]
+    samples = SamplePredictions(_predictor(run), run.data.val_pairs, run.settings.img_size)
+    try:  # no rank holds all weights of a sharded network, so there are no images of it
+        curves = TensorBoardCurves(
+            directory / "tensorboard", global_window, None if run.machine.ranks.shards else samples
+        )
+        found.append(curves)
     except ImportError:
         if not global_window:  # said when the run began
             logger.info("TensorBoard: not installed, so nothing is written for it (pip install tensorboard)")
@@ -246,20 +237,17 @@ def listeners_of(
     if importlib.util.find_spec("plotly") is None:
         logger.info("Report: plotly is not installed, so no report.html is written at the end (pip install plotly)")
     else:
-        found.append(FinalReport(directory, alone))
+        found.append(FinalReport(directory, alone=run.machine.ranks.size == 1))
     return found
 
 
-def epoch_lines(stats: Any, scores: dict[str, float], large_norm: float, loss_scale: float, warn: bool) -> list[str]:
-    """Return the lines of ``EpochLines``, for as long as the script prints them itself."""
-    lines = [
-        f"Loss: {stats.loss:.4f} | IoU: {scores['iou']:.4f} | Dice: {scores['dice']:.4f}",
-        f"   Gradient norm - Avg: {stats.grad_norm_avg:.3f}, Max: {stats.grad_norm_max:.3f}",
-    ]
-    if stats.num_overflows:
-        lines.append(f"   fp16 overflows: {stats.num_overflows}, none applied; loss scale now {loss_scale:g}")
-    if stats.num_large_norms:
-        share = f"{stats.num_large_norms} of {stats.num_applied} windows"
-        large = f"had a gradient norm above 5 x --grad-clip = {large_norm:g}; they were clipped"
-        lines.append(f"   Warning: {share} {large}" if warn else f"   {share} above {large_norm:g} were clipped")
-    return lines
+def _predictor(run: Run) -> Callable[[Tensor], Tensor]:
+    """Return the function that ``SamplePredictions`` takes: the weights for use, applied to one image."""
+
+    def predict(image: Tensor) -> Tensor:
+        network = run.state.model_for_use.train().eval()
+        with torch.inference_mode(), run.precision_in_use.autocast():
+            logits = network(unit_range(image.to(run.machine.device), run.machine.memory_format))[-1]
+        return logits.float().sigmoid().cpu()
+
+    return predict

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import logging
 import os
 import pickle
 import re
@@ -14,7 +15,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from runtime.files import first_line
+from runtime.files import first_line, replacing, sync_directory
+from runtime.folder import BEST
+from runtime.tensors import map_tensors, named_tensors
+
+logger = logging.getLogger("train_ultimate")
 
 FORMAT = "train_ultimate/2"
 
@@ -49,11 +54,6 @@ class CheckpointStore:
         self._under_way: tuple[list[str], Future[None]] | None = None
         self._host = HostCopy()
 
-    def remove_leftovers(self) -> None:
-        """Of writes that were killed. Call with the directory locked: a write under way looks the same."""
-        for leftover in self.directory.glob(".*.pth.unfinished"):
-            leftover.unlink(missing_ok=True)
-
     def save_epoch(self, epoch: int, payload: dict[str, Any], is_best: bool) -> None:
         """Begin ``epoch_NNNN.pth``; when it is there, the oldest beyond ``keep`` and mid-epoch files go.
 
@@ -71,8 +71,8 @@ class CheckpointStore:
     def is_writing(self) -> bool:
         return self._under_way is not None and not self._under_way[1].done()
 
-    def tell(self) -> None:
-        """What has become of a save, as soon as it has ended. Waits for nothing: for every window."""
+    def report(self) -> None:
+        """Report a save that has ended. Cheap and without waiting: called for every window."""
         if self._under_way is not None and not self.is_writing:
             self.wait()
 
@@ -85,7 +85,7 @@ class CheckpointStore:
             future.result()
         except (OSError, CheckpointError) as error:
             self.failure = error.with_traceback(None)  # which would keep every frame alive, loaders and all
-            print(f"Warning: {' and '.join(names)} could not be saved: {error}. Training goes on; older files stay")
+            logger.warning(f"{' and '.join(names)} could not be saved: {error}. Training goes on; older files stay")
             return
         self.failure = None
         if self.on_saved is not None:
@@ -117,7 +117,7 @@ class CheckpointStore:
         for path in older:
             path.unlink(missing_ok=True)
         if older:
-            print(f"Warning: the disk is full; {', '.join(path.name for path in older)} removed to make room")
+            logger.warning(f"the disk is full; {', '.join(path.name for path in older)} removed to make room")
         return bool(older)
 
     def _remove_outdated(self, written: Path) -> None:
@@ -144,12 +144,12 @@ class CheckpointStore:
             try:
                 found.append((_windows_done(path), path))
             except CheckpointError as error:
-                print(f"Passed over {error}")
+                logger.warning(f"skipped {error}")
         for _, path in sorted(found, reverse=True):
             try:
                 return path, read_checkpoint(path)
             except CheckpointError as error:
-                print(f"Passed over {error}")
+                logger.warning(f"skipped {error}")
         return None
 
     def set_aside_after(self, global_window: int) -> list[Path]:
@@ -167,12 +167,12 @@ class CheckpointStore:
 
     @property
     def best_path(self) -> Path:
-        return self.directory / "best_model.pth"
+        return self.directory / BEST
 
     def _numbered(self, kind: str) -> list[Path]:
-        return sorted(
-            path for path in self.directory.glob(f"{kind}_*.pth") if re.fullmatch(kind + r"_\d+\.pth", path.name)
-        )
+        names = {path: re.fullmatch(kind + r"_(\d+)\.pth", path.name) for path in self.directory.glob(f"{kind}_*.pth")}
+        numbers = {path: int(match[1]) for path, match in names.items() if match is not None}
+        return sorted(numbers, key=lambda path: (numbers[path], path.name))
 
     def _write(self, name: str, payload: dict[str, Any]) -> Path:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -195,8 +195,8 @@ class HostCopy:
 
         It must not be called again before that has been written.
         """
-        copied = self._copy(payload, "")
-        if not any(tensor.is_cuda for _, tensor in _named_tensors(payload, "")):
+        copied = map_tensors(payload, self._copy)
+        if not any(tensor.is_cuda for _, tensor in named_tensors(payload)):
             return lambda: copied
         arrived = torch.cuda.Event()
         arrived.record()
@@ -207,22 +207,13 @@ class HostCopy:
 
         return complete
 
-    def _copy(self, value: Any, name: str) -> Any:
-        if isinstance(value, Tensor):
-            buffer = self._buffers.get(name)
-            if buffer is None or (buffer.shape, buffer.dtype, buffer.stride()) != (
-                value.shape,
-                value.dtype,
-                value.stride(),
-            ):
-                buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
-                self._buffers[name] = buffer
-            return buffer.copy_(value.detach(), non_blocking=True)
-        if isinstance(value, dict):
-            return {key: self._copy(child, f"{name}.{key}") for key, child in value.items()}
-        if isinstance(value, list):
-            return [self._copy(child, f"{name}[{index}]") for index, child in enumerate(value)]
-        return value
+    def _copy(self, name: str, value: Tensor) -> Tensor:
+        buffer = self._buffers.get(name)
+        layout = value.shape, value.dtype, value.stride()
+        if buffer is None or (buffer.shape, buffer.dtype, buffer.stride()) != layout:
+            buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
+            self._buffers[name] = buffer
+        return buffer.copy_(value.detach(), non_blocking=True)
 
 
 def find_checkpoint(requested: str | None, directory: Path) -> tuple[Path | None, dict[str, Any] | None]:
@@ -242,7 +233,7 @@ def find_checkpoint(requested: str | None, directory: Path) -> tuple[Path | None
     if newest is None and store.files():
         raise CheckpointError(f"{directory}: not one checkpoint is intact; move them away to start from the beginning")
     if newest is None:
-        print(f"--resume auto: no checkpoint in {directory} yet, starting from the beginning")
+        logger.info(f"--resume auto: no checkpoint in {directory} yet, starting from the beginning")
     return newest or (None, None)
 
 
@@ -261,17 +252,13 @@ def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
         OSError: the disk is full, read-only or gone.
         CheckpointError: what came back is not what was written, or a tensor in it is not finite.
     """
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
+    with replacing(path) as unfinished:
         with open(unfinished, "wb") as file:
             _save({"format": FORMAT, **payload}, file)
             file.flush()
             os.fsync(file.fileno())
         read_checkpoint(unfinished)
-        os.replace(unfinished, path)
-        _sync_directory(path.parent)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    sync_directory(path.parent)
 
 
 def _save(payload: dict[str, Any], file: BinaryIO) -> None:
@@ -313,7 +300,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if damaged is not None:
         raise CheckpointError(f"{path}: damaged (checksum of {damaged})")
     checkpoint = _load(path, mmap=False)
-    for name, tensor in _named_tensors(checkpoint, ""):
+    for name, tensor in named_tensors(checkpoint):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: {name} is not finite")
     return checkpoint
@@ -345,36 +332,11 @@ def _load(path: Path, mmap: bool) -> dict[str, Any]:
                 f"{path}: refused: it holds more than tensors, numbers and text, and loading that could run code. "
                 f"If you trust its origin, save its weights alone: torch.save(model.state_dict(), file)"
             ) from error
-        raise CheckpointError(f"{path}: not a readable checkpoint ({first_line(error)[:120]})") from error
+        raise CheckpointError(f"{path}: not a readable checkpoint ({first_line(error, 120)})") from error
     except Exception as error:  # damaged archives raise anything from OSError to RuntimeError
-        raise CheckpointError(f"{path}: not a readable checkpoint ({first_line(error)[:120]})") from error
+        raise CheckpointError(f"{path}: not a readable checkpoint ({first_line(error, 120)})") from error
     if isinstance(checkpoint, dict) and checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values()):
         return {"model": {str(name).removeprefix("module."): weight for name, weight in checkpoint.items()}}
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this program (no format mark {FORMAT!r})")
     return checkpoint
-
-
-def _named_tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, dict):
-        for key, child in value.items():
-            yield from _named_tensors(child, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list):
-        for index, child in enumerate(value):
-            yield from _named_tensors(child, f"{name}[{index}]")
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a rename survive a power cut. Some network file systems cannot, and say so with an OSError."""
-    try:
-        descriptor = os.open(directory, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)

@@ -1,75 +1,99 @@
-"""What a run says on the terminal, where it is not to say everything, and where nobody is left to hear it."""
+"""What the program prints while it works: one logger, one handler, and no broken stream that ends a run.
 
-import io
-import re
-import threading
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TextIO
+Every module logs through ``logging.getLogger("train_ultimate")``. Severity is the record's level, never a word of the
+message. ``configured`` decides what is shown:
 
-if TYPE_CHECKING:
-    pass
+- by default everything: information and warnings on standard output, errors on standard error;
+- ``--quiet`` and ``--json-logs``: warnings and errors only, on standard error;
+- ranks other than 0: nothing, because rank 0 speaks for all.
+"""
 
-_WORTH_A_LOOK = re.compile(  # the last: an incident
-    r"\s*Warning|Unreadable:|Out of memory|Passed over |Set aside |Ignored |Epoch \d+, window \d+:"
-)
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
+
+logger = logging.getLogger("train_ultimate")
+_PREFIXES = {logging.WARNING: "Warning: ", logging.ERROR: "error: "}
 
 
-class LastingStream:
-    """Standard output or error of a run, which no line of it can end.
+def write_line(stream: TextIO | None, text: str) -> bool:
+    """Write a line and flush. Return False, and raise nothing, if the stream does not take it.
 
-    What cannot be written is lost: the disk of a redirected log is full, whoever read the pipe has gone, the stream was
-    closed from the start. What its encoding does not have is written as backslash escapes.
+    The disk of a redirected log is full, the reader of a pipe has gone, a terminal was closed, there never was a
+    stream: none of it is worth a run. Characters that the stream's encoding lacks become backslash escapes.
     """
-
-    def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-    @classmethod
-    def of(cls, stream: Any) -> Any:
-        """For ``sys.stdout`` and ``sys.stderr``; a stream that lasts already comes back as it is."""
-        return stream if isinstance(stream, cls | OnlyWarnings) else cls(stream)
-
-    def write(self, text: str) -> int:
-        if self._stream is not None:
-            with suppress(OSError, ValueError):
-                self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        if self._stream is not None:
-            with suppress(OSError, ValueError):
-                self._stream.flush()
-
-    def isatty(self) -> bool:
-        return self._stream is not None and self._stream.isatty()
-
-    def __getattr__(self, name: str) -> Any:
-        """Everything else is the stream's."""
-        return getattr(self._stream, name)
+    if stream is None:
+        return False
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
-class OnlyWarnings(io.TextIOBase):
-    """Stands in for standard output: passes on warnings and incidents, as whole lines, and nothing else.
+class ConsoleHandler(logging.Handler):
+    """Writes records above the progress bars.
 
     Args:
-        to: standard error, for one; None: nothing is passed on, since of several processes one tells for all.
+        warnings_only: Drop information, and write warnings to standard error too.
     """
 
-    def __init__(self, to: LastingStream | None) -> None:
-        self._to = to
-        self._line = ""
-        self._lock = threading.Lock()  # checkpoints are written in another thread, which may have to warn
+    def __init__(self, warnings_only: bool = False) -> None:
+        super().__init__(logging.WARNING if warnings_only else logging.INFO)
+        self.warnings_only = warnings_only
 
-    def writable(self) -> bool:
-        return True
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm  # 30 ms, which --help does not need
 
-    def write(self, text: str) -> int:
-        with self._lock:
-            *lines, self._line = (self._line + text).split("\n")
-            for line in lines:
-                if self._to is not None and _WORTH_A_LOOK.match(line):
-                    self._to.write(line + "\n")
-                    self._to.flush()
-        return len(text)
+        to_stderr = self.warnings_only or record.levelno >= logging.ERROR
+        stream = sys.stderr if to_stderr else sys.stdout
+        with suppress(OSError, ValueError), tqdm.external_write_mode(file=stream):
+            write_line(stream, _PREFIXES.get(record.levelno, "") + self.format(record))
+
+
+@contextmanager
+def configured(warnings_only: bool = False, silent: bool = False) -> Iterator[None]:
+    """Show the program's log while the block runs.
+
+    Args:
+        warnings_only: ``--quiet`` or ``--json-logs``.
+        silent: This is not rank 0.
+    """
+    handler = logging.NullHandler() if silent else ConsoleHandler(warnings_only)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        for stream in (sys.stdout, sys.stderr):
+            _discard_unwritten(stream)
+
+
+def progress_bar(**options: Any) -> Any:
+    """Return a tqdm bar on standard error. It is hidden if that is no terminal, or if only warnings are shown."""
+    from tqdm import tqdm
+
+    shown = any(isinstance(handler, ConsoleHandler) and not handler.warnings_only for handler in logger.handlers)
+    return tqdm(**options, disable=None if shown else True)
+
+
+def _discard_unwritten(stream: TextIO | None) -> None:
+    """Point a stream that cannot be flushed at the null device, or Python's flush at exit changes the exit code."""
+    if stream is None:
+        return
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
+            stream.flush()

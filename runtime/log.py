@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -11,7 +12,11 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from runtime.console import write_line
 from runtime.files import first_line, json_safe
+from runtime.folder import LOG
+
+logger = logging.getLogger("train_ultimate")
 
 
 class Listener(Protocol):
@@ -44,7 +49,7 @@ class RunLog:
         self.listeners: list[Listener] = []
         if directory is None:
             return
-        path = directory / "metrics.jsonl"
+        path = directory / LOG
         # Unbuffered: what a full disk has refused must not be tried again, with the next line or when it is closed.
         self._file = FileIO(str(path), "ab")  # as text: it is in the messages of errors
         self._has_failed = False
@@ -57,7 +62,7 @@ class RunLog:
         line = json.dumps({"event": event, "time": round(time.time(), 3), **json_safe(fields)}, allow_nan=False)
         if (error := self._append(line.encode() + b"\n")) and not self._has_failed:
             self._has_failed = True
-            print(f"Warning: {self._file.name}: cannot be written ({error}); training goes on, its events are lost")
+            logger.warning(f"{self._file.name}: cannot be written ({error}); training goes on, its events are lost")
         self._say(line)
         self._tell(lambda listener: listener.event(event, fields))
 
@@ -81,11 +86,8 @@ class RunLog:
         return ""
 
     def _say(self, line: str) -> None:
-        if self._echo is not None:
-            try:
-                print(line, file=self._echo, flush=True)
-            except (OSError, ValueError):  # whoever read it has gone
-                self._echo = None
+        if self._echo is not None and not write_line(self._echo, line):
+            self._echo = None  # its reader has gone
 
     def _tell(self, call: Callable[[Listener], None]) -> None:
         for listener in list(self.listeners):
@@ -93,7 +95,7 @@ class RunLog:
                 call(listener)
             except Exception as error:  # a full disk, a bug in what draws: none of it is worth a run
                 self.listeners.remove(listener)
-                print(f"Warning: {type(listener).__name__} gives up ({first_line(error)}); training goes on without it")
+                logger.warning(f"{type(listener).__name__} stopped ({first_line(error)}); training goes on without it")
 
 
 def environment(program: Path, packages: Sequence[str]) -> dict[str, Any]:

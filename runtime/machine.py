@@ -1,13 +1,17 @@
-"""Number formats: what the hardware offers, autocast, and fp16 loss scaling that can be trusted at its lower end."""
+"""Where and how a run computes: device, number format, memory layout, ranks, and fp16 loss scaling."""
 
-import argparse
+import logging
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from runtime.ranks import Ranks
+
+logger = logging.getLogger("train_ultimate")
 
 Network = TypeVar("Network", bound=nn.Module)
 PrecisionName = Literal["fp16", "bf16", "fp32"]
@@ -16,7 +20,7 @@ _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class ScalerSettings:
-    """How fp16 loss scaling looks for the largest scale that does not overflow.
+    """The search of fp16 loss scaling for the largest scale that does not overflow.
 
     The scale starts at ``init_scale``, is multiplied by ``backoff_factor`` at each overflow and by ``growth_factor``
     after ``growth_interval`` windows without one.
@@ -49,11 +53,55 @@ class Precision:
         return LossScaler(self.device_type, settings, enabled=self.name == "fp16")
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What a run computes on, the same on every rank except for the number of the GPU."""
+
+    device: torch.device
+    precision: Precision  # that the run was started in; recovery may go on in fp32
+    memory_format: torch.memory_format
+    ranks: Ranks
+
+    @classmethod
+    def of(cls, device: str, precision: str, channels_last: bool, shard: bool, ranks: Ranks) -> Self:
+        """Resolve "auto" and agree with the other ranks on it.
+
+        Args:
+            device: auto, cpu or cuda.
+            precision: auto, fp16, bf16 or fp32.
+            channels_last: The memory layout that convolutions prefer.
+            shard: Split weights over ranks, if there are several.
+            ranks: The processes that train together.
+
+        Raises:
+            ValueError: The device is not available.
+        """
+        ranks.shards = shard and ranks.size > 1  # before anything is built on it
+        where = resolve_device(device)
+        return cls(where, _agreed_precision(precision, where, ranks), memory_format_of(channels_last), ranks)
+
+    def place(self, model: Network) -> Network:
+        """Move a network to the device, in the memory layout."""
+        return on_device(model, self.device, self.memory_format)
+
+
+def _agreed_precision(name: str, device: torch.device, ranks: Ranks) -> Precision:
+    """Return one precision for all ranks: what all of them can do, if "auto" resolves differently on some machine."""
+    mine = resolve_precision(name, device)
+    found = ranks.gather((mine.name, torch.__version__))
+    if len({version for _, version in found}) > 1:
+        versions = ", ".join(f"rank {rank}: {version}" for rank, (_, version) in enumerate(found))
+        logger.warning(f"ranks have different versions of torch ({versions}); use the same on all machines")
+    if len({precision for precision, _ in found}) == 1:
+        return mine
+    return Precision("fp16" if device.type == "cuda" else "fp32", device.type)
+
+
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is a device.
+    """Return the device; "auto" is CUDA if there is one.
 
     Raises:
-        ValueError: CUDA is asked for and not there.
+        ValueError: CUDA is asked for and not available.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device; see nvidia-smi and torch.version.cuda, or use cpu")
@@ -61,14 +109,14 @@ def resolve_device(name: str) -> torch.device:
 
 
 def use_deterministic_algorithms() -> None:
-    """The same bits from the same inputs on CUDA, too. Call before CUDA is used."""
+    """Make CUDA compute the same bits from the same inputs. Call before CUDA is used."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
-    """``auto`` is bf16 where the hardware computes in it, else fp16 on CUDA and fp32 on the CPU."""
+    """Return the precision; "auto" is bf16 if the hardware computes in it, else fp16 on CUDA and fp32 on a CPU."""
     if name == "auto":
         name = "bf16" if _has_native_bf16(device) else "fp16" if device.type == "cuda" else "fp32"
     assert name == "fp16" or name == "bf16" or name == "fp32", name
@@ -82,11 +130,11 @@ def _has_native_bf16(device: torch.device) -> bool:
 
 
 class LossScaler(torch.amp.GradScaler):
-    """GradScaler with a floor, and with its overflow flag readable on the device.
+    """GradScaler with a floor of 1, whose overflow flag can be read on the device.
 
-    The stock scaler can be driven below 2^-128 by overflows in a row. There the reciprocal of the scale is infinite,
-    its overflow check, which looks at gradients before they are unscaled, sees nothing, and NaN reaches the weights.
-    Below 1 a scale has no use: gradients would be shrunk, not protected from underflow.
+    Overflows in a row can drive the stock scaler below 2^-128. The reciprocal of such a scale is infinite, the overflow
+    check, which examines gradients before they are unscaled, finds nothing, and NaN reaches the weights. A scale below
+    1 has no use: it would shrink gradients, not protect them from underflow.
     """
 
     def __init__(self, device_type: str, settings: ScalerSettings, enabled: bool) -> None:
@@ -107,13 +155,13 @@ class LossScaler(torch.amp.GradScaler):
             self._scale.clamp_(min=1.0)
 
     def update_after(self, loss: Tensor, found_inf: Tensor) -> None:
-        """``update()``, except where the loss is not finite: it is computed unscaled and says nothing about the scale.
+        """Update the scale, unless the loss is not finite: it is computed unscaled and says nothing about the scale.
 
-        Decided on the device; nothing waits.
+        Decided on the device, without a host sync.
 
         Args:
-            loss: of the window.
-            found_inf: 1 for an overflow. What ranks agree on, since of sharded gradients each sees its own part alone.
+            loss: The window's loss, a scalar.
+            found_inf: 1 for an overflow on any rank. With sharded gradients, each rank sees only its own part.
         """
         if not self.is_enabled():
             return
@@ -129,25 +177,25 @@ class LossScaler(torch.amp.GradScaler):
         self._growth_tracker.copy_(torch.where(finite, self._growth_tracker, growth_tracker))
 
     def found_inf(self, optimizer: torch.optim.Optimizer, like: Tensor) -> Tensor:
-        """1 if the last ``unscale_`` met a non-finite gradient, else 0 (always, when scaling is off).
+        """Return 1 if the last ``unscale_`` met a non-finite gradient, else 0 (always 0 if scaling is off).
 
-        A scalar on the device of ``like``; nothing waits for it.
+        A scalar on the device of ``like``, without a host sync.
         """
         flags = self._found_inf_per_device(optimizer).values() if self.is_enabled() else ()
         return torch.stack([flag.to(like.device) for flag in flags]).amax() if flags else torch.zeros_like(like)
 
     def current_scale(self, like: Tensor) -> Tensor:
-        """The current scale, 1 when scaling is off. A scalar on the device of ``like``; nothing waits for it."""
+        """Return the current scale, 1 if scaling is off: a scalar on the device of ``like``, without a host sync."""
         if not self.is_enabled():
             return torch.ones_like(like)
         assert self._scale is not None
         return self._scale.to(like.device, copy=True)  # a copy: update() changes the scale in place
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Take over scale and growth counter from a checkpoint, keeping this stage's own growth and backoff.
+        """Load scale and growth counter from a checkpoint, and keep this stage's growth and backoff settings.
 
-        ``load_state_dict`` alone would bring back the settings of the run that wrote the checkpoint, and it refuses the
-        empty state of a run without scaling.
+        ``load_state_dict`` would load the settings of the run that wrote the checkpoint, and it refuses the empty state
+        of a run without scaling.
         """
         if self.is_enabled() and state:
             ours = {"growth_factor", "backoff_factor", "growth_interval"}
@@ -155,9 +203,11 @@ class LossScaler(torch.amp.GradScaler):
             self.load_state_dict({**state, **kept})
 
 
-def memory_format_of(args: argparse.Namespace) -> torch.memory_format:
-    return torch.channels_last if args.channels_last else torch.contiguous_format
+def memory_format_of(channels_last: bool) -> torch.memory_format:
+    """Return the memory layout of images, activations and convolution weights."""
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def on_device(model: Network, device: torch.device, memory_format: torch.memory_format) -> Network:
+    """Move a network to a device, in a memory layout."""
     return model.to(device).to(memory_format=memory_format)  # type: ignore[call-overload]  # torch types no such one

@@ -1,8 +1,8 @@
-"""The processes that train together: what they add up, what they agree on, how one notices that another has gone.
+"""The processes that train together, and everything they agree on.
 
-Started by PyTorch's launcher, ``torchrun``, every process (a rank) runs the whole program on its slice of each window.
-Gradients are averaged by DistributedDataParallel; here is everything else. A run without a launcher is one of one rank,
-for which none of this costs anything.
+Every process (rank) that PyTorch's launcher ``torchrun`` starts runs the whole program on its slice of each window.
+DistributedDataParallel averages gradients; the rest is here. A run without a launcher has one rank, for which nothing
+here costs anything.
 """
 
 import os
@@ -22,25 +22,25 @@ T = TypeVar("T")
 
 
 class ElsewhereError(ValueError):
-    """Another rank has failed, and tells why itself."""
+    """Another rank has failed, and reports the reason itself."""
 
 
 class Ranks:
     """The processes of a run, seen from one of them.
 
     Attributes:
-        rank: of this process, from 0. The first one prints and writes.
-        size: number of processes.
-        local_rank: of this process on its machine, which is the number of its GPU.
-        shards: weights and gradients are split over ranks, see ``sharding.shard``; else each rank has all of them.
+        rank: number of this process, from 0. Rank 0 prints and writes.
+        size: number of processes (world size).
+        local_rank: number of this process on its machine, which is the number of its GPU.
+        shards: weights and gradients are split over ranks, see ``sharding.shard``; else each rank holds all of them.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, heartbeat: Heartbeat | None = None) -> None:
         self.rank = rank
         self.size = size
         self.local_rank = local_rank
         self.shards = False
-        self._heartbeat: Heartbeat | None = None
+        self._heartbeat = heartbeat
 
     @property
     def is_first(self) -> bool:
@@ -50,30 +50,30 @@ class Ranks:
         self, loss: Tensor, grad_norm: Tensor, found_inf: Tensor, requests: Sequence[float],
         statistics: Sequence[Tensor] = (), weight: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-        """Make a window's numbers the same on all ranks, bitwise, in one packed all-reduce; the host does not wait.
+        """Make a window's numbers bitwise the same on all ranks: one packed all-reduce, without a host sync.
 
-        The verdict is a function of these numbers, so it is the same everywhere, also where only one rank's loss is
-        NaN, or only one rank's copy of the gradient.
+        The verdict is a function of these numbers, so all ranks reach the same one, even if only one rank's loss or
+        copy of the gradient is NaN.
 
         Args:
-            loss: this rank's part of the window's; they add up.
-            grad_norm: of the averaged gradient, of which every rank has a copy: their mean. Where ranks shard, of this
-                one's part of it: the root of the sum of their squares.
-            found_inf: the largest counts.
-            requests: this rank's, from ``StopRequest``; they add up.
-            statistics: BatchNorm's running ones, changed in place to the mean over ranks.
-            weight: of this rank in that mean: the samples that it had.
+            loss: this rank's part of the window's loss; the parts add up.
+            grad_norm: norm of the averaged gradient, of which every rank has a copy; the result is the mean. If ranks
+                shard, the norm of this rank's part; the result is the root of the sum of squares.
+            found_inf: 1 for an overflow on this rank; the result is the maximum.
+            requests: this rank's stop requests, see ``Signals``; they add up.
+            statistics: BatchNorm's running statistics, changed in place to the mean over ranks.
+            weight: this rank's weight in that mean: its number of samples.
 
         Returns:
-            loss, norm, flag; and the requests, None of a run of one rank.
+            loss, norm, flag; and the requests, None for a run of one rank.
         """
         if self.size == 1:
             return loss, grad_norm, found_inf, None
         norm = grad_norm.float().square() if self.shards else grad_norm.float() / self.size
         numbers = torch.stack([loss.float(), norm, found_inf.float()])
-        # From pinned memory: from any other, the host would wait until the device has come that far.
-        told = torch.tensor([weight, *requests], pin_memory=loss.is_cuda).to(loss.device, non_blocking=True)
-        packed = torch.cat([numbers, told, *(value.flatten().float() * weight for value in statistics)])
+        # From pinned memory: a copy from pageable memory would wait for the device.
+        sent = torch.tensor([weight, *requests], pin_memory=loss.is_cuda).to(loss.device, non_blocking=True)
+        packed = torch.cat([numbers, sent, *(value.flatten().float() * weight for value in statistics)])
         dist.all_reduce(packed)
         (loss, grad_norm, found_inf, total), rest = packed[:4].unbind(), packed[4:]
         sizes = [len(requests), *(value.numel() for value in statistics)]
@@ -83,7 +83,7 @@ class Ranks:
         return loss, grad_norm.sqrt() if self.shards else grad_norm, found_inf.clamp(max=1), requested
 
     def total(self, numbers: Sequence[float]) -> list[float]:
-        """Sums over ranks; waits for all of them."""
+        """Return the sums over ranks. Waits for all ranks."""
         if self.size == 1:
             return list(numbers)
         totals = torch.tensor(numbers, dtype=torch.float64)
@@ -91,11 +91,11 @@ class Ranks:
         return totals.tolist()
 
     def all(self, condition: bool) -> bool:
-        """Whether it holds on every rank; waits for all of them."""
+        """Return whether the condition holds on every rank. Waits for all ranks."""
         return self.total([not condition])[0] == 0
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in order, on every rank; anything that can be pickled. Waits for all of them."""
+        """Return every rank's value, in order; anything that can be pickled. Waits for all ranks."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -103,10 +103,10 @@ class Ranks:
         return values
 
     def from_first(self, call: Callable[[], T]) -> T:
-        """What the call returns on the first rank; the others do not make it.
+        """Call on rank 0 only, and broadcast the result.
 
         Raises:
-            ElsewhereError: it failed, on all ranks but the first, where the error itself is raised.
+            ElsewhereError: The call failed; raised on all ranks except rank 0, which raises the error itself.
         """
         if self.size == 1:
             return call()
@@ -124,7 +124,7 @@ class Ranks:
         return value
 
     def from_rank(self, rank: int, value: T) -> T:
-        """One rank's value, on every rank; tensors, numbers, strings, lists, dicts."""
+        """Broadcast one rank's value: tensors, numbers, strings, lists, dicts."""
         return value if self.size == 1 else self._broadcast(value, rank)
 
     def _broadcast(self, value: Any, rank: int = 0) -> Any:
@@ -133,11 +133,11 @@ class Ranks:
         return values[0]
 
     def replicate(self, module: nn.Module, device: torch.device) -> nn.Module:
-        """The module, averaging its gradients over ranks in the backward pass; for one rank, the module itself, and
-        where ranks shard, since a sharded one does.
+        """Wrap a module so that its backward pass averages gradients over ranks.
 
-        For the parameters that train now: another is needed when those change. Buffers are not sent around: frozen
-        statistics are alike, and ``agree`` sees to those that learn.
+        One rank needs no wrapper, and a sharded module averages by itself: both get the module back. Wrap again
+        whenever the trainable parameters change. Buffers are not broadcast: frozen statistics are identical, and
+        ``agree`` averages those that learn.
         """
         if self.size == 1 or self.shards:
             return module
@@ -149,9 +149,9 @@ class Ranks:
             )
 
     def lost(self) -> str:
-        """After an error in talking to the others: which of them have gone; "" if all are there. Takes some seconds.
+        """Return the names of ranks that have gone, "" if none: after a failed exchange. Takes some seconds.
 
-        If any have, nothing more is expected of the others, and this process has the time it needs to save.
+        If some have gone, this rank's heartbeat stops, so that nobody ends it while it saves.
         """
         lost = "" if self._heartbeat is None else self._heartbeat.lost()
         if lost and self._heartbeat is not None:
@@ -159,7 +159,7 @@ class Ranks:
         return lost
 
     def close(self, done: bool) -> None:
-        """Leave. Not ``done``: after an error, without waiting for anyone."""
+        """Leave the group. Without ``done``, after an error, without waiting for the other ranks."""
         if self._heartbeat is not None:
             self._heartbeat.stop(done)
             self._heartbeat = None
@@ -168,50 +168,55 @@ class Ranks:
 
 
 def join(device_type: str, patience: float) -> Ranks:
-    """Find the other processes that the launcher has started, by the variables that it sets (``RANK`` and others).
+    """Join the other processes that the launcher has started, by the variables it sets (``RANK`` and others).
 
     Args:
-        device_type: cuda talks by NCCL, cpu by gloo.
-        patience: seconds of silence after which a rank is given up, and with it this process.
+        device_type: cuda (NCCL) or cpu (gloo).
+        patience: seconds of a rank's silence after which all others end.
 
     Raises:
-        ValueError: not all of them come together.
+        ValueError: Not all of them came together.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
-    ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
+    rank, size, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if device_type == "cuda":
-        if ranks.local_rank >= torch.cuda.device_count():
-            here = f"{torch.cuda.device_count()} GPUs, and rank {ranks.rank} is number {ranks.local_rank + 1}"
+        if local_rank >= torch.cuda.device_count():
+            here = f"{torch.cuda.device_count()} GPUs, and rank {rank} is number {local_rank + 1}"
             raise ValueError(f"{socket.gethostname()} has {here} there; give torchrun --nproc-per-node=gpu")
-        torch.cuda.set_device(ranks.local_rank)
+        torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     try:
-        # Two connections to the launcher's store: one that waits must not keep the other from its beat.
+        # Two connections to the launcher's store: a connection that waits would block the heartbeat.
         (store, _, _), (beats, _, _) = (next(dist.rendezvous("env://", timeout=LONGEST_WAIT)) for _ in range(2))
-        myself = f"rank {ranks.rank} (process {os.getpid()} on {socket.gethostname()})"
-        gathering, names = meet(store, ranks.rank, ranks.size, myself)
-        ranks._heartbeat = Heartbeat(dist.PrefixStore(f"beats {gathering}", beats), ranks.rank, names, patience)
+        gathering, names = meet(store, rank, size, f"rank {rank} (process {os.getpid()} on {socket.gethostname()})")
+        heartbeat = Heartbeat(dist.PrefixStore(f"beats {gathering}", beats), rank, names, patience)
         dist.init_process_group(
-            backend, store=dist.PrefixStore(f"ranks {gathering}", store), rank=ranks.rank, world_size=ranks.size,
+            backend, store=dist.PrefixStore(f"ranks {gathering}", store), rank=rank, world_size=size,
             timeout=LONGEST_WAIT,
         )  # fmt: skip
+        ranks = Ranks(rank, size, local_rank, heartbeat)
         kinds = ranks.gather(device_type)
-    except RuntimeError as error:  # torch's errors of this kind are RuntimeErrors
-        raise ValueError(f"rank {ranks.rank} of {ranks.size} did not find the others: {error}") from error
+    except RuntimeError as error:  # torch's errors of communication are RuntimeErrors
+        raise ValueError(f"rank {rank} of {size} did not find the others: {error}") from error
     if len(set(kinds)) > 1:
-        told = ", ".join(f"rank {rank}: {kind}" for rank, kind in enumerate(kinds))
-        raise ValueError(f"ranks compute on different devices ({told}); are driver and GPU of each machine in order?")
-    if device_type == "cuda":  # NCCL takes its memory now, before it is tried how much is left
+        listed = ", ".join(f"rank {rank}: {kind}" for rank, kind in enumerate(kinds))
+        raise ValueError(f"ranks compute on different devices ({listed}); check driver and GPU of each machine")
+    if device_type == "cuda":  # NCCL allocates now, before the trial of how much memory is left
         dist.all_reduce(torch.zeros(1, device="cuda"))
     return ranks
 
 
+def rank_before_joining() -> int:
+    """Return this process's rank by the launcher's variables; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
+
+
 def is_launched() -> bool:
-    """By torchrun, which passes signals on, and starts processes again that have failed."""
+    """Return whether torchrun has started this process. It forwards signals, and restarts processes that fail."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def is_started_again() -> bool:
-    """By torchrun, with the same command, after a failure."""
+    """Return whether torchrun has restarted this process after a failure, with the same command."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

@@ -11,12 +11,12 @@ _HEARD = b"\nThe window under way is finished, then the state saved; Ctrl-C once
 _REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-class StopRequest:
+class Signals:
     """While entered, remembers the first SIGINT or SIGTERM instead of dying of it; a second one acts at once.
 
     Under a launcher, which passes on what it receives itself, a second one changes nothing. Where several processes
     train together, a request to any of them is one to all, and all must act on it at the same window: then what counts
-    is not what this process has received, but what all have been told in ``hear``.
+    is not what this process has received, but what ``hear`` has added up.
 
     Args:
         alone: no other process takes part.
@@ -35,12 +35,12 @@ class StopRequest:
         self._received: set[int] = set()
         self._previous: dict[int, Any] = {}
 
-    def told(self) -> list[float]:
+    def received(self) -> list[float]:
         """What this process has received, for the others: 1 or 0 for each of SIGINT, SIGTERM, SIGUSR1."""
         return [float(number in self._received) for number in _REQUESTS]
 
     def hear(self, counts: Sequence[float]) -> None:
-        """What all processes have received: ``told``, added up; nothing at all where there are no others."""
+        """What all processes have received: ``received``, added up; nothing at all where there are no others."""
         for number, count in zip(_REQUESTS, counts, strict=False):
             if count:
                 self._act(number)
@@ -49,7 +49,7 @@ class StopRequest:
         self._received.discard(signal.SIGUSR1)
         self.save = False
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> "Signals":
         for number in _REQUESTS:
             self._previous[number] = signal.signal(number, self._receive)
         return self

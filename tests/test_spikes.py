@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
+from training.spikes import spike_limits
 
 from training.gate import SpikeDetector
-from training.spikes import spike_limits
 
 
 def test_recomputed_limits_judge_every_window_as_the_detector_did() -> None:

@@ -1,44 +1,45 @@
-"""BatchNorm's running statistics: kept while a window may yet be undone."""
+"""BatchNorm's running statistics: kept until a window's verdict is known, and while a window is only examined."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class BufferGuard:
-    """Keeps a window that is not applied from leaving its mark in BatchNorm's running statistics.
+    """Copy of BatchNorm's running statistics that undoes the mark of a window that is not applied.
 
-    The forward pass has moved them by the time the verdict is known, and a NaN in them would stay for ever. Layers in
-    evaluation mode, as in a pretrained backbone, do not move and cost nothing.
+    The forward pass has changed the statistics by the time the verdict is known, and a NaN in them would stay for ever.
+    Layers in evaluation mode, as in a pretrained backbone, do not change and cost nothing.
 
     Attributes:
-        at_start: name -> value of each statistic when the window under way began.
+        at_start: name -> value of each statistic at the start of the current window.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._buffers = {
             f"{module_name}.{name}" if module_name else name: buffer
             for module_name, module in model.named_modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+            if isinstance(module, _BatchNorm) and module.training
             for name, buffer in module.named_buffers(recurse=False)
         }
         self.at_start: dict[str, Tensor] = {}
 
     @property
     def statistics(self) -> list[Tensor]:
-        """Running means and variances that learn, as they are now."""
+        """Current running means and variances that learn."""
         return [buffer for buffer in self._buffers.values() if buffer.is_floating_point()]
 
     @property
     def batch_matters(self) -> bool:
-        """Whether layers normalise by the statistics of the batch, so that a part of it is another computation."""
+        """Whether layers normalise by the batch's statistics, so that a part of the batch is another computation."""
         return bool(self._buffers)
 
     @property
     def least_batch(self) -> int:
-        """The least samples a batch must have to be trained on: there is nothing to normalise one by."""
+        """Smallest batch to train on: BatchNorm cannot normalise a single sample."""
         return 2 if self._buffers else 1
 
     @torch.no_grad()
@@ -47,33 +48,32 @@ class BufferGuard:
 
     @torch.no_grad()
     def end_window(self, skip: Tensor) -> None:
-        """Put the statistics back where ``skip`` is 1. Chosen on the device: multiplying by 0 would keep a NaN."""
+        """Restore the statistics if ``skip`` is 1. Selected on the device: multiplying by 0 would keep a NaN."""
         for name, buffer in self._buffers.items():
             buffer.copy_(torch.where(skip > 0, self.at_start[name], buffer))
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the statistics back for a window that is broken off."""
+        """Restore the statistics of the window's start."""
         for name, buffer in self._buffers.items():
             buffer.copy_(self.at_start[name])
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Let windows be run for their numbers alone: the model's buffers are as before afterwards."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+def statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Run passes that must not change BatchNorm's statistics: recomputed activations, windows under examination."""
+    guard = BufferGuard(model)
+    guard.begin_window()
     try:
         yield
     finally:
-        for buffer, value in before:
-            buffer.copy_(value)
+        guard.restore()
 
 
 @contextmanager
 def running_statistics(model: nn.Module) -> Iterator[None]:
-    """Let BatchNorm use its running statistics: a part of a batch, of one sample even, is then looked at by itself."""
-    layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    training = [layer for layer in layers if layer.training]
+    """Normalise by the running statistics, so that a part of a batch, even one sample, can be examined by itself."""
+    training = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
     for layer in training:
         layer.eval()
     try:
@@ -81,14 +81,3 @@ def running_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in training:
             layer.train()
-
-
-@contextmanager
-def statistics_kept(model: nn.Module) -> Iterator[None]:
-    """For a backward pass that computes activations again: BatchNorm's statistics have taken in the batch already."""
-    guard = BufferGuard(model)
-    guard.begin_window()
-    try:
-        yield
-    finally:
-        guard.restore()

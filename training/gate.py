@@ -1,45 +1,54 @@
 """The step gate: every window gets a verdict before its update reaches a weight.
 
-The decision is made on the device in the same step; the host reads the numbers one window later, when they have long
-arrived. So a gate on every window costs no wait on any.
+The device decides in the same step; the host reads the numbers one window later, when they have long arrived. So a gate
+on every window costs no host sync.
 """
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_
 
-from training import spikes
+from runtime.machine import LossScaler
+from runtime.ranks import Ranks
+from training.batchnorm import BufferGuard
 
 
 class StepVerdict(StrEnum):
-    """What became of a window (one optimizer step's worth of batches)."""
+    """The verdict on a window (one optimizer step's worth of batches)."""
 
     APPLIED = "applied"
-    OVERFLOW = "overflow"  # fp16 scaling met its ceiling: routine, the scale is halved and training goes on
+    OVERFLOW = "overflow"  # the fp16 scale was too large: routine, it is halved and training goes on
     NONFINITE_LOSS = "nonfinite_loss"
     NONFINITE_GRAD = "nonfinite_grad"  # loss scaling does not explain it
     SPIKE = "spike"  # finite, but far outside the gradient norm's own history
 
+    @property
+    def label(self) -> str:
+        """Words for people: "nonfinite loss"."""
+        return self.value.replace("_", " ")
+
 
 @dataclass(frozen=True)
 class WindowOutcome:
-    """A window's numbers, on the host."""
+    """A window's verdict and numbers, on the host."""
 
     verdict: StepVerdict
     loss: float
     grad_norm: float  # before clipping
     loss_scale: float
+    spike_limit: float = math.inf  # norm above which the window would have been a spike
 
 
 def should_skip(loss: Tensor, grad_norm: Tensor, found_inf: Tensor, spike: Tensor) -> Tensor:
-    """1.0 where the update must not be applied, else 0.0; scalars on the device, no host sync.
+    """Return 1.0 if the update must not be applied, else 0.0: a scalar on the device, without a host sync.
 
-    The norm is looked at beside the scaler's flag: finite gradients can have an infinite norm, clipping by it turns
-    them to zeros, and AdamW would then move the weights by its momentum alone.
+    The norm is checked beside the scaler's flag: finite gradients can have an infinite norm, clipping by it turns them
+    to zeros, and AdamW would then move the weights by momentum only.
     """
     return (_not_finite(loss, grad_norm, found_inf) | (spike > 0)).to(torch.float32)
 
@@ -49,51 +58,62 @@ def _not_finite(loss: Tensor, grad_norm: Tensor, found_inf: Tensor) -> Tensor:
 
 
 class SpikeDetector:
-    """Finds gradient norms far outside their own history, on the device, window by window.
+    """Detector of gradient norms far outside their own history, on the device, window by window.
 
-    Norms are skewed and their level drifts by orders of magnitude over a run, so the statistics are those of the
-    logarithm: an exponential mean and variance. Two tiers: above ``CLIP_SIGMAS`` a gradient is scaled down to that
-    height (Kumar et al., "ZClip", 2025); above ``SKIP_SIGMAS`` it is a spike. Until there is a history, a norm ten
-    times the largest so far is one (as in Megatron-LM).
+    Norms are skewed and their level drifts by orders of magnitude during a run, so the statistics are an exponential
+    mean and variance of the logarithm. There are two tiers: above ``CLIP_SIGMAS`` a gradient is scaled down to that
+    height (Kumar et al., "ZClip", 2025); above ``SKIP_SIGMAS`` it is a spike. Without enough history, a norm ten times
+    the largest so far is a spike (as in Megatron-LM).
 
-    A value enters the statistics limited to ``LIMIT_SIGMAS``, so that one spike does not widen them; one that is not
-    finite does not enter at all. A level that has risen for good is accepted within some dozens of windows: each widens
-    the variance a little.
+    A value enters the statistics limited to ``LIMIT_SIGMAS``, so that one spike does not widen them; a value that is
+    not finite does not enter at all. A level that has risen for good is accepted within some dozens of windows, because
+    each of them widens the variance a little.
     """
 
-    CLIP_SIGMAS, SKIP_SIGMAS, LIMIT_SIGMAS = spikes.CLIP_SIGMAS, spikes.SKIP_SIGMAS, spikes.LIMIT_SIGMAS
-    DECAY = spikes.DECAY
-    WARMUP_WINDOWS, LEAST_WINDOWS = spikes.WARMUP_WINDOWS, spikes.LEAST_WINDOWS
-    LEAST_DEVIATION, FACTOR_OVER_LARGEST = spikes.LEAST_DEVIATION, spikes.FACTOR_OVER_LARGEST
+    CLIP_SIGMAS, SKIP_SIGMAS, LIMIT_SIGMAS = 2.5, 3.8, 3.0
+    DECAY = 0.99
+    WARMUP_WINDOWS = 64  # before these, the comparison is with the largest norm so far
+    LEAST_WINDOWS = 4  # before these, nothing is a spike
+    LEAST_DEVIATION = 0.05
+    FACTOR_OVER_LARGEST = 10.0
 
-    def __init__(self, policy: Literal["skip", "clip", "off"], device: torch.device) -> None:
+    def __init__(self, policy: str, device: torch.device) -> None:
+        """Start without a history.
+
+        Args:
+            policy: skip, clip or off.
+            device: of the gradients.
+        """
         self.policy = policy
         self.reset(device)
 
     def reset(self, device: torch.device) -> None:
-        """Forget: at a stage's border the norm becomes that of other parameters."""
+        """Forget the history: from one stage to the next, the norm becomes that of other parameters."""
         self._statistics = torch.zeros(4, device=device)  # count, mean, variance and largest of the logarithms
 
-    def examine(self, loss: Tensor, grad_norm: Tensor, found_inf: Tensor) -> tuple[Tensor, Tensor]:
-        """Judge a window's norm by those before it, then take it in.
+    def examine(self, loss: Tensor, grad_norm: Tensor, found_inf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compare a window's norm with those before it, then add it to the history.
 
         Shape:
-            scalars on the device; nothing waits for them.
+            scalars on the device, without a host sync
 
         Returns:
             spike: 1.0 or 0.0.
-            highest: the norm that this window's gradient should be limited to; infinite without a history.
+            highest: the norm to clip this window's gradient to; infinite without a history.
+            limit: the norm above which this window is a spike; infinite without a history.
         """
+        infinite = torch.full_like(grad_norm, math.inf)
         if self.policy == "off":
-            return torch.zeros_like(grad_norm), torch.full_like(grad_norm, math.inf)
+            return torch.zeros_like(grad_norm), infinite, infinite
         count, mean, variance, largest = self._statistics.unbind()
         usable = ~_not_finite(loss, grad_norm, found_inf)
         value = torch.where(usable, grad_norm, 1.0).clamp(min=1e-20).log()
         deviation = variance.sqrt().clamp(min=self.LEAST_DEVIATION)
         warm = count >= self.WARMUP_WINDOWS
-        over_history = value > mean + self.SKIP_SIGMAS * deviation
-        over_largest = value > largest + math.log(self.FACTOR_OVER_LARGEST)
-        spike = usable & torch.where(warm, over_history, over_largest & (count >= self.LEAST_WINDOWS))
+        over_history = mean + self.SKIP_SIGMAS * deviation
+        over_largest = torch.where(count >= self.LEAST_WINDOWS, largest + math.log(self.FACTOR_OVER_LARGEST), infinite)
+        limit = torch.where(warm, over_history, over_largest)
+        spike = usable & (value > limit)
         highest = torch.where(warm, mean + self.CLIP_SIGMAS * deviation, math.inf).exp()
 
         reach = self.LIMIT_SIGMAS * deviation
@@ -106,7 +126,8 @@ class SpikeDetector:
         largest = torch.where(count > 0, torch.maximum(largest, limited), limited)
         updated = torch.stack([count + 1, mean, variance, largest])
         self._statistics = torch.where(usable, updated, self._statistics)  # never * 0: NaN * 0 is NaN
-        return (spike if self.policy == "skip" else torch.zeros_like(spike)).to(torch.float32), highest
+        skipped = spike if self.policy == "skip" else torch.zeros_like(spike)
+        return skipped.to(torch.float32), highest, limit.exp()
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"statistics": self._statistics.clone()}
@@ -115,12 +136,81 @@ class SpikeDetector:
         self._statistics = state["statistics"].to(self._statistics.device)
 
 
-def gated_step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
-    """``optimizer.step()``, or nothing where ``skip`` is 1: weights, moments and step counts stay as they are, bitwise.
+@dataclass(frozen=True)
+class DeviceVerdict:
+    """A window's verdict and numbers while they are on the device: scalars, the same on all ranks."""
 
-    A fused optimizer decides on the device: this is its contract with GradScaler, used here with our own flag. Any
-    other one takes no flag, so the host has to wait for it (a host sync in each window). Gradients must be unscaled
-    already.
+    loss: Tensor
+    grad_norm: Tensor  # before clipping
+    found_inf: Tensor  # 1.0 for an overflow
+    spike: Tensor  # 1.0 for a spike
+    spike_limit: Tensor
+    loss_scale: Tensor
+    max_norm: Tensor  # to clip to: --grad-clip, or lower for an outlier
+    skip: Tensor  # 1.0 if the update must not be applied
+    requests: Tensor | None  # (n,), sums of the ranks' stop requests; None for one rank
+
+
+class StepGate:
+    """Gate before the optimizer: it judges a window's loss and gradient, and undoes the window's mark if it is skipped.
+
+    Args:
+        model: in training mode.
+        detector: the run's spike detector.
+        grad_clip: ``--grad-clip``.
+        ranks: the processes that train together.
+        requests: returns this rank's stop requests, which travel with the verdict: see ``Signals``.
+    """
+
+    def __init__(
+        self, model: nn.Module, detector: SpikeDetector, grad_clip: float, ranks: Ranks,
+        requests: Callable[[], Sequence[float]],
+    ) -> None:  # fmt: skip
+        self.guard = BufferGuard(model)
+        self._detector = detector
+        self._grad_clip = grad_clip
+        self._ranks = ranks
+        self._requests = requests
+
+    def begin_window(self) -> None:
+        self.guard.begin_window()
+
+    def judge(
+        self, loss: Tensor, grad_norm: Tensor, scaler: LossScaler, optimizer: torch.optim.Optimizer, num_samples: int
+    ) -> DeviceVerdict:
+        """Decide on the device whether a window's update is applied, the same on all ranks. No host sync.
+
+        Args:
+            loss: this rank's part of the window's loss, a scalar.
+            grad_norm: norm of the unscaled gradient, a scalar.
+            scaler: the window's loss scaler, after ``unscale_``.
+            optimizer: the one it has unscaled.
+            num_samples: this rank's samples in the window.
+        """
+        found_inf, loss_scale = scaler.found_inf(optimizer, loss), scaler.current_scale(loss)
+        loss, grad_norm, found_inf, requests = self._ranks.agree(
+            loss, grad_norm, found_inf, self._requests(), self.guard.statistics, num_samples
+        )
+        spike, highest, limit = self._detector.examine(loss, grad_norm, found_inf)
+        skip = should_skip(loss, grad_norm, found_inf, spike)
+        max_norm = highest.clamp(max=self._grad_clip)
+        return DeviceVerdict(loss, grad_norm, found_inf, spike, limit, loss_scale, max_norm, skip, requests)
+
+    def end_window(self, skip: Tensor) -> None:
+        self.guard.end_window(skip)
+
+
+def clip_gradients_(parameters: Iterable[nn.Parameter], verdict: DeviceVerdict, grad_clip: float) -> None:
+    """Scale gradients down to ``verdict.max_norm``, which is on the device: as a float it would be a host sync."""
+    relative_norm = verdict.grad_norm * (grad_clip / verdict.max_norm)
+    clip_grads_with_norm_(parameters, grad_clip, relative_norm, foreach=True)
+
+
+def gated_step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """Run ``optimizer.step()``, or nothing if ``skip`` is 1: weights, moments and step counts stay bitwise unchanged.
+
+    A fused optimizer decides on the device: this is its contract with GradScaler, used here with our own flag. Other
+    optimizers take no flag, so the host must read it (a host sync in each window). Gradients must be unscaled already.
     """
     if not optimizer.defaults.get("fused"):
         if not skip.item():
@@ -132,23 +222,18 @@ def gated_step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
 
 
 class PendingOutcome:
-    """A window's numbers on their way to the host.
-
-    Args:
-        loss, grad_norm, found_inf, spike, loss_scale: scalars on the device.
-        requests: (n,), what other processes ask for; None where there are none.
+    """A window's numbers on their way from the device to the host.
 
     Attributes:
-        requests: the same on the host, once ``read`` has returned.
+        requests: the ranks' stop requests on the host, once ``read`` has returned; empty for one rank.
     """
 
-    def __init__(
-        self, loss: Tensor, grad_norm: Tensor, found_inf: Tensor, spike: Tensor, loss_scale: Tensor,
-        requests: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        packed = torch.stack([value.to(torch.float32) for value in (loss, grad_norm, found_inf, spike, loss_scale)])
-        if requests is not None:
-            packed = torch.cat([packed, requests])
+    def __init__(self, verdict: DeviceVerdict) -> None:
+        numbers = (verdict.loss, verdict.grad_norm, verdict.found_inf, verdict.spike, verdict.loss_scale,
+                   verdict.spike_limit)  # fmt: skip
+        packed = torch.stack([value.to(torch.float32) for value in numbers])
+        if verdict.requests is not None:
+            packed = torch.cat([packed, verdict.requests])
         self.requests: list[float] = []
         self._arrived: torch.cuda.Event | None = None
         if packed.is_cuda:
@@ -159,12 +244,12 @@ class PendingOutcome:
             self._values = packed
 
     def read(self) -> WindowOutcome:
-        """The numbers and their verdict. Waits for this window's step alone, not for work queued after it."""
+        """Return the numbers and their verdict. Waits for this window's step, not for work queued after it."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        loss, grad_norm, found_inf, spike, loss_scale, *self.requests = self._values.tolist()
+        loss, grad_norm, found_inf, spike, loss_scale, spike_limit, *self.requests = self._values.tolist()
         verdict = _verdict(loss, grad_norm, found_inf > 0, spike > 0, loss_scale)
-        return WindowOutcome(verdict, loss, grad_norm, loss_scale)
+        return WindowOutcome(verdict, loss, grad_norm, loss_scale, spike_limit)
 
 
 def _verdict(loss: float, grad_norm: float, found_inf: bool, spike: bool, loss_scale: float) -> StepVerdict:

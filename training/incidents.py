@@ -1,22 +1,22 @@
-"""Incidents: what went wrong where, written down so that it can be looked into later and elsewhere.
+"""Incidents: records of what went wrong, complete enough to be examined later and elsewhere.
 
-An incident is a window that recovery had to act on: not applied, or applied in the course of a loss that runs away. Its
-folder holds ``incident.json`` for
-people and ``replay.pt``, everything needed to run the window again without the data set.
+An incident is a window that recovery had to act on: not applied, or applied while the loss diverged. Its folder holds
+``incident.json`` for people, and ``replay.pt``, from which the window can be rerun without the dataset.
 """
 
 import json
-import os
+import logging
 import shutil
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from runtime.files import first_line, write_json
+from runtime.files import UNFINISHED, first_line, remove_leftovers, replacing, write_json
+from runtime.tensors import named_tensors
+
+logger = logging.getLogger("train_ultimate")
 
 RECORD, PAYLOAD = "incident.json", "replay.pt"
 REPLAY_FORMAT = "train_ultimate/incident/1"
@@ -26,7 +26,7 @@ OF_THE_RUN = (DIVERGED, NONFINITE_WEIGHTS)
 
 @dataclass
 class IncidentRecord:
-    """What ``incident.json`` says. Epoch and window count from 1."""
+    """Content of ``incident.json``. Epoch and window count from 1."""
 
     verdict: str
     stage: int
@@ -37,7 +37,7 @@ class IncidentRecord:
     loss_scale: float
     precision: str
     samples: list[str]  # image paths, in the window's order
-    drill: str = ""  # the kind, where the fault was injected on purpose
+    drill: str = ""  # kind of the fire drill that injected the fault, if one did
     first_nonfinite: str = ""
     worst_parameters: dict[str, float] = field(default_factory=dict)
     attempts: list[dict[str, Any]] = field(default_factory=list)  # verdict, loss, grad_norm, precision of each
@@ -46,35 +46,37 @@ class IncidentRecord:
     healthy_otherwise: bool | None = None  # whether the same weights were finite on other data; None: not tried
     action: str = "under way"
 
+    def describe(self) -> str:
+        """Return where it happened, what, and what was done: "Epoch 3, window 4: spike; skipped"."""
+        where = f" in {self.first_nonfinite}" if self.first_nonfinite else ""
+        return f"Epoch {self.epoch}, window {self.window}: {self.verdict.replace('_', ' ')}{where}; {self.action}"
+
 
 class IncidentStore:
-    """The incident folders of one run: the newest ``most``, and no more than ``max_bytes`` in all.
+    """The incident folders of one run: the newest ``most``, and no more than ``max_bytes`` together.
 
-    Where there is no room, the oldest lose what replay needs first and keep their record. Nothing here ends a run: a
-    disk that is full costs the folder and a warning.
+    To make room, the oldest lose their replay payload and keep their record. Nothing here ends a run: a full disk costs
+    the folder, and a warning.
     """
 
     def __init__(self, directory: Path, most: int = 50, max_bytes: int = 200 * 2**20) -> None:
         self.directory = directory
         self.most = most
         self.max_bytes = max_bytes
-        for leftover in directory.glob("*/.*.unfinished"):  # a write that was killed
-            leftover.unlink(missing_ok=True)
+        remove_leftovers(directory, f"*/{UNFINISHED}")
 
     def open(self, record: IncidentRecord, payload: dict[str, Any]) -> Path:
-        """Write a new incident; returns its folder."""
+        """Write a new incident and return its folder."""
         folder = self.directory / f"{max(map(int, (path.name for path in self._folders())), default=0) + 1:06d}"
-        unfinished, size = folder / f".{PAYLOAD}.unfinished", num_bytes(payload)
+        size = sum(tensor.nbytes for _, tensor in named_tensors(payload))
         try:
             self._make_room(size)
             folder.mkdir(parents=True)
             if size <= self.max_bytes:
-                torch.save({"format": REPLAY_FORMAT, **payload}, unfinished)
-                os.replace(unfinished, folder / PAYLOAD)
-        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
-            print(f"Warning: {folder}: cannot be replayed later, nothing to replay was saved ({error})")
-            with suppress(OSError):
-                unfinished.unlink(missing_ok=True)
+                with replacing(folder / PAYLOAD) as unfinished:
+                    torch.save({"format": REPLAY_FORMAT, **payload}, unfinished)
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
+            logger.warning(f"{folder}: cannot be replayed later, the window was not saved ({error})")
         self.update(folder, record)
         return folder
 
@@ -82,13 +84,13 @@ class IncidentStore:
         try:
             write_json(folder / RECORD, asdict(record))
         except OSError as error:
-            print(f"Warning: {folder}: not written ({error})")
+            logger.warning(f"{folder}: not written ({error})")
 
     def _folders(self) -> list[Path]:
         return sorted(path for path in self.directory.glob("[0-9]*") if path.name.isdigit())
 
     def _make_room(self, size: int) -> None:
-        """For one more incident with a payload of so many bytes (none at all, if it is too large by itself)."""
+        """Remove old incidents and payloads for a new one of ``size`` bytes, unless it is too large by itself."""
         folders = self._folders()
         for folder in folders[: max(0, len(folders) - self.most + 1)]:
             shutil.rmtree(folder, ignore_errors=True)
@@ -102,10 +104,10 @@ class IncidentStore:
 
 
 def read_incident(folder: Path) -> tuple[IncidentRecord, dict[str, Any]]:
-    """The record and the payload of an incident, wherever its folder has been copied. Executes nothing from it.
+    """Read record and payload of an incident, wherever its folder has been copied. Executes nothing from it.
 
     Raises:
-        ValueError: it is no incident's folder, or what replay needs is not in it.
+        ValueError: It is no incident's folder, or the payload is missing or damaged.
     """
     try:
         values = json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -123,15 +125,7 @@ def read_incident(folder: Path) -> tuple[IncidentRecord, dict[str, Any]]:
     try:
         payload = torch.load(folder / PAYLOAD, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged archives raise anything
-        raise ValueError(f"{folder / PAYLOAD}: not readable ({first_line(error)[:120]})") from error
+        raise ValueError(f"{folder / PAYLOAD}: not readable ({first_line(error, 120)})") from error
     if not isinstance(payload, dict) or payload.get("format") != REPLAY_FORMAT:
         raise ValueError(f"{folder / PAYLOAD}: not written by this program (no format mark {REPLAY_FORMAT!r})")
     return record, payload
-
-
-def num_bytes(value: Any) -> int:
-    """Of the tensors in nested dicts and lists."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return sum(num_bytes(child) for child in children)

@@ -110,16 +110,16 @@ class Ladder:
         if outcome.verdict is StepVerdict.OVERFLOW:
             self.overflows_in_a_row += 1
             if attempt == 0 and self.overflows_in_a_row <= OVERFLOWS_IN_A_ROW:
-                return self.give_up(outcome.verdict, counts_as_bad=False)
+                return self.skip(outcome.verdict, counts_as_bad=False)
             return Action.RETRY if attempt == 0 else Action.RETRY_FULL_PRECISION
         if outcome.verdict is StepVerdict.SPIKE or attempt >= AFTER_QUARANTINE:
-            return self.give_up(outcome.verdict)
+            return self.skip(outcome.verdict)
         if attempt == 0:
             return Action.RETRY
         return Action.LOCALISE if precision == "fp32" else Action.RETRY_FULL_PRECISION
 
-    def give_up(self, verdict: StepVerdict, counts_as_bad: bool = True) -> Action:
-        """Count a window whose update is not going to be applied."""
+    def skip(self, verdict: StepVerdict, counts_as_bad: bool = True) -> Action:
+        """Count a window whose update will not be applied."""
         assert verdict is not StepVerdict.APPLIED
         self.skipped[verdict.value] = self.skipped.get(verdict.value, 0) + 1
         if not counts_as_bad:

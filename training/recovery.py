@@ -1,5 +1,6 @@
-"""Recovery: carries out what the ladder decides about a window, and writes it down as an incident."""
+"""Recovery: it carries out what the ladder decides about a window, and records it as an incident."""
 
+import logging
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -9,24 +10,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from runtime.checkpoint import HostCopy
 from runtime.log import RunLog
-from runtime.machine import Precision, ScalerSettings
-from runtime.ranks import Ranks
+from runtime.machine import Machine, ScalerSettings
 from runtime.sharding import load_local_state, local_state, whole_on_first, whole_weights
-from training.batchnorm import BufferGuard, running_statistics, untouched
+from training.batchnorm import BufferGuard, running_statistics, statistics_kept
 from training.diagnosis import Diagnosis, diagnose, find_culprits, name_cause
 from training.gate import StepVerdict, WindowOutcome
 from training.incidents import DIVERGED, NONFINITE_WEIGHTS, IncidentRecord, IncidentStore
 from training.ladder import AFTER_QUARANTINE, LEAST_LR_FACTOR, Action, LossHistory
 from training.optim import all_finite, fresh_moments
+from training.runner import WindowRunner
+from training.settings import Settings
 from training.state import TrainState
-from training.window import Window, accumulate_gradients, window_to_payload
+from training.window import Window, window_to_payload
+
+logger = logging.getLogger("train_ultimate")
 
 SNAPSHOT_EVERY = 50  # applied windows
-_HOW_APPLIED = {  # attempt -> what was done, and what that says about the cause
+_HOW_APPLIED = {  # attempt -> what was done, and the cause that this suggests
     1: ("run again, and applied", "not reproduced"),
     2: ("run again in fp32, and applied", "precision"),
     AFTER_QUARANTINE: ("window applied without", "data"),
@@ -34,14 +37,14 @@ _HOW_APPLIED = {  # attempt -> what was done, and what that says about the cause
 
 
 class RecoverySpentError(Exception):
-    """Every rung of the ladder has been tried. The state is a good one to save and to resume from."""
+    """Every rung of the ladder has been tried. The state is fit to be saved and resumed."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Weights to return to, in host memory; where they are sharded, this rank's part of them.
+    """Weights to return to, in host memory; this rank's part of them if they are sharded.
 
-    Not the optimizer's moments: a rollback starts them anew.
+    The optimizer's moments are not in it: a rollback resets them.
     """
 
     global_window: int
@@ -55,44 +58,47 @@ class Snapshot:
 
 
 class Recovery:
-    """Acts on verdicts, in the process, without restarting anything.
+    """Acts on verdicts within the process, without restarting anything.
+
+    All ranks act alike: what only one of them can see is exchanged first.
 
     Args:
-        state: of the run; its ladder decides.
-        images: the path of each training image, by sample index, as it is to be named in records.
-        settings: of the run, for incidents that are replayed elsewhere.
-        directory: where the incident folders go.
-        log: told of each incident.
-        precision: that the run was started in.
-        max_rollbacks: in a row, without progress between them. 0: neither a loss that runs away nor windows that are
-            skipped again and again are acted upon, and weights that are not finite end the run at once.
-        ranks: that train together. All act alike: what only one of them can see, they tell each other first.
+        state: the run's state; its ladder decides.
+        images: names of the training images, by sample index, for records.
+        settings: the run's settings; incidents hold them for ``replay``. ``max_rollbacks`` limits rollbacks in a row;
+            at 0, neither a diverging loss nor windows skipped in a row cause one, and weights that are not finite
+            end the run at once.
+        machine: what the run computes on.
+        runner: reruns windows for diagnosis.
+        directory: folder of the incident folders.
+        log: the run's log.
     """
 
     def __init__(
-        self, state: TrainState, images: Sequence[str], settings: dict[str, Any], directory: Path, log: RunLog,
-        precision: Precision, max_rollbacks: int, ranks: Ranks,
+        self, state: TrainState, images: Sequence[str], settings: Settings, machine: Machine, runner: WindowRunner,
+        directory: Path, log: RunLog,
     ) -> None:  # fmt: skip
         self.state = state
-        self.ranks = ranks
+        self.ranks = machine.ranks
         self.images = images
         self.settings = settings
         self.incidents = IncidentStore(directory)
         self.log = log
-        self.precision = precision
-        self.max_rollbacks = max_rollbacks
+        self.precision = machine.precision
+        self.max_rollbacks = settings.max_rollbacks
+        self._runner = runner
         self._snapshots: deque[Snapshot] = deque(maxlen=2)
         self._windows_since_snapshot = 0
-        self._last_rollback_at = 0.0
+        self._last_rollback_at = 0.0  # time.perf_counter()
         self._last_applied: Window | None = None
-        self._record: IncidentRecord | None = None
+        self._record: IncidentRecord | None = None  # of the current incident
         self._folder = directory
 
     def begin_stage(self) -> None:
         self._take_snapshot({})
 
     def without_quarantined(self, window: Window, least_batch: int) -> Window:
-        """The window without its quarantined samples, nor batches that then have fewer than ``least_batch``."""
+        """Return the window without quarantined samples, and without batches that this leaves below ``least_batch``."""
         ladder, epoch = self.state.ladder, self.state.progress.epoch
         if not ladder.quarantine:
             return window
@@ -101,18 +107,18 @@ class Recovery:
         return self._counted(rest)
 
     def _counted(self, window: Window) -> Window:
-        """With the number of samples that are left on all ranks; waits for them all."""
+        """Return the window with its number of samples over all ranks. Waits for all ranks."""
         return replace(window, total=int(self.ranks.total([window.num_samples])[0]))
 
     def answer(self, window: Window, outcome: WindowOutcome, guard: BufferGuard) -> list[Window] | None:
-        """Act on a window's verdict, before the next step is taken.
+        """Act on a window's verdict, before the next step.
 
         Returns:
-            None: go on. Otherwise the gradient under way has been thrown away, and these windows come next, before the
-            one it belonged to.
+            None to go on. Otherwise the current gradient has been discarded, and these windows are next, before the
+            window it belonged to.
 
         Raises:
-            RecoverySpentError: nothing is left to try.
+            RecoverySpentError: Nothing is left to try.
         """
         ladder, verdict = self.state.ladder, outcome.verdict
         action = ladder.next_action(outcome, window.attempt, window.precision.name)
@@ -140,11 +146,11 @@ class Recovery:
         self._record.attempts.append(_attempt(window, outcome))
         if verdict is StepVerdict.APPLIED:
             mean, lowest = ladder.losses.mean, min(ladder.losses.mean, ladder.losses.lowest_mean)
-            reason = f"the loss, {outcome.loss:.3g} now, has run away: its mean is {mean:.3g} and was {lowest:.3g}"
+            reason = f"the loss diverged to {outcome.loss:.3g}: its mean is {mean:.3g} and was {lowest:.3g}"
             self._roll_back(reason, diverged=True)
         elif not self._weights_finite():
             if action not in (Action.GO_ON, Action.ROLL_BACK):  # else it is counted already
-                ladder.give_up(verdict)
+                ladder.skip(verdict)
             self._roll_back("weights are not finite")
         elif action is Action.RETRY:
             return [replace(window, attempt=1)]
@@ -157,10 +163,10 @@ class Recovery:
         return []
 
     def require_finite_weights(self) -> None:
-        """At an epoch's end, before anything is validated or saved: a host sync.
+        """Roll back if a weight is not finite: at an epoch's end, before validation and saving. A host sync.
 
         Raises:
-            RecoverySpentError: they are not, and nothing is left to try.
+            RecoverySpentError: Nothing is left to try.
         """
         if self._weights_finite():
             return
@@ -170,7 +176,7 @@ class Recovery:
         self._roll_back("weights are not finite")
 
     def _localise(self, window: Window, verdict: StepVerdict, least_batch: int) -> list[Window]:
-        """The window is not finite in fp32 either: find the samples at fault, or the weights."""
+        """Find the samples, or the weights, at fault for a window that is not finite in fp32 either."""
         assert self._record is not None
         ladder, model = self.state.ladder, self.state.model
         clean, culprits, healthy_otherwise = replace(window, drill=None), list[int](), None
@@ -178,7 +184,7 @@ class Recovery:
             found = self.ranks.gather(self._diagnose(clean))
         mine, diagnoses = found[self.ranks.rank], [diagnosis for diagnosis in found if diagnosis is not None]
         if mine is None or len(diagnoses) < len(found):
-            self._skip_or_roll_back(ladder.give_up(verdict), "skipped; to look into it, memory was too short")
+            self._skip_or_roll_back(ladder.skip(verdict), "skipped; there was not enough memory to examine it")
             return []
         diagnosis = next((other for other in diagnoses if not other.finite), mine)
         if not diagnosis.finite:
@@ -193,28 +199,26 @@ class Recovery:
         self._record.healthy_otherwise = healthy_otherwise
         self._record.cause = name_cause(diagnosis, diagnosis, names, window.num_samples_everywhere, healthy_otherwise)
         if self._record.cause == "model":
-            ladder.give_up(verdict)
-            self._roll_back("the weights at hand are not finite on other data either")
+            ladder.skip(verdict)
+            self._roll_back("these weights are not finite on other data either")
         elif self._record.cause == "not reproduced":
-            self._skip_or_roll_back(ladder.give_up(verdict), "skipped; looked into, it was finite")
+            self._skip_or_roll_back(ladder.skip(verdict), "skipped; looked into, it was finite")
         elif not names:
-            self._skip_or_roll_back(
-                ladder.give_up(verdict), "skipped; its samples are not finite together, yet are alone"
-            )
+            self._skip_or_roll_back(ladder.skip(verdict), "skipped; its samples are finite one by one, not together")
         else:
             self._quarantine(names)
             rest = self._counted(window.only(set(range(window.num_samples)) - set(culprits), least_batch))
             if rest.num_samples_everywhere:
                 return [replace(rest, attempt=AFTER_QUARANTINE)]
-            self._skip_or_roll_back(ladder.give_up(verdict), self._record.action)
+            self._skip_or_roll_back(ladder.skip(verdict), self._record.action)
         return []
 
     def _diagnose(self, window: Window, loss_scale: float = 1.0) -> Diagnosis | None:
-        """None where the device's memory is too short for it."""
+        """Rerun a window under hooks. Return None if memory runs out."""
         model = self.state.model
         try:
-            with untouched(model):
-                return diagnose(model, lambda: accumulate_gradients(model, window), loss_scale)
+            with statistics_kept(model):
+                return diagnose(model, lambda: self._runner.examine(model, window), loss_scale)
         except torch.OutOfMemoryError:
             model.zero_grad(set_to_none=True)
             return None
@@ -237,24 +241,24 @@ class Recovery:
             self._conclude(done)
 
     def _roll_back(self, reason: str, diverged: bool = False) -> None:
-        """Return to a good state; the windows since then are not trained again.
+        """Return to a snapshot. The windows since then are not trained again.
 
-        The second time in a row it is the older of the two that are kept: the newer one may have been taken when things
-        were going wrong already.
+        The second rollback in a row returns to the older of the two snapshots: the newer one may have been taken when
+        training was already going wrong.
 
         Raises:
-            RecoverySpentError: it has not helped before. The state is a good one all the same.
+            RecoverySpentError: Rollbacks have not helped. The state is fit to be saved.
         """
         assert self._record is not None
         self._record.cause = self._record.cause or "model"
         ladder, spent = self.state.ladder, self.state.ladder.rollbacks_in_a_row >= self.max_rollbacks
         more_precision = self.max_rollbacks > 0 and self.precision.name != "fp32" and not ladder.full_precision
-        give_up = (spent and not more_precision) or ladder.lr_factor <= LEAST_LR_FACTOR
+        is_spent = (spent and not more_precision) or ladder.lr_factor <= LEAST_LR_FACTOR
         snapshot = self._snapshots[-1 if ladder.rollbacks_in_a_row == 0 else 0]
-        if not give_up or diverged or not self._weights_finite():
+        if not is_spent or diverged or not self._weights_finite():
             self._restore(snapshot, diverged)
-        if give_up:
-            # Whoever resumes has changed something, and gets every chance again.
+        if is_spent:
+            # A resumed run, with other settings, starts at the foot of the ladder.
             ladder.recent.clear()
             ladder.rollbacks_in_a_row, ladder.losses, ladder.spent = 0, LossHistory(), True
             self._conclude(f"stopped: {reason}")
@@ -273,24 +277,24 @@ class Recovery:
         if self.state.ema is not None and snapshot.ema is not None:
             load_local_state(self.state.ema.module, snapshot.ema)
             self.state.ema.num_updates = snapshot.num_averaged
-        if diverged and snapshot.stage == self.state.progress.stage:  # what it has learnt since is of no use
+        if diverged and snapshot.stage == self.state.progress.stage:  # forget the norms of the divergence
             self.state.detector.load_state_dict(snapshot.detector)
         elif diverged:
             self.state.detector.reset(torch.device(self.precision.device_type))
-        self.state.ladder.losses = replace(self._snapshots[-1].losses)  # the longest history of good ones
+        self.state.ladder.losses = replace(self._snapshots[-1].losses)  # the newest: the longest history of good losses
         fresh_moments(self.state.optimizer, everywhere=True)
         self._windows_since_snapshot = 0
 
     def _take_snapshot(self, buffers: Mapping[str, Tensor]) -> None:
-        """Keep the weights at hand, if they are finite: a copy to host memory, and two host syncs.
+        """Keep the current weights, if they are finite: a copy to host memory, and two host syncs.
 
         Args:
-            buffers: name -> BatchNorm statistics to keep in place of the model's, which have moved on since.
+            buffers: name -> BatchNorm statistics to keep instead of the model's, which the next window has changed.
         """
         self._windows_since_snapshot = 0
         if not self._weights_finite():
             assert self._snapshots, "a run begins with finite weights"
-            return  # the next window will not be finite, and that is when something is done about it
+            return  # the next window will not be finite, and recovery acts then
         state = self.state
         ema = None if state.ema is None else _on_host(local_state(state.ema.module))
         num_averaged = 0 if state.ema is None else state.ema.num_updates
@@ -301,12 +305,12 @@ class Recovery:
         self._snapshots.append(Snapshot(*where, now, model, ema, num_averaged, detector, losses))
 
     def _weights_finite(self) -> bool:
-        """Averaged ones and BatchNorm's statistics, too, which no gate looks at; those of all ranks."""
+        """Check the weights, the averaged weights and BatchNorm's statistics of all ranks."""
         modules = [self.state.model] if self.state.ema is None else [self.state.model, self.state.ema.module]
         return self.ranks.all(all_finite([tensor for module in modules for tensor in module.state_dict().values()]))
 
     def _open(self, window: Window, outcome: WindowOutcome, verdict: str) -> None:
-        """Begin an incident: run the window once more under hooks, and save what replay needs."""
+        """Begin an incident: rerun the window under hooks, and save what ``replay`` needs."""
         progress, model = self.state.progress, self.state.model
         scaler = window.precision.new_scaler(ScalerSettings(init_scale=outcome.loss_scale))
         as_it_was = replace(window, drill=None, scaler=scaler)
@@ -326,7 +330,7 @@ class Recovery:
             first_nonfinite="" if diagnosis is None else diagnosis.first_nonfinite,
             worst_parameters={} if diagnosis is None else diagnosis.worst_parameters,
         )
-        # Of several ranks, the first one to whom it happened tells; weights are alike on all of them.
+        # The lowest rank that saw the fault records it. Weights are identical on all ranks.
         happened = self.ranks.gather(bool(self._record.first_nonfinite))
         teller = happened.index(True) if True in happened else 0
         self._record, ran = self.ranks.from_rank(
@@ -336,11 +340,11 @@ class Recovery:
         if self.ranks.is_first:
             frozen = any(not parameter.requires_grad for parameter in model.parameters())
             weights = _on_host(weights)
-            payload = {"settings": self.settings, "backbone_frozen": frozen, "window": ran, "model": weights}
+            payload = {"settings": self.settings.to_dict(), "backbone_frozen": frozen, "window": ran, "model": weights}
             self._folder = self.incidents.open(self._record, payload)
 
     def _conclude(self, action: str, cause: str = "") -> None:
-        """End the incident: record, event, and its one line on the terminal."""
+        """End the incident: write its record, its event and its line on the terminal."""
         record = self._record
         assert record is not None
         record.action = f"{record.action}; {action}" if record.culprits and action != record.action else action
@@ -348,9 +352,7 @@ class Recovery:
         if self.ranks.is_first:
             self.incidents.update(self._folder, record)
         self.log.event("incident", **asdict(record), folder=self._folder.name)
-        what = record.verdict.replace("_", " ") + (f" in {record.first_nonfinite}" if record.first_nonfinite else "")
-        where = f"Epoch {record.epoch}, window {record.window}"
-        tqdm.write(f"{where}: {what}; {record.action}. See {self._folder}")
+        logger.warning(f"{record.describe()}. See {self._folder}")
         self._record = None
 
 
@@ -359,5 +361,5 @@ def _attempt(window: Window, outcome: WindowOutcome) -> dict[str, Any]:
 
 
 def _on_host(payload: dict[str, Any]) -> dict[str, Any]:
-    """A copy of nested dicts of tensors in host memory, sharing nothing with the original."""
+    """Copy nested dicts of tensors to host memory, sharing nothing with the original."""
     return HostCopy().take(payload)()

@@ -1,105 +1,153 @@
-"""A training run: its settings, machine, data, state and folder."""
+"""A training run: what it needs, what it changes, and where that is kept."""
 
-import argparse
-import shlex
-import sys
-from contextlib import suppress
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, Self
 
 from data.cache import DecodedCache
-from data.layouts import Pair, find_subsets
+from data.layouts import Pair
 from data.sampler import Share
 from data.unreadable import UnreadablePairs
 from runtime.checkpoint import CheckpointStore
-from runtime.folder import LOG
+from runtime.files import remove_leftovers
+from runtime.folder import LOG, lock_directory, unlock_directory
 from runtime.log import RunLog
-from runtime.machine import Precision
+from runtime.machine import Machine, Precision
 from runtime.ranks import Ranks
 from runtime.sharding import whole_on_first
-from runtime.signals import StopRequest
-from training.drill import Drill
+from runtime.signals import Signals
 from training.recovery import Recovery
 from training.runner import WindowRunner
-from training.stages import Stage
+from training.settings import Settings
+from training.stages import Stage, build_stages
 from training.state import TrainState
 
-FEW_WINDOWS = 300  # in which a network learns little, at the default learning rate
+logger = logging.getLogger("train_ultimate")
+
+
+@dataclass
+class TrainingData:
+    """The pairs of image and mask that a run trains on and validates on."""
+
+    root: Path
+    train_pairs: Sequence[Pair]
+    val_pairs: Sequence[Pair]
+    images: list[str]  # names of the training images, by sample index: paths below the root
+    validation: list[str]  # names of the validation images
+    excluded: list[str]  # names that --exclude leaves out
+    fingerprint: str
+    window_size: int  # samples per optimizer step, over all ranks
+    cache: DecodedCache | None
+    unreadable: UnreadablePairs
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a checkpoint remembers of the data."""
+        return {
+            "window_size": self.window_size,
+            "data": self.fingerprint,
+            "excluded": self.excluded,
+            "validation": self.validation,
+        }
+
+
+@dataclass
+class RunFolder:
+    """The folder of a run: checkpoints, log and lock. Rank 0 writes; the other ranks only keep count."""
+
+    path: Path
+    store: CheckpointStore
+    log: RunLog
+    had_best: bool  # it held the best weights of the run so far
+    lock: int | None  # file descriptor
+
+    @classmethod
+    def claim(cls, store: CheckpointStore, ranks: Ranks, resumed_at: int | None, json_logs: Any = None) -> Self:
+        """Make the folder this run's own: the first write to it.
+
+        Args:
+            store: the checkpoints in it.
+            ranks: the processes that train together.
+            resumed_at: windows done in the checkpoint being resumed; later checkpoints are set aside. None: a new run.
+            json_logs: stream that gets the log's lines too, for ``--json-logs``.
+
+        Raises:
+            ValueError: Another run is writing there, or the folder cannot be written to.
+        """
+
+        def take() -> tuple[int | None, bool]:
+            try:
+                store.directory.mkdir(parents=True, exist_ok=True)
+                (store.directory / LOG).touch()
+            except OSError as error:
+                reason = error.strerror or error
+                raise ValueError(
+                    f"--checkpoint-dir {store.directory}: cannot be written to ({reason}); choose another"
+                ) from error
+            lock = lock_directory(store.directory)
+            remove_leftovers(store.directory)
+            for path in store.set_aside_after(resumed_at) if resumed_at is not None else ():
+                logger.warning(f"set aside as {path}: further on than the checkpoint being resumed")
+            return lock, store.best_path.exists()
+
+        lock, had_best = ranks.from_first(take)
+        store.last_window = resumed_at or 0
+        log = RunLog(store.directory if ranks.is_first else None, echo=json_logs)
+        store.on_saved = lambda name: log.event("checkpoint", file=name)
+        return cls(store.directory, store, log, had_best, lock if ranks.is_first else None)
+
+    def release(self) -> None:
+        """Let another run have the folder."""
+        if self.lock is not None:
+            unlock_directory(self.lock)
 
 
 @dataclass
 class Run:
-    """One training run. ``state`` changes; the rest is settled when the run is prepared."""
+    """A training run. Training changes ``state``, and a checkpoint holds it; the rest stays as prepared."""
 
-    args: argparse.Namespace
-    config: dict[str, Any]  # the settings and the data's fingerprint, as saved
-    device: torch.device
-    precision: Precision
-    memory_format: torch.memory_format
-    stages: list[Stage]
-    train_pairs: list[Pair]
-    val_pairs: list[Pair]
-    cache: DecodedCache | None
+    settings: Settings
+    machine: Machine
+    data: TrainingData
     state: TrainState
-    store: CheckpointStore
-    log: RunLog
-    recovery: Recovery
-    unreadable: UnreadablePairs
-    drills: list[Drill]
+    folder: RunFolder
     runner: WindowRunner
-    stop: StopRequest
-    ranks: Ranks  # the processes that train together; this one alone, without a launcher
-    share: Share  # of this one
-    lock: int | None  # on the checkpoint directory
-    consistent: bool = True  # no step is half done: the state could be saved
-    norm_warned: bool = False  # of norms far above --grad-clip: once is enough
-
-    def checkpoint(self) -> dict[str, Any]:
-        return {"config": self.config, **whole_on_first(self.state.state_dict(), self.ranks.is_first)}
+    recovery: Recovery
+    signals: Signals
 
     @property
-    def save_is_due(self) -> bool:
-        since = self.state.progress.global_window - self.store.last_window
-        return self.stop.save or 0 < self.args.checkpoint_every <= since
-
-    def log_end(self, exit_code: int) -> None:
-        progress, ladder = self.state.progress, self.state.ladder
-        best = {"best_iou": progress.best_iou, "best_epoch": progress.best_epoch}
-        unreadable = list(self.unreadable.reasons)
-        self.log.event("run_end", exit_code=exit_code, **best, recovery=ladder.summary(), unreadable=unreadable)
+    def stages(self) -> list[Stage]:
+        return build_stages(self.settings)
 
     @property
-    def resume_command(self) -> str:
-        return shlex.join(
-            ["python", sys.argv[0], "train", "--resume", "auto", "--checkpoint-dir", self.args.checkpoint_dir]
-        )
-
-    @property
-    def hides_bars(self) -> bool | None:
-        """None: where standard error is no terminal."""
-        return True if self.args.quiet or self.args.json_logs or not self.ranks.is_first else None
-
-    def last_lines(self) -> list[str]:
-        """What came of it, where it is, and the next command."""
-        progress, best = self.state.progress, self.store.best_path
-        is_synthetic = self.args.dataset_path == "synthetic"
-        data = self.store.directory / "synthetic" if is_synthetic else Path(self.args.dataset_path)
-        ends = ["predict", "--checkpoint", str(best), "PHOTOGRAPHS", "--output", "found", "--overlay"]
-        with suppress(ValueError, OSError):  # the data set may have gone
-            if any(subset.split == "test" for subset in find_subsets(data)):
-                ends = ["evaluate", "--checkpoint", str(best), "--dataset-path", str(data)]
-        windows = progress.global_window
-        few = f"Only {windows} windows (optimizer steps) were trained: docs/recipes.md has settings for small data sets"
-        return [
-            *([few] if windows < FEW_WINDOWS and not is_synthetic else []),
-            f"Done: validation IoU {progress.best_iou:.4f}, reached at epoch {progress.best_epoch}",
-            f"Weights: {best}, curves: {self.store.directory / LOG}",
-            f"Next: {shlex.join(['python', sys.argv[0], *ends])}",
-        ]
+    def share(self) -> Share:
+        """Part of every window and of the validation images that this rank has."""
+        return Share(self.machine.ranks.rank, self.machine.ranks.size)
 
     @property
     def precision_in_use(self) -> Precision:
-        return self.state.precision_in_use(self.precision)
+        return self.state.precision_in_use(self.machine.precision)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What a checkpoint tells of the run beside its state."""
+        return {
+            "settings": self.settings.to_dict(),
+            "precision": self.machine.precision.name,
+            **self.data.identity(),
+        }
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Return the content of a checkpoint file. Call on all ranks: rank 0 gathers sharded tensors."""
+        return {"config": self.config, **whole_on_first(self.state.state_dict(), self.machine.ranks.is_first)}
+
+    @property
+    def save_is_due(self) -> bool:
+        windows = self.state.progress.global_window - self.folder.store.last_window
+        return self.signals.save or 0 < self.settings.checkpoint_every <= windows
+
+    def save_step(self) -> Path:
+        """Begin a mid-epoch checkpoint and return its path. Training waits for a copy of the state only."""
+        self.signals.saved()
+        return self.folder.store.save_step(self.state.progress.global_window, self.checkpoint())

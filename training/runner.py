@@ -1,5 +1,6 @@
-"""How windows go through the network on this machine: compiled, in parts, on several ranks."""
+"""The way of windows through the network on this machine: compiled or eager, in parts that fit, on several ranks."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -8,115 +9,120 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from data.dataset import Batch
+from losses import deep_supervision_loss
 from runtime.files import first_line
-from runtime.machine import Precision, ScalerSettings
-from runtime.ranks import Ranks
+from runtime.machine import Machine, Precision, ScalerSettings
 from training.batchnorm import BufferGuard, statistics_kept
-from training.window import Window, accumulate_gradients, batch_loss
+from training.window import Loss, Window, accumulate_gradients, batch_loss
+
+logger = logging.getLogger("train_ultimate")
 
 
 class WindowRunner:
-    """How windows go through the network on this machine: compiled or not, in batches that fit its memory.
+    """Runs windows forward and backward.
 
     Args:
-        batch_size: that the loader makes.
-        scales: that windows have.
-        recomputes: the model computes activations again in the backward pass, ``checkpoint_gradients``.
+        machine: device, memory layout and ranks.
+        img_size: S.
+        batch_size: largest batch of the loader.
+        scales: the windows' possible scales.
+        recomputes: The model recomputes activations in the backward pass, see ``checkpoint_gradients``.
+        loss: maps side logits, masks and uncertainty weight to a scalar.
 
     Attributes:
-        num_parts: that each batch is to go through in; doubled where the device's memory is too short.
+        num_parts: number of parts of each batch; doubled whenever the device runs out of memory.
     """
 
-    def __init__(self, batch_size: int, scales: Sequence[float] = (1.0,), recomputes: bool = False) -> None:
+    def __init__(
+        self, machine: Machine, img_size: int, batch_size: int, scales: Sequence[float] = (1.0,),
+        recomputes: bool = False, loss: Loss = deep_supervision_loss,
+    ) -> None:  # fmt: skip
         self.num_parts = 1
-        self._ranks = Ranks()
-        self._replica: nn.Module | None = None  # of the model, on each of several ranks
+        self._machine = machine
+        self._img_size = img_size
+        self._replica: nn.Module | None = None  # wrapped model of one of several ranks
         self._batch_size = batch_size
-        self._scales = sorted(scales, reverse=True)  # what needs most memory first
+        self._scales = sorted(scales, reverse=True)  # the largest, which needs most memory, first
         self._recomputes = recomputes
+        self._loss = loss
         self._compiled: Callable[..., Tensor] | None = None
         self._compiled_for: Precision | None = None
 
-    def replicate(
-        self, model: nn.Module, ranks: Ranks, img_size: int, precision: Precision, memory_format: torch.memory_format
-    ) -> None:
-        """Have ranks average gradients, where there are several; called anew where what trains changes.
+    def replicate(self, model: nn.Module, precision: Precision) -> None:
+        """Make ranks average gradients, if there are several. Call again whenever the trainable parameters change.
 
-        Memory that is too short must show now. In a window, it would show in the midst of the averaging, and the other
-        ranks would wait for the rest of it. So every rank tries a batch first, and all take the smallest size that fits
-        one of them. A sharded model takes all ranks for each pass, so there is nothing to try.
+        Run out of memory here if at all: during a real window's all-reduce, the other ranks would hang. So every rank
+        tries a batch first, and all take the largest number of parts that one of them needs. Passes of a sharded model
+        involve all ranks, so there is no trial.
 
         Raises:
-            torch.OutOfMemoryError: one image does not fit.
+            torch.OutOfMemoryError: One image does not fit.
         """
+        ranks = self._machine.ranks
         if ranks.size == 1:
             return
-        self._replica = None  # first: two of them would both be at work on the same gradients
+        self._replica = None  # first: two replicas would both hook the same gradients
         if not ranks.shards:
             guard = BufferGuard(model)
             guard.begin_window()
-            self.gradients(model, self._example(img_size, precision, memory_format, guard.least_batch), guard)
+            self.backward(model, self._example(precision, guard.least_batch), guard)
             model.zero_grad(set_to_none=True)
             guard.restore()
-            torch.cuda.empty_cache()  # what it kept is NCCL's now, if that needs it
+            torch.cuda.empty_cache()  # NCCL may need the memory
             needed = max(ranks.gather(self.num_parts))
             if needed > self.num_parts:
-                print(f"Out of memory on another rank: each batch goes through in {needed} parts")
+                logger.warning(f"out of memory on another rank: each batch goes through in {needed} parts")
             self.num_parts = needed
-        self._ranks, device = ranks, torch.device(precision.device_type, ranks.local_rank)
+        device = torch.device(precision.device_type, ranks.local_rank)
         self._replica = ranks.replicate(model, device)
 
-    def compile(
-        self, model: nn.Module, img_size: int, precision: Precision, memory_format: torch.memory_format
-    ) -> None:
-        """Have ``torch.compile`` make kernels for the loader's batches, tried on zeros at every scale; a minute each.
+    def compile(self, model: nn.Module, precision: Precision) -> None:
+        """Compile the loader's batches with ``torch.compile``, and try them on zeros at every scale; a minute each.
 
-        Other batches, a shorter one at an epoch's end or those of a window that is run again in fp32, go through the
-        network as it is written. So they do all where this fails, with a warning. Called anew where what is trained
-        changes.
+        Other batches run eagerly: a shorter one at an epoch's end, those of a window rerun in fp32. If compilation
+        fails, all batches do, with a warning. Call again whenever the trainable parameters change.
         """
-        torch.compiler.reset()  # what was made for another stage
+        torch.compiler.reset()  # forget the previous stage's code
+        ranks = self._machine.ranks
         self._compiled, self._compiled_for = torch.compile(batch_loss, dynamic=False), precision
-        guard, start = BufferGuard(model), time.perf_counter()
-        guard.begin_window()
-        reason, fits, example = "", True, self._example(img_size, precision, memory_format)
+        start = time.perf_counter()
+        reason, fits, example = "", True, self._example(precision)
         examples = [replace(example, scale=scale) for scale in self._scales]
         replica = self._replica if isinstance(self._replica, DistributedDataParallel) else None
-        try:
-            with replica.no_sync() if replica is not None else nullcontext():  # where one fails, none must wait for it
-                for example in examples:
+        with statistics_kept(model):
+            try:
+                with replica.no_sync() if replica is not None else nullcontext():  # a failure must leave none waiting
+                    for example in examples:
+                        self._accumulate(self._replica or model, example)
+            except torch.OutOfMemoryError:  # one rank: the first window meets it too, and halves its batches
+                reason, fits = "out of memory" if replica is not None else "", False
+            except Exception as error:  # no compiler, an operation that it does not know
+                reason = first_line(error)
+            reasons = {rank: text for rank, text in enumerate(ranks.gather(reason)) if text}
+            if reasons:
+                self._compiled = None
+                where = f"on rank {min(reasons)}: " if ranks.size > 1 else ""
+                logger.warning(f"--compile failed ({where}{reasons[min(reasons)]}); training goes on without it")
+            elif fits:
+                for example in examples if replica is not None else ():  # kernels of a window's last batch
                     self._accumulate(self._replica or model, example)
-        except torch.OutOfMemoryError:  # as the first window will, and then batches are halved; not so by several ranks
-            reason, fits = "out of memory" if replica is not None else "", False
-        except Exception as error:  # a compiler that is not there, an operation that it does not know
-            reason = first_line(error)[:200]
-        reasons = {rank: told for rank, told in enumerate(self._ranks.gather(reason)) if told}
-        if reasons:
-            self._compiled = None
-            where = f"on rank {min(reasons)}: " if self._ranks.size > 1 else ""
-            print(f"Warning: --compile failed ({where}{reasons[min(reasons)]}); training goes on without it")
-        elif fits:
-            for example in examples if replica is not None else ():  # the kernels of a window's last batch
-                self._accumulate(self._replica or model, example)
-            print(f"Compiled in {time.perf_counter() - start:.0f} s")
-        model.zero_grad(set_to_none=True)
-        guard.restore()
+                logger.info(f"Compiled in {time.perf_counter() - start:.0f} s")
+            model.zero_grad(set_to_none=True)
 
-    def gradients(self, model: nn.Module, window: Window, guard: BufferGuard) -> tuple[Window, Tensor]:
-        """``accumulate_gradients``; where that runs out of memory, in batches of half the size, and so from then on.
+    def backward(self, model: nn.Module, window: Window, guard: BufferGuard) -> tuple[Window, Tensor]:
+        """Run ``accumulate_gradients``. If memory runs out, halve the batches, from then on.
 
         Returns:
-            the window in the batches that fitted, to be run again or looked into, and its loss. Of a window that is run
-            again in fp32 and does not fit, NaN: it is given up like one that is not finite in fp32 either.
+            the window, split into batches that fit, and its loss. The loss is NaN if an fp32 rerun does not fit;
+            recovery then skips the window.
 
         Raises:
-            torch.OutOfMemoryError: the smallest batches do not fit.
+            torch.OutOfMemoryError: The smallest batches do not fit.
         """
         if self._replica is not None:
-            return window, self._with_others(model, window, guard)
+            return window, self._backward_with_others(model, window, guard)
         largest = max(len(batch.images) for batch in window.batches)
         while True:
             can_be_cut = largest // 2 >= guard.least_batch
@@ -125,7 +131,7 @@ class WindowRunner:
             except torch.OutOfMemoryError:
                 if not can_be_cut and window.attempt == 0:
                     raise
-            # Only here are the tensors gone that the traceback held on to.
+            # Retry outside `except`: the traceback keeps the failed pass's tensors alive.
             model.zero_grad(set_to_none=True)
             guard.restore()
             torch.cuda.empty_cache()
@@ -134,33 +140,45 @@ class WindowRunner:
             window, largest = window.in_parts(2, guard.least_batch), (largest + 1) // 2
             if window.attempt == 0:
                 self.num_parts *= 2
-                tqdm.write(
-                    f"Out of memory: each batch goes through in {self.num_parts} parts from here on, of at most "
-                    f"{largest} images; as many images make a step as before"
+                logger.warning(
+                    f"out of memory: each batch goes through in {self.num_parts} parts from here on, of at most "
+                    f"{largest} images; the number of images per step stays the same"
                 )
 
-    def _example(
-        self, img_size: int, precision: Precision, memory_format: torch.memory_format, least: int = 1
-    ) -> Window:
-        """A window of one batch of the loader's size, or of the part of it that fits, at the largest scale."""
-        size = max(self._largest_part, least)
-        images, masks = (torch.zeros(size, channels, img_size, img_size, dtype=torch.uint8) for channels in (3, 1))
-        batch = Batch(images, masks, torch.arange(size), {})
-        scaler = precision.new_scaler(ScalerSettings())
-        return Window(0, 0, [batch], 0.0, 0.0, precision, scaler, memory_format, seed=0, scale=self._scales[0])
+    def examine(self, model: nn.Module, window: Window) -> Tensor:
+        """Run a window eagerly, as it is, on this rank only: for diagnosis. Gradients stay in ``.grad``."""
+        return accumulate_gradients(model, window, self._eager_loss_of)
 
-    def _with_others(self, model: nn.Module, window: Window, guard: BufferGuard) -> Tensor:
-        """All ranks average their gradients, or none does. What may need more memory than before is tried first."""
+    def _example(self, precision: Precision, least: int = 1) -> Window:
+        """Return a window of one batch of the loader's size, or the part of it that fits, at the largest scale."""
+        size = max(self._largest_part, least)
+        side = self._img_size
+        images, masks = (torch.zeros(size, channels, side, side, dtype=torch.uint8) for channels in (3, 1))
+        return Window(
+            number=0,
+            global_number=0,
+            batches=[Batch(images, masks, torch.arange(size), {})],
+            lr=0.0,
+            uncertainty_weight=0.0,
+            precision=precision,
+            scaler=precision.new_scaler(ScalerSettings()),
+            memory_format=self._machine.memory_format,
+            seed=0,
+            scale=self._scales[0],
+        )
+
+    def _backward_with_others(self, model: nn.Module, window: Window, guard: BufferGuard) -> Tensor:
+        """Average gradients over all ranks, or over none. A rerun may need more memory, so it is tried first."""
         assert self._replica is not None
-        fits = True
-        if window.attempt and not self._ranks.shards:
+        ranks, fits = self._machine.ranks, True
+        if window.attempt and not ranks.shards:
             try:
                 self._accumulate(model, window)
             except torch.OutOfMemoryError:
                 fits = False
             model.zero_grad(set_to_none=True)
             guard.restore()
-            fits = self._ranks.all(fits)
+            fits = ranks.all(fits)
         return self._accumulate(self._replica, window) if fits else self._not_a_number(window)
 
     @staticmethod
@@ -173,7 +191,7 @@ class WindowRunner:
 
     def _accumulate(self, model: nn.Module, window: Window) -> Tensor:
         around_backward = (lambda: statistics_kept(model)) if self._recomputes else nullcontext
-        num_ranks = self._ranks.size if model is self._replica else 1
+        num_ranks = self._machine.ranks.size if model is self._replica else 1
         return accumulate_gradients(model, window, self._loss_of, around_backward, num_ranks)
 
     def _loss_of(
@@ -181,5 +199,12 @@ class WindowRunner:
         scale: float,
     ) -> Tensor:  # fmt: skip
         fits = len(images) == self._largest_part and precision == self._compiled_for
-        loss_of = self._compiled if self._compiled is not None and fits else batch_loss
-        return loss_of(model, images, masks, uncertainty_weight, precision, scale)
+        if self._compiled is None or not fits:
+            return self._eager_loss_of(model, images, masks, uncertainty_weight, precision, scale)
+        return self._compiled(model, images, masks, uncertainty_weight, precision, scale, self._loss)
+
+    def _eager_loss_of(
+        self, model: nn.Module, images: Tensor, masks: Tensor, uncertainty_weight: Tensor, precision: Precision,
+        scale: float,
+    ) -> Tensor:  # fmt: skip
+        return batch_loss(model, images, masks, uncertainty_weight, precision, scale, self._loss)

@@ -1,16 +1,15 @@
-"""From the command line to a run that is ready to train: settings, data, network, state, folder."""
+"""From what the user typed to a run that is ready to train, new or resumed: first decide, then build, then write."""
 
-import argparse
+import logging
 import shlex
 import sys
-from collections.abc import Collection, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from commands import cli
 from data.cache import DecodedCache, default_directory, open_cache
 from data.dataset import header_problems
 from data.decoding import problem_of
@@ -26,58 +25,170 @@ from data.layouts import (
     split_validation,
     training_pairs,
 )
-from data.loading import unit_range
 from data.processes import keep_freed_memory, num_cores
-from data.sampler import Share
 from data.synthetic import write_synthetic_dataset
 from data.unreadable import UnreadablePairs, require_few
-from models.network import build_network
-from reporting.history import CONFIG
-from reporting.listeners import SamplePredictions, listeners_of
+from losses import deep_supervision_loss
+from models import CamouflageSegmenter, NetworkSettings, build_network
 from runtime.checkpoint import CheckpointStore, find_checkpoint
-from runtime.console import LastingStream, OnlyWarnings
 from runtime.files import write_json
-from runtime.folder import LOG, lock_directory, require_free, settings_begun
-from runtime.log import RunLog, environment
-from runtime.machine import (
-    Precision,
-    memory_format_of,
-    on_device,
-    resolve_device,
-    resolve_precision,
-    use_deterministic_algorithms,
-)
-from runtime.ranks import Ranks, is_launched, is_started_again, join
+from runtime.folder import CONFIG, INCIDENTS, require_free, settings_begun
+from runtime.log import environment
+from runtime.machine import Machine, use_deterministic_algorithms
+from runtime.ranks import Ranks, is_launched, is_started_again
 from runtime.sharding import shard
-from runtime.signals import StopRequest
+from runtime.signals import Signals
 from training.drill import Drill
 from training.gate import SpikeDetector
 from training.optim import Ema, all_finite, build_optimizer
 from training.recovery import Recovery
-from training.run import Run
+from training.run import Run, RunFolder, TrainingData
 from training.runner import WindowRunner
-from training.settings import check
+from training.settings import NOT_RESUMED, Settings
 from training.stages import build_stages
 from training.state import TrainState, load_weights, resume, window_size
+from training.window import Loss
 
-SYNTHETIC_TRAIN_IMAGES, SYNTHETIC_TEST_IMAGES = 640, 64
+NetworkBuilder = Callable[[NetworkSettings, bool, Path | None], CamouflageSegmenter]
+
+logger = logging.getLogger("train_ultimate")
 
 
-def size_of_windows(args: argparse.Namespace, num_ranks: int, before: dict[str, Any] | None) -> int:
-    """Samples in an optimizer step, over all ranks. A run that goes on with more ranks or fewer keeps its own.
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do. Rank 0 reads the disk, decides and broadcasts it: plain values and tensors in host memory.
+
+    Attributes:
+        settings: every setting.
+        checkpoint: content of the checkpoint to resume, verified; None to start from the beginning.
+        weights: weights to start from, if the file that ``--resume`` names holds nothing else.
+        source: file that ``checkpoint`` was read from.
+        root: the dataset's folder.
+        train_pairs: pairs to train on.
+        val_pairs: pairs to validate on.
+        excluded: names that ``--exclude`` leaves out.
+        window_size: samples per optimizer step, over all ranks.
+    """
+
+    settings: Settings
+    checkpoint: dict[str, Any] | None
+    weights: dict[str, Any] | None
+    source: Path | None
+    root: Path
+    train_pairs: Sequence[Pair]
+    val_pairs: Sequence[Pair]
+    excluded: list[str]
+    window_size: int
+
+    @property
+    def config_before(self) -> dict[str, Any] | None:
+        """Configuration in the checkpoint to resume."""
+        return None if self.checkpoint is None else self.checkpoint["config"]
+
+    @property
+    def pairs(self) -> list[Pair]:
+        return [*self.train_pairs, *self.val_pairs]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the images of ``pairs``: paths below the root."""
+        return list(by_name(self.pairs, self.root))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parts of a run that tests and other programs may exchange."""
+
+    build_network: NetworkBuilder = build_network
+    loss: Loss = deep_supervision_loss
+    scenes: tuple[int, int] = (640, 64)  # training and test images of --dataset-path synthetic
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """The dataset's files as all ranks found them."""
+
+    cache: DecodedCache | None
+    problems: dict[str, str]  # image -> why it or its mask cannot be read
+    fingerprint: str
+
+
+def prepare(
+    given: Mapping[str, Any], ranks: Ranks, preset: Mapping[str, Any] | None = None, parts: Parts | None = None
+) -> Run:
+    """Build a run that is ready to train, new or resumed.
+
+    Args:
+        given: settings that the user typed, by name, and the checkpoint folder.
+        ranks: the processes that train together.
+        preset: defaults of ``demo``.
+        parts: exchangeable parts.
 
     Raises:
-        ValueError: there are more ranks than samples.
+        ValueError, OSError: a mistake in the flags, the data or the checkpoint.
     """
-    size = args.batch_size * args.accumulation_steps * num_ranks
-    if before is not None:
-        settings = before["settings"]
-        as_before = (settings["batch_size"], settings["accumulation_steps"]) == (
-            args.batch_size,
-            args.accumulation_steps,
+    parts = parts or Parts()
+    plan = ranks.from_first(lambda: plan_run(given, preset, ranks.size, parts.scenes))
+    machine = set_up_machine(plan.settings, ranks)
+    files = examine_files(plan, ranks)
+    state = build_state(plan, machine, parts.build_network)
+    resume_state(state, plan, machine, files)
+    folder = claim_folder(plan, state, ranks)
+    data = open_data(plan, files, state, folder, ranks)
+    runner = build_runner(plan, machine, parts.loss)
+    recovery = Recovery(state, data.images, plan.settings, machine, runner, folder.path / INCIDENTS, folder.log)
+    run = Run(plan.settings, machine, data, state, folder, runner, recovery, Signals(ranks.size == 1, is_launched()))
+    record_start(run, resumed=plan.checkpoint is not None)
+    data.unreadable.note(files.problems)
+    return run
+
+
+def plan_run(
+    given: Mapping[str, Any], preset: Mapping[str, Any] | None, num_ranks: int, scenes: tuple[int, int]
+) -> Plan:
+    """Read the disk and settle everything that can be a user's mistake. Write nothing, except for synthetic scenes.
+
+    Raises:
+        ValueError, OSError: see ``prepare``.
+    """
+    directory = Path(given["checkpoint_dir"])
+    require_free(directory)
+    source, checkpoint = find_checkpoint(given.get("resume"), directory)
+    weights = None
+    if checkpoint is not None and "config" not in checkpoint:
+        logger.warning(f"{source} holds only weights: epochs, moments, learning rates and average start afresh")
+        source, checkpoint, weights = None, None, checkpoint["model"]
+    before = None if checkpoint is None else checkpoint["config"]
+    saved = None if before is None else before["settings"]
+    if before is None and given.get("resume") == "auto" and (saved := settings_begun(directory)) is not None:
+        logger.info(f"{directory / CONFIG}: settings that are not given are those of the run begun here")
+    settings = Settings.resolve(given, saved, has_weights=before is not None, preset=preset)
+    for text in settings.drill:
+        Drill.parse(text)
+    size = size_of_windows(settings, num_ranks, before)
+    holds_a_run = bool(CheckpointStore(directory, keep=1).files())
+    if holds_a_run and (source is None or source.parent.resolve() != directory.resolve()):
+        raise ValueError(
+            f"{directory} holds a run already: go on with --resume auto, or choose another --checkpoint-dir"
         )
-        if as_before and size != (kept := window_size(before)):
-            print(f"Windows of {kept} images, as before, on {num_ranks} rank{'s' if num_ranks > 1 else ''}")
+    excluded = excluded_names(settings, before)
+    validation = None if before is None else before["validation"]
+    train_pairs, val_pairs, root = find_pairs(settings, validation, excluded, scenes)
+    return Plan(settings, checkpoint, weights, source, root, train_pairs, val_pairs, excluded, size)
+
+
+def size_of_windows(settings: Settings, num_ranks: int, before: dict[str, Any] | None) -> int:
+    """Return the samples per optimizer step, over all ranks. A run resumed on more or fewer ranks keeps its own.
+
+    Raises:
+        ValueError: There are more ranks than samples.
+    """
+    size = settings.batch_size * settings.accumulation_steps * num_ranks
+    if before is not None:
+        shape = settings.batch_size, settings.accumulation_steps
+        shape_before = before["settings"]["batch_size"], before["settings"]["accumulation_steps"]
+        if shape == shape_before and size != (kept := window_size(before)):
+            logger.info(f"Windows of {kept} images, as before, on {num_ranks} rank{'s' if num_ranks > 1 else ''}")
             size = kept
     if num_ranks > size:
         raise ValueError(
@@ -87,265 +198,247 @@ def size_of_windows(args: argparse.Namespace, num_ranks: int, before: dict[str, 
     return size
 
 
-def settings_of(saved: dict[str, Any]) -> argparse.Namespace:
-    """The settings of a run as it saved them; flags that there were not yet have the values of runs without them."""
-    return cli.parse(["train"], saved)
-
-
-def excluded_names(args: argparse.Namespace, before: dict[str, Any] | None) -> list[str]:
-    """What ``--exclude`` names. A run being resumed whose file has gone leaves out what it named before.
+def excluded_names(settings: Settings, before: dict[str, Any] | None) -> list[str]:
+    """Return what ``--exclude`` names; what it named before, if a resumed run's file is missing.
 
     Args:
-        args: the settings.
+        settings: of this run.
         before: "config" of the run being resumed.
     """
-    if not args.exclude:
+    path = settings.exclude
+    if not path:
         return []
-    if before is not None and before["settings"].get("exclude") == args.exclude and not Path(args.exclude).exists():
-        print(f"--exclude {args.exclude} has gone: what it named when the checkpoint was written is left out")
+    if before is not None and before["settings"].get("exclude") == path and not Path(path).exists():
+        logger.warning(f"--exclude {path}: no such file; what it named when the checkpoint was written is left out")
         return before["excluded"]
-    return read_exclude_file(Path(args.exclude))
+    return read_exclude_file(Path(path))
 
 
-def build_pairs(
-    args: argparse.Namespace, validation: list[str] | None, excluded: list[str]
+def find_pairs(
+    settings: Settings, validation: list[str] | None, excluded: list[str], scenes: tuple[int, int]
 ) -> tuple[list[Pair], list[Pair], Path]:
-    """Training pairs, the validation pairs carved out of them, and the data set's folder. Test folders are not touched.
+    """Return training pairs, the validation pairs split off from them, and the dataset's folder; never test pairs.
 
     Args:
-        args: the settings.
-        validation: paths below the folder of the images that the run being resumed is validated on.
-        excluded: paths below the folder of images or masks whose pairs are left out.
+        settings: of this run.
+        validation: names of the validation images of the run being resumed.
+        excluded: names of images or masks whose pairs are left out.
+        scenes: number of synthetic training and test images.
     """
-    root = Path(args.dataset_path)
-    if args.dataset_path == "synthetic":
-        root = Path(args.checkpoint_dir) / "synthetic"
-        print(f"Synthetic scenes: {SYNTHETIC_TRAIN_IMAGES} to train on, {SYNTHETIC_TEST_IMAGES} to test on, in {root}")
-        write_synthetic_dataset(root, SYNTHETIC_TRAIN_IMAGES, SYNTHETIC_TEST_IMAGES, args.img_size, args.seed)
-    subsets = find_subsets(root, args.include_noncam)
+    root = Path(settings.dataset_path)
+    if settings.dataset_path == "synthetic":
+        root = Path(settings.checkpoint_dir) / "synthetic"
+        logger.info(f"Synthetic scenes: {scenes[0]} to train on, {scenes[1]} to test on, in {root}")
+        write_synthetic_dataset(root, *scenes, settings.img_size, settings.seed)
+    subsets = find_subsets(root, settings.include_noncam)
     found = training_pairs(subsets, root)
     pairs, unmatched = leave_out(found, root, excluded)
     if validation is None:
-        train_pairs, val_pairs = split_validation(pairs, args.val_fraction, args.seed)
+        train_pairs, val_pairs = split_validation(pairs, settings.val_fraction, settings.seed)
     else:
         train_pairs, val_pairs = split_as_before(pairs, root, validation)
-    print(f"Data: {root}, {len(train_pairs)} pairs to train on, {len(val_pairs)} to validate on")
+    logger.info(f"Data: {root}, {len(train_pairs)} pairs to train on, {len(val_pairs)} to validate on")
     for line in describe(subsets, len(found)):
-        print(f"   {line}")
-    if args.exclude:
-        print(f"   {len(found) - len(pairs)} pairs left out by --exclude {args.exclude}")
+        logger.info(f"   {line}")
+    if settings.exclude:
+        logger.info(f"   {len(found) - len(pairs)} pairs left out by --exclude {settings.exclude}")
     if unmatched:
-        print(f"   Warning: {len(unmatched)} paths in it match no training pair, the first: {unmatched[0]}")
+        logger.warning(
+            f"--exclude {settings.exclude}: {len(unmatched)} paths match no training pair, the first: {unmatched[0]}"
+        )
     return train_pairs, val_pairs, root
 
 
-def find_unreadable(
-    args: argparse.Namespace, root: Path, pairs: Sequence[Pair], names: Sequence[str], known: Collection[str]
-) -> tuple[DecodedCache | None, dict[str, str]]:
-    """The cache of decoded images, where one is asked for; and image -> why it or its mask cannot be read.
+def set_up_machine(settings: Settings, ranks: Ranks) -> Machine:
+    """Resolve device, precision and memory layout, configure torch for them, and log what the run computes on.
 
-    With a cache, that is known of every file. Without one, of what shows in the headers, and of the images whose names
-    are ``known``, which are tried again.
+    Raises:
+        ValueError: The device is not available.
     """
+    machine = Machine.of(settings.device, settings.precision, settings.channels_last, settings.shard, ranks)
+    if settings.deterministic:
+        use_deterministic_algorithms()
+    torch.backends.cudnn.benchmark = not settings.deterministic  # tries kernels for each new shape; there are few
+    keep_freed_memory()
+    torch.set_num_threads(min(torch.get_num_threads(), num_cores()))  # torch ignores a container's share of the cores
+    no_cuda = "" if torch.cuda.is_available() else " (no CUDA device found)"
+    together = f", {ranks.size} ranks" if ranks.size > 1 else ""
+    frozen = f" (frozen up to its feature level {settings.frozen_levels})" if settings.frozen_levels else ""
+    logger.info(
+        f"Device: {machine.device}{no_cuda}{together}, precision {machine.precision.name}, backbone "
+        f"{settings.backbone}{frozen}"
+    )
+    if settings.shard and ranks.size == 1:
+        logger.warning("--shard has no effect in one process, started without torchrun: it holds all weights")
+    if settings.drill:
+        logger.info(f"Fire drills, faults on purpose at windows of the run: {', '.join(settings.drill)}")
+    return machine
+
+
+def examine_files(plan: Plan, ranks: Ranks) -> FileReport:
+    """Look for unreadable files, open the cache if ``--cache`` asks for one, and compare the dataset over ranks.
+
+    Raises:
+        ValueError: A rank does not find the dataset, or finds another one.
+        UnreadableDataError: Too many files cannot be read.
+    """
+    first = plan.pairs[0].image
+    if not first.exists():
+        raise ValueError(f"{first}: not found by rank {ranks.rank}; every machine needs the dataset, at the same path")
+    known = {} if plan.checkpoint is None else plan.checkpoint.get("unreadable", {})
+
+    def look() -> tuple[DecodedCache | None, dict[str, str]]:
+        return find_unreadable(plan.settings, plan.root, plan.pairs, plan.names, known)
+
+    cache, problems = look() if plan.settings.cache else ranks.from_first(look)
+    problems = {image: reason for found in ranks.gather(problems) for image, reason in found.items()}
+    require_few(problems, len(plan.pairs), advice_on_unreadable(plan.root))
+    return FileReport(cache, problems, agreed_fingerprint(plan, ranks))
+
+
+def find_unreadable(
+    settings: Settings, root: Path, pairs: Sequence[Pair], names: Sequence[str], known: Collection[str]
+) -> tuple[DecodedCache | None, dict[str, str]]:
+    """Look for unreadable files: all of them decoded with a cache, else headers, and decoded only ``known`` images."""
     named = list(zip(pairs, names, strict=True))
-    if args.cache:
-        cache_dir = default_directory() if args.cache_dir is None else Path(args.cache_dir)
-        cache = open_cache(pairs, root, args.img_size, cache_dir, num_cores())
+    if settings.cache:
+        cache_dir = default_directory() if settings.cache_dir is None else Path(settings.cache_dir)
+        cache = open_cache(pairs, root, settings.img_size, cache_dir, num_cores())
         return cache, {name: cache.problems[pair.image] for pair, name in named if pair.image in cache.problems}
     problems = {names[position]: problem for position, problem in header_problems(pairs).items()}
     again = {name: problem_of(pair.image, pair.mask) for pair, name in named if name in known}
     return None, {**problems, **{name: problem for name, problem in again.items() if problem}}
 
 
-def take_directory(store: CheckpointStore, global_window: int, resumed: bool) -> tuple[int | None, bool]:
-    """Make the folder this run's own; returns the lock on it, and whether it holds the best weights of the run so far.
+def advice_on_unreadable(root: Path) -> str:
+    """Return what the user can do about unreadable files."""
+    return (
+        "Repair them, or list them with: python train_ultimate.py check-data --dataset-path "
+        f"{shlex.quote(str(root))} --write-exclude unreadable.txt, and leave them out with --exclude unreadable.txt"
+    )
+
+
+def agreed_fingerprint(plan: Plan, ranks: Ranks) -> str:
+    """Return the dataset's fingerprint, which all ranks must share.
 
     Raises:
-        ValueError: another run is writing there.
+        ValueError: On another machine, files are missing or have other sizes.
     """
-    try:
-        store.directory.mkdir(parents=True, exist_ok=True)
-        (store.directory / LOG).touch()
-    except OSError as error:
-        why = error.strerror or error
-        raise ValueError(f"--checkpoint-dir {store.directory}: cannot be written to ({why}); choose another") from error
-    lock = lock_directory(store.directory)
-    store.remove_leftovers()
-    for path in store.set_aside_after(global_window) if resumed else ():
-        print(f"Set aside as {path}: further on than the checkpoint being resumed")
-    return lock, store.best_path.exists()
-
-
-def agreed_precision(name: str, device: torch.device, ranks: Ranks) -> Precision:
-    """The same on all ranks: where ``auto`` means another on each machine, what all of them can do."""
-    mine = resolve_precision(name, device)
-    found = ranks.gather((mine.name, torch.__version__))
-    if len({version for _, version in found}) > 1:
-        told = ", ".join(f"rank {rank}: {version}" for rank, (_, version) in enumerate(found))
-        print(f"Warning: ranks have different versions of torch ({told}); the same on all machines is safer")
-    if len({precision for precision, _ in found}) == 1:
-        return mine
-    return Precision("fp16" if device.type == "cuda" else "fp32", device.type)
-
-
-def agreed_fingerprint(pairs: Sequence[Pair], root: Path, ranks: Ranks) -> str:
-    """Of the data set, which each rank must find alike.
-
-    Raises:
-        ValueError: on another machine, files are missing or of another size.
-    """
-    found = ranks.gather(fingerprint(pairs, root))
+    found = ranks.gather(fingerprint(plan.pairs, plan.root))
     if others := [str(rank) for rank, other in enumerate(found) if other != found[0]]:
         raise ValueError(
-            f"{root}: on the machine of rank {', '.join(others)}, files are missing or of other sizes than on that of "
-            "rank 0; copy the data set again"
+            f"{plan.root}: on the machine of rank {', '.join(others)}, files are missing or have other sizes than on "
+            "that of rank 0; copy the dataset again"
         )
     return found[0]
 
 
-def prepare(argv: Sequence[str] | None) -> Run:
-    """From the command line to a run that is ready to train, new or resumed.
-
-    A setting comes from the first of: the command line; the checkpoint being resumed; the defaults.
+def build_state(plan: Plan, machine: Machine, build_network: NetworkBuilder) -> TrainState:
+    """Build network, average, optimizer, scaler and spike detector, not yet resumed.
 
     Raises:
-        ValueError, OSError: a mistake in the flags, the data or the checkpoint.
+        ValueError: The weights to start from are not finite, or belong to another network.
     """
-    args = cli.parse(argv)
-    device = resolve_device(args.device)
-    ranks = join(device.type, args.rank_timeout)
-    json_to = sys.stdout if args.json_logs else None
-    # For as long as the process lives.
-    sys.stdout, sys.stderr = LastingStream.of(sys.stdout), LastingStream.of(sys.stderr)
-    if args.quiet or args.json_logs or not ranks.is_first:
-        sys.stdout = OnlyWarnings(sys.stderr if ranks.is_first else None)  # one rank tells for all
-    directory = Path(args.checkpoint_dir)
-    ranks.from_first(lambda: require_free(directory))
-    source, checkpoint = ranks.from_first(lambda: find_checkpoint(args.resume, directory))
-    weights_alone = checkpoint["model"] if checkpoint is not None and "config" not in checkpoint else None
-    if weights_alone is not None:
-        print(f"Warning: {source} holds weights alone: epochs, moments, learning rates and average begin anew")
-        source = checkpoint = None
-    before = checkpoint["config"] if checkpoint is not None else None
-    begun = ranks.from_first(lambda: settings_begun(directory)) if args.resume == "auto" and before is None else None
-    if begun is not None:
-        print(f"{directory / CONFIG}: what is not given is as in the run that was begun here")
-    if before is not None or begun is not None:
-        args = cli.parse(argv, saved=begun if before is None else before["settings"], has_weights=before is not None)
-    ranks.from_first(lambda: check(args))
-    ranks.shards = args.shard and ranks.size > 1
-    if args.shard and ranks.size == 1:
-        print("--shard: one process alone, started without torchrun, has nothing to share: it keeps all weights")
-    drills = [Drill.parse(text) for text in args.drill]
-    drills = [] if is_started_again() else [drill for drill in drills if drill.rank in (None, ranks.rank)]
-    windows_of = ranks.from_first(lambda: size_of_windows(args, ranks.size, before))
-    store = CheckpointStore(directory, args.keep_checkpoints, writes=ranks.is_first)
-    if ranks.from_first(store.files) and (source is None or source.parent.resolve() != directory.resolve()):
-        raise ValueError(
-            f"{directory} holds a run already: go on with --resume auto, or choose another --checkpoint-dir"
+    settings = plan.settings
+    is_new = plan.checkpoint is None and plan.weights is None  # else the file brings all weights
+    weights_file = Path(settings.backbone_weights) if is_new and settings.backbone_weights else None
+    torch.manual_seed(settings.seed)
+    model = build_network(NetworkSettings.of(settings.to_dict()), is_new and settings.pretrained, weights_file)
+    if not machine.ranks.shards:
+        model = machine.place(model)
+    if settings.gradient_checkpointing and not model.checkpoint_gradients():
+        logger.warning(
+            f"timm has no gradient checkpointing for {settings.backbone}: only the decoder's will save memory"
         )
-    if args.deterministic:
-        use_deterministic_algorithms()
-    torch.backends.cudnn.benchmark = not args.deterministic  # tries kernels for each new shape, and there are few
-    keep_freed_memory()
-    torch.set_num_threads(min(torch.get_num_threads(), num_cores()))  # torch counts cores, not a container's share
-    precision = agreed_precision(args.precision, device, ranks)
-    memory_format = memory_format_of(args)
-    no_cuda = "" if torch.cuda.is_available() else " (no CUDA device found)"
-    together = f", {ranks.size} ranks" if ranks.size > 1 else ""
-    frozen = f" (frozen up to its feature level {args.frozen_levels})" if args.frozen_levels else ""
-    print(f"Device: {device}{no_cuda}{together}, precision {precision.name}, backbone {args.backbone}{frozen}")
-    if args.drill:
-        print(f"Fire drills, faults on purpose at windows of the run: {', '.join(args.drill)}")
-    excluded = ranks.from_first(lambda: excluded_names(args, before))
-    validation = before["validation"] if before is not None else None
-    train_pairs, val_pairs, root = ranks.from_first(lambda: build_pairs(args, validation, excluded))
-    pairs = [*train_pairs, *val_pairs]
-    if not pairs[0].image.exists():
-        where = f"not there for rank {ranks.rank}"
-        raise ValueError(f"{pairs[0].image}: {where}; every machine needs the data set, at the same path")
-    names = list(by_name(pairs, root))
-    stages = build_stages(args)
-    model = build_network(args, load_weights=checkpoint is None and weights_alone is None)
-    if not ranks.shards:
-        model = on_device(model, device, memory_format)
-    if args.gradient_checkpointing and not model.checkpoint_gradients():
-        print(f"Warning: timm has no gradient checkpointing for {args.backbone}: only the decoder's will save memory")
-    largest_batch = min(args.batch_size, len(train_pairs))
-    runner = WindowRunner(largest_batch, args.multi_scale, recomputes=args.gradient_checkpointing)
-    if weights_alone is not None:
-        load_weights(model, weights_alone)
+    if plan.weights is not None:
+        load_weights(model, plan.weights)
     if not all_finite(model.state_dict().values()):
-        raise ValueError(f"--backbone {args.backbone}: its initial weights are not finite; are the right ones loaded?")
-    ema = Ema(model, args.ema_decay) if args.ema_decay > 0 else None
-    if ranks.shards:
+        raise ValueError(
+            f"--backbone {settings.backbone}: its initial weights are not finite; are the right ones loaded?"
+        )
+    ema = Ema(model, settings.ema_decay) if settings.ema_decay > 0 else None
+    if machine.ranks.shards:
         for module in (model, *([ema.module] if ema is not None else [])):
-            shard(module, device, ranks.size)
-    optimizer = build_optimizer(model, model.backbone, args.weight_decay)
-    detector = SpikeDetector(args.spike_policy, device)
-    state = TrainState(model, optimizer, precision.new_scaler(stages[0].scaler), detector, ema)
-    advice = (
-        "Repair them, or list them with: python train_ultimate.py check-data --dataset-path "
-        f"{shlex.quote(str(root))} --write-exclude unreadable.txt, and leave them out with --exclude unreadable.txt"
-    )
-    known = checkpoint.get("unreadable", {}) if checkpoint is not None else {}
-    look = lambda: find_unreadable(args, root, pairs, names, known)  # noqa: E731
-    cache, problems = look() if args.cache else ranks.from_first(look)
-    problems = {image: reason for found in ranks.gather(problems) for image, reason in found.items()}
-    require_few(problems, len(pairs), advice)
-    config = {
-        "settings": vars(args),
-        "precision": precision.name,
-        "window_size": windows_of,
-        "data": agreed_fingerprint(pairs, root, ranks),
-        "excluded": excluded,
-        "validation": names[len(train_pairs) :],
-    }
-    if checkpoint is not None:
-        resume(state, checkpoint, config, stages, precision)
-        # Whoever goes on from a run that diverged has changed something, but for a launcher that starts it again.
-        saved = checkpoint["config"]["settings"]
-        changed = any(saved.get(key) != value for key, value in vars(args).items() if key not in cli.NOT_RESUMED)
-        state.ladder.spent &= is_started_again() and not changed
-        state.unreadable = {name: problems[name] for name in state.unreadable if name in problems}  # since repaired
-        print(f"Resumed {source}: {state.progress.epoch} epochs and {state.progress.window} windows done")
-    lock, has_best = ranks.from_first(
-        lambda: take_directory(store, state.progress.global_window, checkpoint is not None)
-    )
-    lock = lock if ranks.is_first else None
-    if not has_best:  # of another folder, or set aside: the best of what follows is the best
-        state.progress.best_iou = -1.0
-    store.last_window = state.progress.global_window
-    log = RunLog(directory if ranks.is_first else None, echo=json_to)
-    if ranks.is_first:
-        # Weights that are sharded are whole on no rank alone: no images then.
-        def predict(image: torch.Tensor) -> torch.Tensor:
-            network = state.model_for_use.train().eval()
-            with torch.inference_mode(), state.precision_in_use(precision).autocast():
-                logits = network(unit_range(image.to(device), memory_format))[-1]
-            return logits.float().sigmoid().cpu()
+            shard(module, machine.device, machine.ranks.size)
+    optimizer = build_optimizer(model, model.backbone, settings.weight_decay)
+    detector = SpikeDetector(settings.spike_policy, machine.device)
+    scaler = machine.precision.new_scaler(build_stages(settings)[0].scaler)
+    drills = [] if is_started_again() else [Drill.parse(text) for text in settings.drill]
+    drills = [drill for drill in drills if drill.rank in (None, machine.ranks.rank)]
+    return TrainState(model, optimizer, scaler, detector, ema, drills=drills)
 
-        samples = None if ranks.shards else SamplePredictions(predict, val_pairs, args.img_size)
-        done = state.progress.global_window
-        # Without EpochLines: the script still prints these lines itself.
-        log.listeners += listeners_of(directory, args.epochs, args.grad_clip, done, samples, ranks.size == 1)[1:]
-    store.on_saved = lambda name: log.event("checkpoint", file=name)
-    incidents = directory / "incidents"
-    images = names[: len(train_pairs)]
-    recovery = Recovery(state, images, config["settings"], incidents, log, precision, args.max_rollbacks, ranks)
-    packages = environment(Path(__file__), ("torch", "torchvision", "timm", "numpy", "pillow"))
+
+def resume_state(state: TrainState, plan: Plan, machine: Machine, files: FileReport) -> None:
+    """Restore a freshly built state from the plan's checkpoint, if there is one.
+
+    Raises:
+        ValueError: The weights belong to another network.
+    """
+    if plan.checkpoint is None:
+        return
+    settings = plan.settings.to_dict()
+    identity = {"data": files.fingerprint, "window_size": plan.window_size, "precision": machine.precision.name}
+    resume(state, plan.checkpoint, {"settings": settings, **identity}, build_stages(plan.settings), machine.precision)
+    # A user who resumes a diverged run has changed something. A launcher that restarts it has not.
+    saved = plan.checkpoint["config"]["settings"]
+    changed = any(saved.get(name) != value for name, value in settings.items() if name not in NOT_RESUMED)
+    state.ladder.spent &= is_started_again() and not changed
+    problems = files.problems  # without files that have been repaired since
+    state.unreadable = {name: problems[name] for name in state.unreadable if name in problems}
+    logger.info(f"Resumed {plan.source}: {state.progress.epoch} epochs and {state.progress.window} windows done")
+
+
+def claim_folder(plan: Plan, state: TrainState, ranks: Ranks) -> RunFolder:
+    """Make the checkpoint folder this run's own.
+
+    Raises:
+        ValueError: Another run is writing there, or the folder cannot be written to.
+    """
+    store = CheckpointStore(Path(plan.settings.checkpoint_dir), plan.settings.keep_checkpoints, writes=ranks.is_first)
+    resumed_at = None if plan.checkpoint is None else state.progress.global_window
+    folder = RunFolder.claim(store, ranks, resumed_at, sys.stdout if plan.settings.json_logs else None)
+    if not folder.had_best:  # in another folder, or set aside: the best of what follows is the best
+        state.progress.best_iou = -1.0
+    return folder
+
+
+def open_data(plan: Plan, files: FileReport, state: TrainState, folder: RunFolder, ranks: Ranks) -> TrainingData:
+    """Bring together what the run knows of its data."""
+    names, num_training = plan.names, len(plan.train_pairs)
+    advice = advice_on_unreadable(plan.root)
+    return TrainingData(
+        root=plan.root,
+        train_pairs=plan.train_pairs,
+        val_pairs=plan.val_pairs,
+        images=names[:num_training],
+        validation=names[num_training:],
+        excluded=plan.excluded,
+        fingerprint=files.fingerprint,
+        window_size=plan.window_size,
+        cache=files.cache,
+        unreadable=UnreadablePairs(
+            state.unreadable, len(names), names[num_training:], advice, folder.log.event, ranks.size == 1
+        ),
+    )
+
+
+def build_runner(plan: Plan, machine: Machine, loss: Loss) -> WindowRunner:
+    """Build the runner for the loader's batches."""
+    settings, batch_size = plan.settings, min(plan.settings.batch_size, len(plan.train_pairs))
+    return WindowRunner(
+        machine, settings.img_size, batch_size, settings.multi_scale, settings.gradient_checkpointing, loss
+    )
+
+
+def record_start(run: Run, resumed: bool) -> None:
+    """Write ``config.json`` and the log's first event: command, device, settings, data and versions."""
     facts = {
         "command": shlex.join(["python", *sys.argv]),
-        "device": str(device),
-        "training_pairs": len(train_pairs),
-        **config,
-        **packages,
+        "device": str(run.machine.device),
+        "training_pairs": len(run.data.train_pairs),
+        **run.config,
+        **environment(Path(__file__), ("torch", "torchvision", "timm", "numpy", "pillow")),
     }
-    if ranks.is_first:
-        write_json(directory / "config.json", facts)
-    log.event("run_start" if checkpoint is None else "resume", **facts, progress=asdict(state.progress))
-    unreadable = UnreadablePairs(state.unreadable, len(pairs), config["validation"], advice, log.event, ranks.size == 1)
-    unreadable.note(problems)
-    return Run(args, config, device, precision, memory_format, stages, train_pairs, val_pairs, cache, state, store,
-               log, recovery, unreadable, drills, runner, StopRequest(ranks.size == 1, is_launched()), ranks,
-               Share(ranks.rank, ranks.size), lock)  # fmt: skip
+    if run.machine.ranks.is_first:
+        write_json(run.folder.path / CONFIG, facts)
+    run.folder.log.event("resume" if resumed else "run_start", **facts, progress=asdict(run.state.progress))

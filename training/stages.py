@@ -1,15 +1,15 @@
 """The stages of a run and their learning rate, as data and as a pure function."""
 
-import argparse
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from runtime.machine import CONSERVATIVE_SCALER, ScalerSettings
+from training.settings import Settings
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Epochs ``first_epoch`` to ``end_epoch - 1`` (from 0, over the whole run) trained alike."""
+    """Epochs ``first_epoch`` to ``end_epoch - 1`` (from 0, over the whole run), trained in the same way."""
 
     number: int  # 1 or 2
     first_epoch: int
@@ -28,10 +28,10 @@ class Stage:
 
 
 def learning_rate(stage: Stage, window: int, num_windows: int) -> float:
-    """The decoder's learning rate at a window of the stage: linear from near 0 to ``stage.lr``, then a cosine to 0.
+    """Return the decoder's learning rate at a window of the stage: linear rise to ``stage.lr``, cosine to 0.
 
-    A function of its arguments alone. There is no scheduler object to save, to step at the right moment or to leave
-    behind when the stage changes. It peaks at the end of the warm-up and is exactly 0 at the last window.
+    A pure function: no scheduler object to save, to step at the right moment or to replace when the stage changes. It
+    peaks at the end of the warm-up and is exactly 0 at the last window.
 
     Args:
         window: 0 to ``num_windows - 1``, counted from the start of the stage.
@@ -44,16 +44,30 @@ def learning_rate(stage: Stage, window: int, num_windows: int) -> float:
 
 
 def cosine_ramp(fraction: float) -> float:
-    """0 at fraction 0, 1 at fraction 1, flat at both ends."""
+    """Return a smooth rise from 0 at fraction 0 to 1 at fraction 1, flat at both ends."""
     return 0.5 * (1 - math.cos(math.pi * min(max(fraction, 0.0), 1.0)))
 
 
-def build_stages(args: argparse.Namespace) -> list[Stage]:
-    """Stage 1 trains the decoder, stage 2 everything; a stage without epochs is left out."""
-    batch, split = (args.batch_size, args.accumulation_steps), args.stage1_epochs
-    lr2, scale = args.lr * args.stage2_lr_scale, args.backbone_lr_scale
-    stages = [
-        Stage(1, 0, split, *batch, args.lr, scale, freeze_backbone=True),
-        Stage(2, split, args.epochs - split, *batch, lr2, scale, freeze_backbone=False, scaler=CONSERVATIVE_SCALER),
-    ]
-    return [stage for stage in stages if stage.num_epochs > 0]
+def build_stages(settings: Settings) -> list[Stage]:
+    """Return the stages that have epochs: stage 1 trains the decoder, stage 2 everything."""
+    split = settings.stage1_epochs
+    first = Stage(
+        number=1,
+        first_epoch=0,
+        num_epochs=split,
+        batch_size=settings.batch_size,
+        accumulation_steps=settings.accumulation_steps,
+        lr=settings.lr,
+        backbone_lr_scale=settings.backbone_lr_scale,
+        freeze_backbone=True,
+    )
+    second = replace(
+        first,
+        number=2,
+        first_epoch=split,
+        num_epochs=settings.epochs - split,
+        lr=settings.lr * settings.stage2_lr_scale,
+        freeze_backbone=False,
+        scaler=CONSERVATIVE_SCALER,
+    )
+    return [stage for stage in (first, second) if stage.num_epochs > 0]

@@ -1,4 +1,4 @@
-"""A window, one optimizer step's worth of batches: how it is handed out, and how its gradients come about."""
+"""A window, one optimizer step's worth of batches, and the computation of its gradient."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,36 +16,38 @@ from losses import deep_supervision_loss
 from runtime.machine import LossScaler, Precision, ScalerSettings
 from training.drill import Drill
 
+Loss = Callable[[Sequence[Tensor], Tensor, Tensor], Tensor]  # side logits, masks, uncertainty weight -> scalar
+
 
 @dataclass(frozen=True)
 class Window:
-    """What one optimizer step is computed from, complete enough to be computed again."""
+    """One optimizer step's worth of batches, complete enough to be computed again."""
 
     number: int  # in its epoch, from 0
     global_number: int  # in the run, from 1
     batches: Sequence[Batch]
-    lr: float  # the decoder's, as scheduled: before what recovery takes off it
+    lr: float  # the decoder's, as scheduled: without recovery's factor
     uncertainty_weight: float
     precision: Precision
     scaler: LossScaler
     memory_format: torch.memory_format
     seed: int  # of dropout and drop-path
-    total: int | None = None  # samples that count, over all ranks; None: those here are all
-    blank: Batch | None = None  # to be run, and not to count, by a rank that has fewer batches than others
-    rounds: int = 0  # batches to run at the least, where ranks wait for one another in each
-    scale: float = 1.0  # of the images, as the backbone sees them
-    attempt: int = 0  # how often it has been run before
+    total: int | None = None  # samples over all ranks; None: this rank has them all
+    blank: Batch | None = None  # batch that a rank with fewer batches than others runs with weight 0
+    rounds: int = 0  # least number of batches, if ranks wait for one another in each
+    scale: float = 1.0  # factor of the image size in the backbone, see --multi-scale
+    attempt: int = 0  # number of earlier runs of this window
     drill: Drill | None = None  # strikes this attempt
-    spoilt_by: str = ""  # the kind of drill that has changed its samples
+    spoilt_by: str = ""  # kind of the drill that has changed its samples
 
     @property
     def rehearses(self) -> str:
-        """The kind of drill, where one strikes."""
+        """Kind of the drill that strikes, "" for none."""
         return self.spoilt_by if self.drill is None else self.drill.kind
 
     @property
     def num_samples(self) -> int:
-        """Of this rank."""
+        """Number of this rank's samples."""
         return sum(len(batch.images) for batch in self.batches)
 
     @property
@@ -56,12 +58,17 @@ class Window:
     def sample_indices(self) -> list[int]:
         return [index for batch in self.batches for index in batch.indices.tolist()]
 
+    def strike(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Let a fire drill spoil the gradients; nothing happens in an ordinary window."""
+        if self.drill is not None:
+            self.drill.strike(parameters)
+
     def only(self, positions: Iterable[int], least: int = 1) -> "Window":
-        """The window made of some of this rank's samples alone, by position, in the batches they are in.
+        """Return the window with only some of this rank's samples, in the batches they are in.
 
         Args:
-            positions: over all batches, from 0.
-            least: batches left with fewer samples are left out.
+            positions: of the samples, from 0 over all batches.
+            least: smallest batch to keep.
         """
         wanted, batches, first = set(positions), [], 0
         if len(wanted) == self.num_samples:
@@ -74,11 +81,11 @@ class Window:
         return replace(self, batches=batches, total=None)
 
     def in_full_precision(self, halve: bool) -> "Window":
-        """The same in fp32, without loss scaling.
+        """Return the window in fp32, without loss scaling.
 
         Args:
-            halve: each batch in two halves, so that it needs no more memory than it did. Not the same computation where
-                layers normalise by the batch's statistics.
+            halve: Split each batch in two, so that fp32 needs no more memory. If layers normalise by the batch's
+                statistics, that is another computation.
         """
         if self.precision.name == "fp32":
             return self
@@ -87,11 +94,11 @@ class Window:
         return replace(window, precision=full, scaler=full.new_scaler(self.scaler.settings))
 
     def in_parts(self, parts: int, least: int = 1) -> "Window":
-        """The same samples in smaller batches: the same gradient, but for what layers make of a batch's statistics.
+        """Return the window in smaller batches: the same gradient, unless layers normalise by the batch's statistics.
 
         Args:
-            parts: that each batch is cut into, nearly equal.
-            least: samples that a part must have.
+            parts: number of nearly equal parts of each batch.
+            least: smallest part.
         """
         if parts == 1:
             return self
@@ -105,16 +112,17 @@ class Window:
 
 
 def batch_loss(
-    model: nn.Module, images: Tensor, masks: Tensor, uncertainty_weight: Tensor, precision: Precision, scale: float
-) -> Tensor:
-    """Forward pass and loss of a batch: what ``--compile`` compiles.
+    model: nn.Module, images: Tensor, masks: Tensor, uncertainty_weight: Tensor, precision: Precision, scale: float,
+    loss: Loss = deep_supervision_loss,
+) -> Tensor:  # fmt: skip
+    """Compute forward pass and loss of a batch. ``--compile`` compiles this function.
 
     Shape:
         images (B, 3, S, S), masks (B, 1, S, S), uncertainty_weight () -> ()
     """
     with precision.autocast():
         side_logits = model(images, scale)
-    return deep_supervision_loss(side_logits, masks, uncertainty_weight)
+    return loss(side_logits, masks, uncertainty_weight)
 
 
 def accumulate_gradients(
@@ -124,30 +132,30 @@ def accumulate_gradients(
     around_backward: Callable[[], AbstractContextManager[None]] = nullcontext,
     num_ranks: int = 1,
 ) -> Tensor:
-    """Forward and backward pass of each batch of a window; gradients, scaled by its scaler, are summed in ``.grad``.
+    """Run forward and backward pass of each batch of a window; ``.grad`` sums the gradients, scaled by its scaler.
 
-    Dropout is a function of the window, too: run again, now or after a resume, it is the same computation.
+    Dropout depends only on the window's seed, so a rerun, now or after a resume, is the same computation.
 
     Args:
         model: in training mode.
-        window: what to compute them from.
-        loss_of: ``batch_loss``, or something faster that computes the same.
-        around_backward: entered for each backward pass.
-        num_ranks: that average gradients in the model's backward pass: a replica in that of the last batch, a sharded
-            one in each. What each rank has of the loss is multiplied by their number, so that the mean is the sum.
+        window: the window.
+        loss_of: ``batch_loss``, or a faster function that computes the same.
+        around_backward: context of each backward pass.
+        num_ranks: ranks that average gradients in the model's backward pass: a replica in that of the last batch, a
+            sharded model in each. Each rank's part of the loss is multiplied by it, so that the mean becomes the sum.
 
     Returns:
         the window's loss, unscaled, a scalar on the device: the mean over its samples, or this rank's part of it. A
-        batch counts by the samples it has, so that the short last one, too, contributes as it would to one large batch.
+        batch is weighted by its number of samples, so that a short last batch counts as it would in one large batch.
     """
     device = torch.device(window.precision.device_type)
     total = torch.zeros((), device=device)
-    uncertainty_weight = torch.full((), window.uncertainty_weight, device=device)  # a number would be compiled in
+    uncertainty_weight = torch.full((), window.uncertainty_weight, device=device)  # a float would be compiled in
     torch.manual_seed(window.seed)
     idle = max(1, len(window.batches), window.rounds if num_ranks > 1 else 0) - len(window.batches)
     batches = [*window.batches, *[window.blank] * idle]
     for number, batch in enumerate(batches):
-        assert batch is not None, "an empty window is left out, or has something blank to run"
+        assert batch is not None, "an empty window is left out, or has a blank batch to run"
         images, masks = to_device(batch, device, window.memory_format)
         counts = number < len(window.batches)
         share = num_ranks * len(images) / window.num_samples_everywhere if counts else 0.0
@@ -163,7 +171,7 @@ def accumulate_gradients(
 
 
 def window_to_payload(window: Window, loss_scale: float) -> dict[str, Any]:
-    """Tensors and plain numbers, to be run again elsewhere."""
+    """Return the window as tensors and plain numbers, from which ``replay`` computes it elsewhere."""
     return {
         "global_number": window.global_number,
         "batches": [batch._asdict() for batch in window.batches],
@@ -176,6 +184,7 @@ def window_to_payload(window: Window, loss_scale: float) -> dict[str, Any]:
 
 
 def window_from_payload(payload: dict[str, Any], device_type: str, memory_format: torch.memory_format) -> Window:
+    """Rebuild a window from an incident's payload."""
     precision = Precision(payload["precision"], device_type)
     return Window(
         number=0,
@@ -187,5 +196,5 @@ def window_from_payload(payload: dict[str, Any], device_type: str, memory_format
         scaler=precision.new_scaler(ScalerSettings(init_scale=payload["loss_scale"])),
         memory_format=memory_format,
         seed=payload["seed"],
-        scale=payload.get("scale", 1.0),  # incidents from before there were several have none
+        scale=payload.get("scale", 1.0),  # older incidents have none
     )
