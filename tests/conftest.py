@@ -1,8 +1,9 @@
-"""Fixtures: a tiny data set, and the command line of a run that takes a second or two."""
+"""Fixtures and helpers: a tiny dataset, and runs on it that take a second or two."""
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,44 +11,80 @@ import pytest
 import torch
 from launching import Launch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import train_ultimate
+from commands import cli
 from data.synthetic import write_synthetic_dataset
-from evaluation import predictor as inference
-from training import setup as builders
+from reporting.listeners import EpochLines
+from runtime.checkpoint import read_checkpoint, write_checkpoint
+from runtime.log import Listener
+from runtime.ranks import Ranks
+from train_ultimate import ScriptParts, main
+from training.run import Run
+from training.setup import Parts, prepare
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs photographs and weights in ../shared")
 
 Argv = Callable[..., list[str]]
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a job in the background; its children would, too
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background; child processes would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, most of all on a busy machine
 
 
-@pytest.fixture(autouse=True)
-def _without_followers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs in this process write no report and nothing for TensorBoard, a second each, where that is not the matter."""
-    if "followed" not in request.fixturenames:
-        monkeypatch.setattr(builders, "listeners_of", lambda *_: [])
+def epoch_lines_only(run: Run) -> list[Listener]:
+    """Return the listeners of a run that writes no report and nothing for TensorBoard: that takes a second each."""
+    return [EpochLines(run.settings.epochs, run.settings.grad_clip)]
 
 
-@pytest.fixture
-def followed() -> None:
-    """Runs of this test write their report, and for TensorBoard."""
+def train(argv: Sequence[str], **parts: Any) -> int:
+    """Run a command in this process, like ``main``, but without report and TensorBoard files.
+
+    Args:
+        argv: the command line.
+        **parts: fields of ``ScriptParts``, such as ``loss`` or ``validate``.
+    """
+    return main(argv, ScriptParts(**{"listeners_of": epoch_lines_only, **parts}))
+
+
+def prepare_run(argv: Sequence[str], **parts: Any) -> Run:
+    """Prepare the run that a command line of ``train`` asks for. ``parts`` are fields of ``Parts``."""
+    request = cli.parse(argv)
+    return prepare(request.given, Ranks(), request.preset, Parts(**parts))
+
+
+@contextmanager
+def signal_at_step(*steps: int, signal_number: signal.Signals = signal.SIGTERM) -> Iterator[None]:
+    """Send this process a signal right before the optimizer's nth step, for each n given; steps count over all runs.
+
+    A skipped window counts too: the optimizer's kernel is called, and changes nothing.
+    """
+    count = 0
+
+    def send(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count in steps:
+            os.kill(os.getpid(), signal_number)
+
+    hook = register_optimizer_step_pre_hook(send)  # torch's own, for the optimizers of all runs
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """22 training and 3 test scenes of 64 px; at --val-fraction 0.1, 20 to train on and 2 to validate on."""
+    """A dataset of 22 training and 3 test scenes, 64 px: at --val-fraction 0.1, 20 to train on, 2 to validate on."""
     root = tmp_path_factory.mktemp("data") / "tiny"
     write_synthetic_dataset(root, num_train=22, num_test=3, img_size=64, seed=7)
     return root
 
 
 def tiny_arguments(dataset: Path, checkpoint_dir: str | Path, *extra: str) -> list[str]:
-    """Arguments of ``train`` on the tiny data set: 2 + 2 epochs of 4 windows, the last of which is short."""
+    """Return arguments of ``train`` on the tiny dataset: 2 + 2 epochs of 4 windows, the last one short."""
     return [
         *("train", "--dataset-path", str(dataset), "--checkpoint-dir", str(checkpoint_dir)),
         *("--backbone", "test_efficientnet", "--no-pretrained", "--decoder-channels", "16", "--img-size", "64"),
@@ -59,7 +96,7 @@ def tiny_arguments(dataset: Path, checkpoint_dir: str | Path, *extra: str) -> li
 
 @pytest.fixture
 def tiny_argv(tiny_dataset: Path, tmp_path: Path) -> Argv:
-    """``tiny_arguments`` with a checkpoint directory of the test's own."""
+    """``tiny_arguments`` with the test's own checkpoint folder."""
 
     def build(*extra: str, checkpoint_dir: str | Path = tmp_path / "run") -> list[str]:
         return tiny_arguments(tiny_dataset, checkpoint_dir, *extra)
@@ -69,7 +106,7 @@ def tiny_argv(tiny_dataset: Path, tmp_path: Path) -> Argv:
 
 @pytest.fixture(scope="session")
 def odd_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """22 training scenes; at --val-fraction 0.3, 15 to train on and 7 to validate on: numbers that nothing divides."""
+    """A dataset of 22 training scenes: at --val-fraction 0.3, 15 to train on, 7 to validate on; neither is even."""
     root = tmp_path_factory.mktemp("ranks") / "tiny"
     write_synthetic_dataset(root, num_train=22, num_test=3, img_size=64, seed=7)
     return root
@@ -84,28 +121,8 @@ def two_ranks(odd_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> La
     return launch
 
 
-class SignalAt:
-    """A signal that arrives as the script makes its nth call of one of its functions, here in this process."""
-
-    def __init__(
-        self, patch: pytest.MonkeyPatch, name: str, *calls: int, signal_number: signal.Signals = signal.SIGTERM
-    ) -> None:
-        self.left = set(calls)
-        self.signal_number = signal_number
-        self.count = 0
-        self.original = getattr(train_ultimate, name)
-        patch.setattr(train_ultimate, name, self)
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        self.count += 1
-        if self.count in self.left:
-            self.left.discard(self.count)
-            os.kill(os.getpid(), self.signal_number)
-        return self.original(*args, **options)
-
-
 def bytes_kept(model: nn.Module, images: torch.Tensor) -> int:
-    """Of a forward pass, for the backward pass; weights left out."""
+    """Return how many bytes a forward pass keeps for the backward pass, without the weights."""
     kept, weights = 0, {parameter.data_ptr() for parameter in model.parameters()}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -119,7 +136,7 @@ def bytes_kept(model: nn.Module, images: torch.Tensor) -> int:
 
 
 def differing_tensors(first: Any, second: Any, name: str = "") -> list[str]:
-    """Names of the tensors and values in two nested structures that are not bitwise equal."""
+    """Return the names of the tensors and values in two nested structures that are not bitwise equal."""
     if isinstance(first, torch.Tensor):
         same = first.dtype == second.dtype and first.shape == second.shape and torch.equal(first, second)
         return [] if same else [name]
@@ -137,13 +154,11 @@ def differing_tensors(first: Any, second: Any, name: str = "") -> list[str]:
 
 
 @pytest.fixture
-def network_of_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is loaded from a checkpoint puts out NaN."""
-    original = inference.load_network
-
-    def broken(*args: Any) -> inference.TrainedNetwork:
-        network = original(*args)
-        network.model.register_forward_hook(lambda _module, _inputs, outputs: [outputs[-1] * torch.nan])
-        return network
-
-    monkeypatch.setattr(inference, "load_network", broken)
+def checkpoint_of_nan(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the test's checkpoint whose weights are finite and whose network's output is NaN."""
+    content = read_checkpoint(checkpoint)
+    for weights in (content["model"], content["ema"]["model"]):
+        weights["backbone.body.bn1.running_var"].fill_(-1.0)  # BatchNorm takes its root
+    path = tmp_path / "nan.pth"
+    write_checkpoint(path, content)
+    return path

@@ -373,11 +373,10 @@ def test_set_is_not_named_after_its_image_folder_and_no_prediction_is_written_am
     assert "belongs to the dataset; name another folder" in failing([*argv[1:], "--save-predictions", inside], capsys)
 
 
-@pytest.mark.usefixtures("network_of_nan")
 def test_network_whose_output_is_not_finite_is_not_scored(
-    checkpoint: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint_of_nan: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = failing(["--checkpoint", str(checkpoint), "--dataset-path", str(tiny_dataset)], capsys)
+    line = failing(["--checkpoint", str(checkpoint_of_nan), "--dataset-path", str(tiny_dataset)], capsys)
     assert "the network's output is not finite; try --precision fp32" in line
 
 

@@ -404,11 +404,10 @@ def test_missing_checkpoint_is_reported_before_a_folder_is_created(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("network_of_nan")
 def test_network_whose_output_is_not_finite_writes_no_prediction(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint_of_nan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert predict(checkpoint, photograph(tmp_path / "a.jpg"), "--output", tmp_path / "out") == 1
+    assert predict(checkpoint_of_nan, photograph(tmp_path / "a.jpg"), "--output", tmp_path / "out") == 1
     assert "a.jpg: the network's output is not finite; try --precision fp32" in capsys.readouterr().err
     assert written(tmp_path / "out") == []
 
