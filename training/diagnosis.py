@@ -1,4 +1,4 @@
-"""Why a window is not finite: the first bad module, the samples at fault, the cause."""
+"""Diagnosis of a window that is not finite: the first bad module, the samples at fault, the cause."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -10,23 +10,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from runtime.tensors import named_tensors
 from training.optim import gradient_norm
 
 WORST_PARAMETERS = 10
-
-STANDS_OUT = 10.0  # a sample's gradient norm, in medians of the window's other samples
+STANDS_OUT = 10.0  # least gradient norm of a sample that stands out, in medians of the window's other samples
 
 Cause = Literal["data", "model", "precision", "not reproduced"]
 
 
 @dataclass
 class Diagnosis:
-    """A window run once more, under hooks.
+    """Findings of a window's rerun under hooks.
 
     Attributes:
-        loss, grad_norm: unscaled; NaN and infinite ones as they are.
-        first_nonfinite: the module in which the first number that is not finite appeared, and where in it; "" if none.
-        worst_parameters: name -> gradient norm, the largest or not finite ones first.
+        loss: unscaled; can be NaN or infinite.
+        grad_norm: unscaled; can be NaN or infinite.
+        first_nonfinite: the module in which the first number that is not finite appeared, and the place in it; "" if
+            all are finite.
+        worst_parameters: name -> gradient norm; first those that are not finite, then the largest.
     """
 
     loss: float
@@ -43,9 +45,9 @@ def diagnose(model: nn.Module, backward: Callable[[], Tensor], loss_scale: float
     """Run a window's forward and backward pass under hooks. Slow: the host waits for every module.
 
     Args:
-        model: its ``.grad`` are empty before and after.
-        backward: sums gradients, multiplied by ``loss_scale``, in ``.grad`` and returns the unscaled loss.
-        loss_scale: that of the window.
+        model: the network, without gradients before and after.
+        backward: adds up gradients, multiplied by ``loss_scale``, in ``.grad``, and returns the unscaled loss.
+        loss_scale: the window's loss scale.
     """
     with _watched(model) as found:
         loss = backward().item()
@@ -63,18 +65,18 @@ def diagnose(model: nn.Module, backward: Callable[[], Tensor], loss_scale: float
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[list[str]]:
-    """Collect, in the order of the computation, the modules in which numbers stop being finite.
+    """Yield a list that collects, in the order of the computation, the modules in which numbers stop being finite.
 
-    Gradients are watched at the modules' outputs, by hooks on tensors: hooks on modules do not get along with the
-    in-place activations many backbones have.
+    Gradients are watched by hooks on the modules' output tensors: backward hooks on modules fail with the in-place
+    activations of many backbones.
     """
     found: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def after_forward(_module: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
-            tensors = list(_tensors(outputs))
+            tensors = [tensor for _, tensor in named_tensors(outputs)]
             if not all(_finite(tensor) for tensor in tensors):
-                fine = all(_finite(tensor) for tensor in _tensors(inputs))
+                fine = all(_finite(tensor) for _, tensor in named_tensors(inputs))
                 found.append(f"{name} (output, from an input that is {'finite' if fine else 'not finite itself'})")
             for tensor in tensors:
                 if tensor.requires_grad:
@@ -94,24 +96,16 @@ def _watched(model: nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-
-
 def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
 def find_culprits(num_samples: int, is_bad: Callable[[Sequence[int]], bool]) -> list[int]:
-    """Samples that are bad alone, by bisection: about 2 log2(n) runs for one of n.
+    """Return the positions of samples that are bad by themselves: by bisection, about 2 log2(n) runs for one of n.
 
     Args:
-        num_samples: positions 0 to ``num_samples - 1`` are looked through.
-        is_bad: runs the samples at some positions, together.
+        num_samples: number of positions, from 0.
+        is_bad: runs the samples at some positions together, and returns whether the result is bad.
     """
 
     def among(positions: Sequence[int]) -> list[int]:
@@ -126,7 +120,7 @@ def find_culprits(num_samples: int, is_bad: Callable[[Sequence[int]], bool]) -> 
 
 
 def stand_out(norms: Sequence[float]) -> list[int]:
-    """Positions of samples whose gradient is far larger than that of the others."""
+    """Return the positions of samples whose gradient norm is far above those of the others."""
     others = [median([*norms[:index], *norms[index + 1 :]]) for index in range(len(norms))] if len(norms) > 1 else []
     return [index for index, usual in enumerate(others) if norms[index] > STANDS_OUT * usual]
 
@@ -134,14 +128,14 @@ def stand_out(norms: Sequence[float]) -> list[int]:
 def name_cause(
     recorded: Diagnosis, full: Diagnosis, culprits: Collection[object], num_samples: int, healthy_otherwise: bool | None
 ) -> Cause:
-    """Who is at fault for a window that is not finite.
+    """Return what is at fault for a window that is not finite.
 
     Args:
-        recorded: the window run again in the precision of the incident.
-        full: the same in fp32.
-        culprits: samples that are not finite alone, in fp32.
-        num_samples: of the window.
-        healthy_otherwise: whether the same weights are finite on other data; None where there is none to try.
+        recorded: diagnosis in the incident's precision.
+        full: diagnosis in fp32.
+        culprits: samples that are not finite by themselves in fp32.
+        num_samples: number of samples in the window.
+        healthy_otherwise: whether the same weights are finite on other data; None if there was none to try.
     """
     if recorded.finite and full.finite:
         return "not reproduced"

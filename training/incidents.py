@@ -44,18 +44,18 @@ class IncidentRecord:
     cause: str = ""
     culprits: list[str] = field(default_factory=list)
     healthy_otherwise: bool | None = None  # whether the same weights were finite on other data; None: not tried
-    action: str = "under way"
+    action: str = "under way"  # until recovery has ended
 
     def describe(self) -> str:
-        """Return where it happened, what, and what was done: "Epoch 3, window 4: spike; skipped"."""
+        """Return place, verdict and action in words: "Epoch 3, window 4: spike; skipped"."""
         where = f" in {self.first_nonfinite}" if self.first_nonfinite else ""
         return f"Epoch {self.epoch}, window {self.window}: {self.verdict.replace('_', ' ')}{where}; {self.action}"
 
 
 class IncidentStore:
-    """The incident folders of one run: the newest ``most``, and no more than ``max_bytes`` together.
+    """The incident folders of one run: the newest ``most``, of at most ``max_bytes`` together.
 
-    To make room, the oldest lose their replay payload and keep their record. Nothing here ends a run: a full disk costs
+    To make room, the oldest lose their replay payload but keep their record. Nothing here ends a run: a full disk costs
     the folder, and a warning.
     """
 
@@ -96,7 +96,7 @@ class IncidentStore:
             shutil.rmtree(folder, ignore_errors=True)
         payloads = [path for path in (folder / PAYLOAD for folder in self._folders()) if path.exists()]
         sizes = [path.stat().st_size for path in payloads]
-        records = self.most * 64 * 2**10  # what the records themselves may take
+        records = self.most * 64 * 2**10  # room for the records themselves
         for index, path in enumerate(payloads):
             if size > self.max_bytes or sum(sizes[index:]) + size + records <= self.max_bytes:
                 return
@@ -104,10 +104,10 @@ class IncidentStore:
 
 
 def read_incident(folder: Path) -> tuple[IncidentRecord, dict[str, Any]]:
-    """Read record and payload of an incident, wherever its folder has been copied. Executes nothing from it.
+    """Read record and payload of an incident, also from a copy of its folder. Executes nothing in them.
 
     Raises:
-        ValueError: It is no incident's folder, or the payload is missing or damaged.
+        ValueError: It is not an incident's folder, or the payload is missing or damaged.
     """
     try:
         values = json.loads((folder / RECORD).read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-"""What to do about a window that was not applied, or a loss that runs away. Policy alone: numbers in, action out.
+"""The recovery ladder: what to do about a window that was not applied, or a loss that runs away.
 
     skip -> run again -> run again in fp32 -> localise and quarantine -> roll back -> fp32 for good -> stop
 
-The window is skipped already when this is asked: the gate decided on the device.
+Policy only: numbers in, action out. The gate has already skipped the window, on the device.
 """
 
 import math
@@ -13,20 +13,21 @@ from typing import Any
 from runtime.machine import PrecisionName
 from training.gate import StepVerdict, WindowOutcome
 
-OVERFLOWS_IN_A_ROW = 4  # fewer are how loss scaling finds its ceiling
-MOST_BAD, BAD_AMONG = 8, 50  # windows given up, of the last so many
-LOSS_HISTORY = 50  # windows: the mean's time constant, and how many there must be before a loss can be called high
-HIGH_LOSS_FACTOR, HIGH_LOSSES_IN_A_ROW = 2.0, 5  # times the mean: training is running away
-RISEN_FACTOR, RISEN_DEVIATIONS = 1.2, 1.0  # of the mean over the lowest mean: both, and it has run away for good
-SOUND_FACTOR = 1.1  # the mean over the lowest mean, below which weights are worth keeping
-FLOOR_GROWTH = 1.0002  # of the lowest mean, per window: a level that drifts up over thousands of windows is no rise
-PROGRESS_WINDOWS = 200  # so many applied after a rollback: it has helped, and the next one is a first one again
+OVERFLOWS_IN_A_ROW = 4  # routine: so loss scaling finds its ceiling
+MOST_BAD, BAD_AMONG = 8, 50  # skipped windows among the most recent ones that cause a rollback
+LOSS_HISTORY = 50  # windows: the mean's time constant, and the least history to call a loss high
+HIGH_LOSS_FACTOR, HIGH_LOSSES_IN_A_ROW = 2.0, 5  # of the mean: training is running away
+RISEN_FACTOR, RISEN_DEVIATIONS = 1.2, 1.0  # of the mean over the lowest mean: if both, it has run away for good
+SOUND_FACTOR = 1.1  # of the mean over the lowest mean; up to it, weights are worth keeping
+FLOOR_GROWTH = 1.0002  # of the lowest mean, per window: a drift over thousands of windows is no rise
+PROGRESS_WINDOWS = 200  # applied after a rollback: it has helped, and the next one counts as the first again
 LEAST_LR_FACTOR = 2.0**-10  # ten rollbacks: a run that needs more does not learn
-FIRST_QUARANTINE = 2  # epochs; each further offence doubles it
+FIRST_QUARANTINE = 2  # epochs; doubled by each further offence
+AFTER_QUARANTINE = 3  # attempts: 0 first, 1 again, 2 in fp32, 3 without the samples at fault
 
 
 class Action(StrEnum):
-    """The next rung."""
+    """The next rung of the ladder."""
 
     GO_ON = "go on"
     RETRY = "run again"
@@ -35,16 +36,13 @@ class Action(StrEnum):
     ROLL_BACK = "roll back"
 
 
-AFTER_QUARANTINE = 3  # attempts: 0 first, 1 again, 2 in fp32, 3 without the samples at fault
-
-
 @dataclass
 class LossHistory:
-    """Tells when the loss runs away from its own history: by a factor of two at once, or by a fifth and for long.
+    """Running statistics of the loss, which show it running away: by a factor of two at once, or by a fifth for long.
 
-    A fifth is less than it sounds: a network that has collapsed, and finds no object any more, has a loss only a third
-    above that of a good one. The rise must also be large beside the scatter of single windows: one deviation of those
-    is ten of a mean over fifty.
+    A fifth is more than it sounds: a network that has collapsed, and no longer finds any object, has a loss only a
+    third above that of a good one. The rise must also exceed one standard deviation of single windows, which is about
+    ten of a mean over fifty.
     """
 
     mean: float = 0.0
@@ -54,7 +52,7 @@ class LossHistory:
     high_in_a_row: int = 0
 
     def add(self, loss: float) -> bool:
-        """Take in an applied window's loss; returns whether it has run away."""
+        """Add an applied window's loss. Return whether the loss has run away."""
         known = self.num_losses >= LOSS_HISTORY
         if known and loss > HIGH_LOSS_FACTOR * self.mean:  # does not enter the mean it is compared with
             self.high_in_a_row += 1
@@ -71,37 +69,38 @@ class LossHistory:
 
     @property
     def is_low(self) -> bool:
+        """Whether the loss is near its lowest level; true without a history."""
         low = self.num_losses < LOSS_HISTORY or self.mean <= SOUND_FACTOR * self.lowest_mean
         return low and self.high_in_a_row == 0
 
 
 @dataclass
 class Ladder:
-    """Where a run stands on the ladder. Plain numbers, saved in the checkpoint."""
+    """A run's position on the ladder. Plain numbers, saved in the checkpoint."""
 
-    recent: list[int] = field(default_factory=list)  # 1 for a window given up, 0 for one applied; the newest last
+    recent: list[int] = field(default_factory=list)  # 1 for a skipped window, 0 for an applied one; newest last
     overflows_in_a_row: int = 0
     losses: LossHistory = field(default_factory=LossHistory)
     applied_since_rollback: int = 0
     rollbacks_in_a_row: int = 0  # without progress between them
     lr_factor: float = 1.0  # halved by each rollback
-    full_precision: bool = False  # the run goes on in fp32, whatever --precision says
-    quarantine: dict[str, int] = field(default_factory=dict)  # image -> the epoch, from 0, in which it returns
-    offences: dict[str, int] = field(default_factory=dict)  # image -> how often it has been quarantined
+    full_precision: bool = False  # overrides --precision
+    quarantine: dict[str, int] = field(default_factory=dict)  # image -> epoch, from 0, in which it returns
+    offences: dict[str, int] = field(default_factory=dict)  # image -> number of times it was quarantined
     spent: bool = False  # the run has ended with exit code 3
-    # What the run's last lines tell
+    # For the summary only
     num_applied: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)  # verdict -> windows given up
+    skipped: dict[str, int] = field(default_factory=dict)  # verdict -> number of windows
     num_rollbacks: int = 0
     seconds_lost: float = 0.0
 
     def next_action(self, outcome: WindowOutcome, attempt: int, precision: PrecisionName) -> Action:
-        """Count an attempt and say what follows from it.
+        """Count an attempt, and return what to do next.
 
         Args:
-            outcome: its verdict and numbers.
-            attempt: how often its window had been run before.
-            precision: the one it was run in.
+            outcome: the attempt's verdict and numbers.
+            attempt: number of earlier attempts at the same window.
+            precision: precision of the attempt.
         """
         if outcome.verdict is StepVerdict.APPLIED:
             if precision == "fp16":
@@ -119,7 +118,7 @@ class Ladder:
         return Action.LOCALISE if precision == "fp32" else Action.RETRY_FULL_PRECISION
 
     def skip(self, verdict: StepVerdict, counts_as_bad: bool = True) -> Action:
-        """Count a window whose update will not be applied."""
+        """Count a window whose update will not be applied, and return what to do next."""
         assert verdict is not StepVerdict.APPLIED
         self.skipped[verdict.value] = self.skipped.get(verdict.value, 0) + 1
         if not counts_as_bad:
@@ -136,9 +135,9 @@ class Ladder:
         self.lr_factor /= 2
 
     def put_in_quarantine(self, image: str, epoch: int) -> int:
-        """Leave an image out for some epochs; returns the first one, from 0, in which it is back.
+        """Leave an image out for some epochs. Return the epoch, from 0, in which it returns.
 
-        Not for ever: the same image on other weights often does no harm (Chowdhery et al., "PaLM", 2022).
+        Not for ever: with other weights, the same image often does no harm (Chowdhery et al., "PaLM", 2022).
         """
         self.offences[image] = self.offences.get(image, 0) + 1
         self.quarantine[image] = epoch + 1 + FIRST_QUARANTINE * 2 ** (self.offences[image] - 1)
@@ -149,11 +148,11 @@ class Ladder:
 
     @property
     def is_healthy(self) -> bool:
-        """Nothing speaks against keeping the present weights to return to."""
+        """Whether the current weights are worth keeping for a rollback."""
         return self.losses.is_low and not any(self.recent[-HIGH_LOSSES_IN_A_ROW:])
 
     def summary(self) -> dict[str, Any]:
-        """What became of the run's windows, for its last event."""
+        """Return what became of the run's windows, for the log."""
         return {
             "applied": self.num_applied,
             "skipped": self.skipped,
@@ -164,7 +163,7 @@ class Ladder:
         }
 
     def describe(self) -> list[str]:
-        """The same for its last lines."""
+        """Return the same as lines for people."""
         verdicts = ", ".join(f"{number} {verdict.replace('_', ' ')}" for verdict, number in self.skipped.items())
         skipped = f"{sum(self.skipped.values())} skipped" + (f" ({verdicts})" if verdicts else "")
         rollbacks = _counted(self.num_rollbacks, "rollback")

@@ -14,17 +14,15 @@ from runtime.sharding import load_whole_state, local, split_like
 
 
 def build_optimizer(model: nn.Module, backbone: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """Fused AdamW over every parameter, the backbone's in groups of their own.
+    """Return fused AdamW over every parameter, with the backbone's in groups of their own.
 
-    All parameters are in it from the start: a frozen backbone has no gradients and is passed over, and unfreezing it
-    rebuilds nothing.
-
-    Only the fused kernel can be told on the device, without waiting for it, to skip a step.
+    A frozen backbone has no gradients, so the optimizer skips it, and unfreezing it rebuilds nothing. Only the fused
+    kernel takes a flag on the device to skip a step, without a host sync.
 
     Args:
-        model: all that trains.
-        backbone: the part of it that learns at its own rate.
-        weight_decay: of matrices and kernels. Biases and norm scales (one dimension) are not decayed.
+        model: the network.
+        backbone: the part of it that learns at a rate of its own.
+        weight_decay: decay of matrices and kernels. Biases and norm scales (one dimension) are not decayed.
     """
     groups: list[dict[str, Any]] = []
     of_backbone = list(backbone.parameters())
@@ -44,10 +42,10 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float, backbone_lr_
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load moments and step counts; hyperparameters stay as this run's settings made them.
+    """Load moments and step counts. Hyperparameters stay those of this run's settings.
 
     Raises:
-        ValueError: the state belongs to other parameters.
+        ValueError: The state belongs to other parameters.
     """
     current = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -59,18 +57,21 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     for group, hyperparameters in zip(optimizer.param_groups, current, strict=True):
         group.update(hyperparameters)
         for parameter in group["params"]:
-            for name, moment in optimizer.state.get(parameter, {}).items():  # asking with [] would make one
-                # The fused kernel walks memory, not indices: a moment saved under another memory format has to be laid
-                # out like its parameter, or it would act on other weights.
+            for name, moment in optimizer.state.get(parameter, {}).items():  # [] would add an entry
+                # The fused kernel walks memory, not indices: a moment saved in another memory format must be laid out
+                # like its parameter, or it would act on other weights.
                 if moment.shape == parameter.shape and moment.stride() != parameter.stride():
                     optimizer.state[parameter][name] = torch.empty_like(parameter, requires_grad=False).copy_(moment)
 
 
 def fresh_moments(optimizer: torch.optim.Optimizer, everywhere: bool) -> None:
-    """Zero moments and step counts, as AdamW has them, for the parameters that train and have none; or for them all.
+    """Create AdamW's moments and step counts, all zero, for the trainable parameters.
 
-    Left to itself, torch makes them in the first step, also where that step is to be skipped: then a window that is not
-    applied would leave something behind after all.
+    torch would create them in the first step even if it is skipped, so a window that is not applied would leave a mark.
+
+    Args:
+        optimizer: fused AdamW.
+        everywhere: Replace existing ones too, and drop those of frozen parameters.
     """
     for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
         if everywhere:
@@ -84,18 +85,18 @@ def fresh_moments(optimizer: torch.optim.Optimizer, everywhere: bool) -> None:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no number in them is NaN or infinite: one fused pass and a host sync. Integers are passed over.
+    """Return whether no number is NaN or infinite: one fused pass and a host sync. Integer tensors are skipped.
 
-    Of tensors that are sharded, this rank's part.
+    Of sharded tensors, only this rank's part is checked.
     """
     floats = [local(tensor) for tensor in tensors if tensor.is_floating_point()]
     return bool(torch.isfinite(get_total_norm(floats)))
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """L2 norm over all gradients, a scalar on the device: one fused pass, nothing waits for it.
+    """Return the L2 norm over all gradients, a scalar on the device: one fused pass, without a host sync.
 
-    Of gradients that are sharded, this rank's part.
+    Of sharded gradients, only this rank's part counts.
     """
     gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     return get_total_norm(gradients, foreach=True)
@@ -104,8 +105,8 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 class Ema:
     """Exponential moving average of a module's parameters and buffers, in a module of its own.
 
-    The decay rises to its final value as (1 + n) / (10 + n), n being the number of updates: with a constant 0.999, the
-    first thousand windows would be validated with weights that are mostly the initial ones.
+    After n updates the decay is (1 + n) / (10 + n), until it reaches its final value: with a constant 0.999, the first
+    thousand windows would be validated with mostly the initial weights.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -115,7 +116,7 @@ class Ema:
 
     @cached_property
     def _parameters(self) -> list[Tensor]:
-        """Listed at the first use: by then the module is sharded, if it is to be. This rank's parts of them."""
+        """Each parameter's part on this rank. Listed at the first use, because sharding replaces the parameters."""
         return [local(parameter) for parameter in self.module.parameters()]
 
     @cached_property
@@ -124,12 +125,12 @@ class Ema:
 
     @torch.no_grad()
     def update(self, module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-        """Take in the module's parameters, and those of its buffers that move, as they stood after its last step.
+        """Add a module's parameters and its BatchNorm statistics, as its last step left them, to the average.
 
         Args:
-            module: of the averaged module's architecture.
-            buffers: name -> value of BatchNorm's running statistics. Passed apart because by the time a window's
-                verdict is known, the next forward pass has changed the module's own.
+            module: a module of the averaged module's architecture.
+            buffers: name -> value of BatchNorm's running statistics. They are passed separately because the next
+                forward pass has changed the module's own by the time a window's verdict is known.
         """
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         averaged: list[Tensor] = [*self._parameters]

@@ -1,4 +1,4 @@
-"""Recovery: it carries out what the ladder decides about a window, and records it as an incident."""
+"""Recovery: acts on what the ladder decides about a window, and records it as an incident."""
 
 import logging
 import time
@@ -29,7 +29,7 @@ from training.window import Window, window_to_payload
 logger = logging.getLogger("train_ultimate")
 
 SNAPSHOT_EVERY = 50  # applied windows
-_HOW_APPLIED = {  # attempt -> what was done, and the cause that this suggests
+_HOW_APPLIED = {  # attempt -> action, and the cause it suggests
     1: ("run again, and applied", "not reproduced"),
     2: ("run again in fp32, and applied", "precision"),
     AFTER_QUARANTINE: ("window applied without", "data"),
@@ -52,15 +52,15 @@ class Snapshot:
     taken_at: float  # time.perf_counter()
     model: dict[str, Tensor]
     ema: dict[str, Tensor] | None
-    num_averaged: int  # updates of the average
+    num_averaged: int  # number of updates in the average
     detector: dict[str, Any]
     losses: LossHistory
 
 
 class Recovery:
-    """Acts on verdicts within the process, without restarting anything.
+    """Recovery from faults within the process, without restarting anything.
 
-    All ranks act alike: what only one of them can see is exchanged first.
+    All ranks act alike: what only one rank can see is exchanged first.
 
     Args:
         state: the run's state; its ladder decides.
@@ -107,7 +107,7 @@ class Recovery:
         return self._counted(rest)
 
     def _counted(self, window: Window) -> Window:
-        """Return the window with its number of samples over all ranks. Waits for all ranks."""
+        """Return the window with its number of samples over all ranks counted. Waits for all ranks."""
         return replace(window, total=int(self.ranks.total([window.num_samples])[0]))
 
     def answer(self, window: Window, outcome: WindowOutcome, guard: BufferGuard) -> list[Window] | None:
@@ -149,7 +149,7 @@ class Recovery:
             reason = f"the loss diverged to {outcome.loss:.3g}: its mean is {mean:.3g} and was {lowest:.3g}"
             self._roll_back(reason, diverged=True)
         elif not self._weights_finite():
-            if action not in (Action.GO_ON, Action.ROLL_BACK):  # else it is counted already
+            if action not in (Action.GO_ON, Action.ROLL_BACK):  # else the ladder has counted it
                 ladder.skip(verdict)
             self._roll_back("weights are not finite")
         elif action is Action.RETRY:
@@ -241,7 +241,7 @@ class Recovery:
             self._conclude(done)
 
     def _roll_back(self, reason: str, diverged: bool = False) -> None:
-        """Return to a snapshot. The windows since then are not trained again.
+        """Return to a snapshot. The windows since then are not trained on again.
 
         The second rollback in a row returns to the older of the two snapshots: the newer one may have been taken when
         training was already going wrong.
@@ -258,7 +258,7 @@ class Recovery:
         if not is_spent or diverged or not self._weights_finite():
             self._restore(snapshot, diverged)
         if is_spent:
-            # A resumed run, with other settings, starts at the foot of the ladder.
+            # A resumed run, with other settings, starts at the bottom of the ladder.
             ladder.recent.clear()
             ladder.rollbacks_in_a_row, ladder.losses, ladder.spent = 0, LossHistory(), True
             self._conclude(f"stopped: {reason}")
@@ -330,12 +330,11 @@ class Recovery:
             first_nonfinite="" if diagnosis is None else diagnosis.first_nonfinite,
             worst_parameters={} if diagnosis is None else diagnosis.worst_parameters,
         )
-        # The lowest rank that saw the fault records it. Weights are identical on all ranks.
+        # The lowest rank that saw the fault records it. The weights are the same on all ranks.
         happened = self.ranks.gather(bool(self._record.first_nonfinite))
-        teller = happened.index(True) if True in happened else 0
-        self._record, ran = self.ranks.from_rank(
-            teller, (self._record, window_to_payload(as_it_was, outcome.loss_scale))
-        )
+        witness = happened.index(True) if True in happened else 0
+        found = self._record, window_to_payload(as_it_was, outcome.loss_scale)
+        self._record, ran = self.ranks.from_rank(witness, found)
         weights = whole_on_first(model.state_dict(), self.ranks.is_first)
         if self.ranks.is_first:
             frozen = any(not parameter.requires_grad for parameter in model.parameters())
@@ -344,7 +343,7 @@ class Recovery:
             self._folder = self.incidents.open(self._record, payload)
 
     def _conclude(self, action: str, cause: str = "") -> None:
-        """End the incident: write its record, its event and its line on the terminal."""
+        """End the incident: update its record, and log it."""
         record = self._record
         assert record is not None
         record.action = f"{record.action}; {action}" if record.culprits and action != record.action else action
