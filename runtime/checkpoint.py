@@ -25,20 +25,20 @@ FORMAT = "train_ultimate/2"
 
 
 class CheckpointError(ValueError):
-    """A file that is no usable checkpoint; the message says why."""
+    """The error of a file that is no usable checkpoint; the message says why."""
 
 
 class CheckpointStore:
-    """The checkpoint files of one run, written in the background while training goes on.
+    """Checkpoint files of one run, written in the background while training goes on.
 
-    What training waits for is a copy of the state to host memory, and a write still under way. A write that fails costs
-    a warning: the older files stay, and the next save is the next attempt.
+    Training waits only for a copy of the state to host memory, and for the previous write. A write that fails costs a
+    warning: the older files stay, and the next save is the next attempt.
 
     Args:
-        directory: made when something is saved.
-        keep: how many ``epoch_NNNN.pth`` to keep.
-        on_saved: called by ``tell`` and ``wait``, with the name of a file that is complete and verified by now.
-        writes: one of several processes does; the others only keep count.
+        directory: created by the first save.
+        keep: number of ``epoch_NNNN.pth`` to keep.
+        on_saved: called by ``report`` and ``wait`` with the name of each file that is complete and verified.
+        writes: False on ranks other than 0, which only keep count.
     """
 
     def __init__(
@@ -48,43 +48,43 @@ class CheckpointStore:
         self.writes = writes
         self.keep = keep
         self.on_saved = on_saved
-        self.last_window = -1  # of the run, in the newest save that was begun
-        self.failure: OSError | CheckpointError | None = None  # of the newest save
+        self.last_window = -1  # windows done in the newest save that was begun
+        self.failure: OSError | CheckpointError | None = None  # why the newest save failed
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._under_way: tuple[list[str], Future[None]] | None = None
+        self._writing: tuple[list[str], Future[None]] | None = None
         self._host = HostCopy()
 
     def save_epoch(self, epoch: int, payload: dict[str, Any], is_best: bool) -> None:
-        """Begin ``epoch_NNNN.pth``; when it is there, the oldest beyond ``keep`` and mid-epoch files go.
+        """Begin ``epoch_NNNN.pth``; once it is complete, mid-epoch files and the oldest beyond ``keep`` are removed.
 
-        ``best_model.pth`` comes first where this is the best: a kill between the two resumes from that one.
+        If this is the best epoch, ``best_model.pth`` comes first: after a kill between the two, it is the newest.
         """
         self._begin([*([self.best_path.name] if is_best else []), f"epoch_{epoch:04d}.pth"], payload)
 
     def save_step(self, global_window: int, payload: dict[str, Any]) -> Path:
-        """Begin ``step_NNNNNNNN.pth``, in mid-epoch; the newest one is kept."""
+        """Begin ``step_NNNNNNNN.pth``, a mid-epoch checkpoint, and return its path; only the newest one is kept."""
         name = f"step_{global_window:08d}.pth"
         self._begin([name], payload)
         return self.directory / name
 
     @property
     def is_writing(self) -> bool:
-        return self._under_way is not None and not self._under_way[1].done()
+        return self._writing is not None and not self._writing[1].done()
 
     def report(self) -> None:
-        """Report a save that has ended. Cheap and without waiting: called for every window."""
-        if self._under_way is not None and not self.is_writing:
+        """Report a save that has ended. Cheap and without waiting, so it can be called for every window."""
+        if self._writing is not None and not self.is_writing:
             self.wait()
 
     def wait(self) -> None:
-        """Until what has been begun is on the disk, or has failed."""
-        if self._under_way is None:
+        """Wait until the save that was begun is on the disk or has failed, and report it."""
+        if self._writing is None:
             return
-        (names, future), self._under_way = self._under_way, None
+        (names, future), self._writing = self._writing, None
         try:
             future.result()
         except (OSError, CheckpointError) as error:
-            self.failure = error.with_traceback(None)  # which would keep every frame alive, loaders and all
+            self.failure = error.with_traceback(None)  # a traceback keeps its frames alive, data loaders included
             logger.warning(f"{' and '.join(names)} could not be saved: {error}. Training goes on; older files stay")
             return
         self.failure = None
@@ -98,21 +98,23 @@ class CheckpointStore:
         if not self.writes:
             return
         host = self._host.take(payload)
-        self._under_way = names, self._writer.submit(self._write_all, names, host)
+        self._writing = names, self._writer.submit(self._write_all, names, host)
 
     def _write_all(self, names: list[str], payload: Callable[[], dict[str, Any]]) -> None:
-        """In the writer's thread."""
+        """Write the files, in the writer's thread."""
         for name in names:
+            path = self.directory / name
+            self.directory.mkdir(parents=True, exist_ok=True)  # it may have been removed
             try:
-                self._write(name, payload())
+                write_checkpoint(path, payload())
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._make_room():
                     raise
-                self._write(name, payload())
-            self._remove_outdated(self.directory / name)
+                write_checkpoint(path, payload())
+            self._remove_outdated(path)
 
     def _make_room(self) -> bool:
-        """Remove the epoch files that are older than the newest; False if there are none."""
+        """Remove all epoch files except the newest. Return whether there were any."""
         older = self._numbered("epoch")[:-1]
         for path in older:
             path.unlink(missing_ok=True)
@@ -121,7 +123,7 @@ class CheckpointStore:
         return bool(older)
 
     def _remove_outdated(self, written: Path) -> None:
-        """Only now, with the new one verified."""
+        """Remove older files, now that the new one is verified."""
         outdated: list[Path] = []
         if written.name.startswith("epoch_"):
             outdated = [*self._numbered("epoch")[: -self.keep], *self._numbered("step")]
@@ -131,6 +133,7 @@ class CheckpointStore:
             path.unlink(missing_ok=True)
 
     def files(self) -> list[Path]:
+        """Return the checkpoints in the folder: epochs, then mid-epoch files, each in order, then the best."""
         return [
             *self._numbered("epoch"),
             *self._numbered("step"),
@@ -138,7 +141,7 @@ class CheckpointStore:
         ]
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The furthest checkpoint that verifies; each damaged one met on the way is named with the reason."""
+        """Return the furthest checkpoint that verifies, with its content. Log each damaged one that is skipped."""
         found: list[tuple[int, Path]] = []
         for path in self.files():
             try:
@@ -153,7 +156,7 @@ class CheckpointStore:
         return None
 
     def set_aside_after(self, global_window: int) -> list[Path]:
-        """Rename checkpoints further on than this to ``*.superseded``: they are of a branch that was given up."""
+        """Rename checkpoints that are further on to ``*.superseded``: they belong to an abandoned branch of the run."""
         renamed = []
         for path in self.files():
             try:
@@ -170,30 +173,25 @@ class CheckpointStore:
         return self.directory / BEST
 
     def _numbered(self, kind: str) -> list[Path]:
+        """Return the files ``KIND_NUMBER.pth`` by number: as text, epoch_10000 comes before epoch_9999."""
         names = {path: re.fullmatch(kind + r"_(\d+)\.pth", path.name) for path in self.directory.glob(f"{kind}_*.pth")}
         numbers = {path: int(match[1]) for path, match in names.items() if match is not None}
         return sorted(numbers, key=lambda path: (numbers[path], path.name))
 
-    def _write(self, name: str, payload: dict[str, Any]) -> Path:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / name
-        write_checkpoint(path, payload)
-        return path
-
 
 class HostCopy:
-    """Copies nested state to host memory, into the same memory each time: fresh pages cost more than the copy.
+    """Copier of nested state to host memory, into the same memory each time: fresh pages cost more than the copy.
 
-    From a CUDA device the copies are queued behind the work that is under way, and nothing waits for them here.
+    From a CUDA device, copies are queued behind the current work, and nothing waits for them here.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, payload: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-        """Begin to copy; what is returned waits for the copy to be complete and hands it out.
+        """Begin to copy. Return a function that waits for the copy and returns it.
 
-        It must not be called again before that has been written.
+        The next call overwrites this copy.
         """
         copied = map_tensors(payload, self._copy)
         if not any(tensor.is_cuda for _, tensor in named_tensors(payload)):
@@ -217,12 +215,16 @@ class HostCopy:
 
 
 def find_checkpoint(requested: str | None, directory: Path) -> tuple[Path | None, dict[str, Any] | None]:
-    """The verified checkpoint that ``--resume`` asks for, a path or "auto"; (None, None) for a run from the beginning.
+    """Return the path and verified content of the checkpoint to resume; (None, None) to start from the beginning.
 
-    A file that holds nothing but weights, as other programs write them, has the one key "model".
+    A file that holds only weights, as other programs write them, has the single key "model".
+
+    Args:
+        requested: value of ``--resume``: a path or "auto".
+        directory: the run's folder, in which "auto" looks.
 
     Raises:
-        CheckpointError: the file is unusable, or every one in the directory is.
+        CheckpointError: The file is unusable, or every checkpoint in the folder is.
     """
     if requested is None:
         return None, None
@@ -243,14 +245,14 @@ def _superseded_suffixes() -> Iterator[str]:
 
 
 def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
-    """Write, flush to the disk, read back, and only then give the file its name.
+    """Write a checkpoint, flush it to the disk, read it back, and only then give the file its name.
 
-    A crash leaves either the old file or the new one, never half of one; a disk that lost or changed bytes is found
-    here, while the older checkpoints still stand. Flushing costs about 0.1 s for 250 MB, reading back less.
+    A crash leaves either the old file or the new one, never half of one. A disk that lost or changed bytes is found
+    here, while the older checkpoints still exist. Flushing costs about 0.1 s for 250 MB, reading back less.
 
     Raises:
-        OSError: the disk is full, read-only or gone.
-        CheckpointError: what came back is not what was written, or a tensor in it is not finite.
+        OSError: The disk is full, read-only or gone.
+        CheckpointError: The file does not verify: bytes have changed, or a tensor is not finite.
     """
     with replacing(path) as unfinished:
         with open(unfinished, "wb") as file:
@@ -262,7 +264,7 @@ def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
 
 
 def _save(payload: dict[str, Any], file: BinaryIO) -> None:
-    """``torch.save``, with the error of the disk: torch turns it into a RuntimeError about its container."""
+    """Call ``torch.save``, but raise the disk's own error: torch turns it into a RuntimeError about its container."""
     refused: list[OSError] = []
 
     class Recording:
@@ -277,7 +279,7 @@ def _save(payload: dict[str, Any], file: BinaryIO) -> None:
             file.flush()
 
     try:
-        torch.save(payload, Recording())  # type: ignore[arg-type]  # all that torch asks of a file
+        torch.save(payload, Recording())  # type: ignore[arg-type]  # torch calls nothing else of a file
     except RuntimeError as error:
         raise (refused[0] if refused else error) from error
 
@@ -285,17 +287,17 @@ def _save(payload: dict[str, Any], file: BinaryIO) -> None:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Load a checkpoint to host memory, verified: every byte by its checksum, every tensor finite.
 
-    ``torch.load`` alone accepts a flipped bit in silence; the zip container's CRC-32 does not. Nothing in the file is
-    executed (``weights_only``).
+    ``torch.load`` accepts a flipped bit silently, so the zip container's CRC-32 is checked first. Nothing in the file
+    is executed (``weights_only``).
 
     Raises:
-        CheckpointError: missing, damaged, not finite, or no checkpoint of this program.
+        CheckpointError: The file is missing, damaged, not finite, or no checkpoint of this program.
     """
     _require_archive(path)
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except Exception as error:  # of a damaged directory zipfile makes anything, UnicodeDecodeError included
+    except Exception as error:  # a damaged zip directory raises anything, even UnicodeDecodeError
         raise CheckpointError(f"{path}: damaged ({error})") from error
     if damaged is not None:
         raise CheckpointError(f"{path}: damaged (checksum of {damaged})")
@@ -307,11 +309,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _windows_done(path: Path) -> int:
-    """How far a checkpoint is, without reading its tensors: with ``mmap`` they stay on disk."""
+    """Return how many windows a checkpoint's run had done. With ``mmap``, its tensors are not read."""
     _require_archive(path)
     checkpoint = _load(path, mmap=True)
     if "progress" not in checkpoint:
-        raise CheckpointError(f"{path}: holds weights alone, no run to go on with")
+        raise CheckpointError(f"{path}: holds only weights, no run to go on with")
     return checkpoint["progress"]["global_window"]
 
 

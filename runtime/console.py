@@ -1,4 +1,4 @@
-"""What the program prints while it works: one logger, one handler, and no broken stream that ends a run.
+"""Output on the terminal while the program works: one logger, one handler, and no broken stream that ends a run.
 
 Every module logs through ``logging.getLogger("train_ultimate")``. Severity is the record's level, never a word of the
 message. ``configured`` decides what is shown:
@@ -13,14 +13,17 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 logger = logging.getLogger("train_ultimate")
 _PREFIXES = {logging.WARNING: "Warning: ", logging.ERROR: "error: "}
 
 
 def write_line(stream: TextIO | None, text: str) -> bool:
-    """Write a line and flush. Return False, and raise nothing, if the stream does not take it.
+    """Write a line and flush. Return False, and raise nothing, if the stream does not take it: the line is lost.
 
     The disk of a redirected log is full, the reader of a pipe has gone, a terminal was closed, there never was a
     stream: none of it is worth a run. Characters that the stream's encoding lacks become backslash escapes.
@@ -31,16 +34,35 @@ def write_line(stream: TextIO | None, text: str) -> bool:
     try:
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         stream.flush()
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # ValueError: the stream is closed
+        _drop_unwritten(stream)
         return False
     return True
 
 
+def _drop_unwritten(stream: TextIO) -> None:
+    """Empty the buffer of a stream that cannot be flushed, by flushing it to the null device.
+
+    Else every later flush fails too, such as tqdm's when a bar begins, and Python's at exit, which changes the exit
+    code. The stream itself stays usable: a full disk may have room again.
+    """
+    with suppress(OSError, ValueError):  # ValueError: the stream is closed, or has no descriptor
+        descriptor = stream.fileno()
+        kept = os.dup(descriptor)
+        try:
+            with open(os.devnull, "wb") as null:
+                os.dup2(null.fileno(), descriptor)
+            stream.flush()
+        finally:
+            os.dup2(kept, descriptor)
+            os.close(kept)
+
+
 class ConsoleHandler(logging.Handler):
-    """Writes records above the progress bars.
+    """Handler that writes records above the progress bars.
 
     Args:
-        warnings_only: Drop information, and write warnings to standard error too.
+        warnings_only: drop information, and write warnings to standard error too.
     """
 
     def __init__(self, warnings_only: bool = False) -> None:
@@ -61,8 +83,8 @@ def configured(warnings_only: bool = False, silent: bool = False) -> Iterator[No
     """Show the program's log while the block runs.
 
     Args:
-        warnings_only: ``--quiet`` or ``--json-logs``.
-        silent: This is not rank 0.
+        warnings_only: show only warnings and errors, for ``--quiet`` and ``--json-logs``.
+        silent: show nothing, on ranks other than 0.
     """
     handler = logging.NullHandler() if silent else ConsoleHandler(warnings_only)
     level = logger.level
@@ -73,27 +95,17 @@ def configured(warnings_only: bool = False, silent: bool = False) -> Iterator[No
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-        for stream in (sys.stdout, sys.stderr):
-            _discard_unwritten(stream)
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # for text not written by ``write_line``
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                _drop_unwritten(stream)
 
 
-def progress_bar(**options: Any) -> Any:
+def progress_bar(**options: Any) -> "tqdm[NoReturn]":
     """Return a tqdm bar on standard error. It is hidden if that is no terminal, or if only warnings are shown."""
     from tqdm import tqdm
 
     shown = any(isinstance(handler, ConsoleHandler) and not handler.warnings_only for handler in logger.handlers)
-    return tqdm(**options, disable=None if shown else True)
-
-
-def _discard_unwritten(stream: TextIO | None) -> None:
-    """Point a stream that cannot be flushed at the null device, or Python's flush at exit changes the exit code."""
-    if stream is None:
-        return
-    try:
-        stream.flush()
-    except (OSError, ValueError):
-        with suppress(OSError, ValueError):
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, stream.fileno())
-            os.close(null)
-            stream.flush()
+    hidden: Any = None if shown and sys.stderr is not None else True  # None: tqdm looks for a terminal
+    return tqdm(**options, disable=hidden)

@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-UNFINISHED = ".*.unfinished"  # what a kill during ``replacing`` leaves behind, as a pattern
-_LONGEST_NAME = 200  # bytes; file systems take 255, with what is added here
+UNFINISHED = ".*.unfinished*"  # pattern of what a kill during ``replacing`` leaves behind
+_LONGEST_NAME = 200  # bytes; file systems take 255, and ``replacing`` adds to a name
 
 
 @contextmanager
@@ -20,8 +20,8 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
     Readers see the old content or the new, never half of one. If the block fails, what it wrote is removed.
 
     Args:
-        path: The file or folder to write.
-        suffix: Ending of the temporary name, for writers that choose a format by it.
+        path: the file to write, or the folder, which must not exist yet.
+        suffix: ending of the temporary name, for writers that choose a format by it.
     """
     name = os.fsdecode(os.fsencode(path.name)[:_LONGEST_NAME])
     unfinished = path.with_name(f".{name}.{os.getpid()}.unfinished{suffix}")  # two processes may write one report
@@ -29,21 +29,26 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
         yield unfinished
         os.replace(unfinished, path)
     finally:
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished)
-        unfinished.unlink(missing_ok=True)
+        _remove(unfinished)
 
 
 def remove_leftovers(directory: Path, pattern: str = UNFINISHED) -> None:
     """Remove what killed writers left in a folder. Lock it first: a file being written looks the same."""
     for leftover in directory.glob(pattern):
-        leftover.unlink(missing_ok=True)
+        _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_directory(directory: Path) -> None:
     """Flush a folder's entries to the disk, so that a rename survives a loss of power.
 
-    Some network file systems cannot, and answer with an OSError: then nothing more can be done.
+    Some network file systems cannot do it and answer with an OSError, which is ignored.
     """
     with suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY)
@@ -64,7 +69,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a UTF-8 file in one step; bytes of file names that are not UTF-8 are written unchanged."""
+    """Replace a UTF-8 file in one step. Bytes that were not UTF-8 in a file's name are written unchanged."""
     with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8", errors="surrogateescape")
 

@@ -10,7 +10,7 @@ LOG, CONFIG, INCIDENTS, BEST = "metrics.jsonl", "config.json", "incidents", "bes
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Empty where there is none, or one that cannot be read: a report leaves out what it does not have."""
+    """Return a JSON file's object; an empty one if the file is missing or unreadable: a report leaves it out then."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -19,10 +19,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def require_free(directory: Path) -> None:
-    """Refuse a folder that cannot be had, before the data is looked at.
+    """Check that a run can have a folder, before the data is read. Nothing is written.
 
     Raises:
-        ValueError: another run is writing there, or nobody can.
+        ValueError: Another run is writing there, or the folder cannot be written to.
     """
     try:
         if directory.exists():
@@ -39,19 +39,19 @@ def require_free(directory: Path) -> None:
 
 
 def settings_begun(directory: Path) -> dict[str, Any] | None:
-    """Those of a run that ended before its first checkpoint, from its ``config.json``; None where there are none."""
+    """Return the settings in ``config.json``, of a run that ended before its first checkpoint; None without one."""
     settings = read_json(directory / CONFIG).get("settings")
     return settings if isinstance(settings, dict) else None
 
 
 def lock_directory(directory: Path) -> int | None:
-    """Make this process the only one that writes there, for as long as it lives: a crash leaves no lock behind.
+    """Keep other runs out of a folder for as long as this process lives: a crash leaves no lock behind.
 
     Returns:
-        a descriptor to be kept open; None where the file system knows no locks.
+        the lock's file descriptor, for ``unlock_directory``; None if the file system has no locks.
 
     Raises:
-        ValueError: another process has it.
+        ValueError: Another process holds the lock.
     """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -76,10 +76,10 @@ def unlock_directory(descriptor: int) -> None:
 _locks: set[int] = set()
 
 
-def _give_up_locks() -> None:
-    """In a forked process, which would hold them for as long as it lives, even when the one that took them is gone."""
+def _release_locks() -> None:
+    """Close the locks in a forked process, which would hold them as long as it lives, even if its parent has gone."""
     while _locks:
         os.close(_locks.pop())
 
 
-os.register_at_fork(after_in_child=_give_up_locks)
+os.register_at_fork(after_in_child=_release_locks)

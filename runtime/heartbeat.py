@@ -1,4 +1,4 @@
-"""Notice when another process of the run has gone: every rank beats, and watches the next one."""
+"""Detection of ranks that have gone: every rank beats, and watches the next one."""
 
 import hashlib
 import os
@@ -12,28 +12,29 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from runtime.console import write_line
 from runtime.files import first_line
 
-LONGEST_WAIT = timedelta(minutes=30)  # of ranks that answer, for one another: while one builds a cache, say
+LONGEST_WAIT = timedelta(minutes=30)  # for a rank that beats, for example while it builds a cache
 
 _BEAT = 1.0  # seconds
 
 
 def meet(store: dist.Store, rank: int, size: int, name: str) -> tuple[str, list[str]]:
-    """Wait for all ranks that are started now; returns what no other gathering of ranks is called, and their names.
+    """Wait for all ranks of this start. Return an identifier that no other start has, and the ranks' names.
 
-    The launcher's store outlives processes, with all that they wrote, and how often it has started them again each
-    node counts for itself. So ranks write down a number drawn afresh, the first one lists those it finds, and a list
-    counts when every rank has found its own in it: before that, some are of processes that have gone.
+    The launcher's store outlives processes and keeps what they wrote, and every node counts restarts by itself. So each
+    rank writes a fresh random number, rank 0 lists those it finds, and the list counts once every rank has found its
+    own number in it: before that, some numbers are left from processes that have gone.
 
     Args:
-        store: of keys and values, shared by all ranks, of any past.
-        rank: of this process.
+        store: key-value store that all ranks share; it may hold keys of earlier starts.
+        rank: number of this process.
         size: number of ranks.
-        name: of this one, for people.
+        name: this rank's name in messages.
 
     Raises:
-        RuntimeError: not all of them come.
+        RuntimeError: Some ranks did not come.
     """
     drawn, listed = f"{uuid.uuid4().hex} {name}", [f"drawn {other}" for other in range(size)]
     store.set(listed[rank], drawn)
@@ -54,17 +55,17 @@ def meet(store: dist.Store, rank: int, size: int, name: str) -> tuple[str, list[
 
 
 class Heartbeat:
-    """A thread of each rank that tells the others it is alive, and ends this process when one of them is not.
+    """Threads that show the other ranks that this one is alive, and end this process if one of the others is not.
 
-    Every rank watches the next one; who finds it silent raises an alarm that all see. So a beat costs each rank three
-    small messages to the launcher's store, however many ranks there are. A process that waits for the others is alive;
-    one that is stopped, or whose machine or link is gone, is not, and the rest would wait for it for ever.
+    Every rank watches the next one; if that falls silent, it raises an alarm that all ranks see. So a beat costs each
+    rank three small messages to the launcher's store, however many ranks there are. A process that waits for the others
+    is alive. One that is stopped, or whose machine or link has gone, is not, and the rest would wait for it forever.
 
     Args:
-        store: of keys and values, shared by all ranks.
-        rank: of this process.
-        names: of all ranks, for people.
-        patience: seconds of silence after which a rank is given up.
+        store: key-value store that all ranks share.
+        rank: number of this process.
+        names: names of all ranks in messages.
+        patience: seconds of silence after which a rank counts as lost.
     """
 
     def __init__(self, store: dist.Store, rank: int, names: Sequence[str], patience: float) -> None:
@@ -80,21 +81,21 @@ class Heartbeat:
             threading.Thread(target=target, name="heartbeat", daemon=True).start()
 
     def stop(self, done: bool) -> None:
-        """Fall silent for good. Where the run is ``done``, nobody is to wonder why."""
+        """Stop beating and watching. If the run is ``done``, the others see it and raise no alarm."""
         self._ended.set()
         if done:
-            with suppress(RuntimeError):  # the store may have gone before, with the launcher or the first rank
+            with suppress(RuntimeError):  # the store may have gone already, with the launcher or rank 0
                 self._store.set(str(self._rank), "done")
 
     def lost(self) -> str:
-        """The ranks that do not beat, by looking twice; "" for none."""
+        """Return the names of ranks that do not beat between two looks, 3 s apart; "" if all do."""
         keys = [str(rank) for rank in range(len(self._names))]
         try:
             before = self._store.multi_get(keys)
             time.sleep(3 * _BEAT)
             after = self._store.multi_get(keys)
         except RuntimeError as error:
-            return f"the launcher's store cannot be reached ({first_line(error)[:200]})"
+            return f"the launcher's store cannot be reached ({first_line(error)})"
         silent = [rank for rank, pair in enumerate(zip(before, after, strict=True)) if len(set(pair)) == 1]
         return ", ".join(self._names[rank] for rank in silent if rank != self._rank)
 
@@ -106,7 +107,7 @@ class Heartbeat:
             try:
                 self._store.set(str(self._rank), str(self._beats))
                 if self._store.check(["alarm"]):
-                    self._give_up(self._store.get("alarm").decode())
+                    self._end_process(self._store.get("alarm").decode())
                 beat = self._store.get(str(watched)) if self._store.check([str(watched)]) else b""
                 now = self._reached_at = time.monotonic()
                 if beat != last_beat or beat == b"done":
@@ -114,23 +115,20 @@ class Heartbeat:
                 elif now - heard_at > self._patience:
                     alarm = f"{self._names[watched]} has been silent for {now - heard_at:.0f} s"
                     self._store.set("alarm", alarm)
-                    self._give_up(alarm)
-            except RuntimeError:  # see below
+                    self._end_process(alarm)
+            except RuntimeError:  # the store does not answer: see ``_watch_store``
                 continue
 
     def _watch_store(self) -> None:
-        """A store that is gone, or behind a link that is, can keep the other thread for ever."""
+        """End this process if the store has gone, which can block the other thread forever."""
         while not self._ended.wait(_BEAT):
             silence = time.monotonic() - self._reached_at
             if silence > self._patience:
-                self._give_up(f"the launcher's store has not answered for {silence:.0f} s")
+                self._end_process(f"the launcher's store has not answered for {silence:.0f} s")
 
-    def _give_up(self, reason: str) -> None:
-        """End this process, whose main thread may be waiting in a library for what will never come."""
+    def _end_process(self, reason: str) -> None:
+        """End this process at once: its main thread may be blocked in a library."""
         if not self._ended.is_set():
-            print(
-                f"error: {reason}; rank {self._rank} ends, too. Go on with --resume auto; torchrun does by "
-                "itself, with --max-restarts",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+            advice = "Go on with --resume auto; torchrun does so by itself, with --max-restarts"
+            write_line(sys.stderr, f"error: {reason}; rank {self._rank} ends, too. {advice}")  # every rank reports it
             os._exit(1)

@@ -1,4 +1,4 @@
-"""What a run leaves behind to be read: ``metrics.jsonl``, one JSON object a line, and ``config.json``."""
+"""The log of a run, ``metrics.jsonl``: one JSON object a line, and listeners that follow it."""
 
 import importlib.metadata
 import json
@@ -20,27 +20,29 @@ logger = logging.getLogger("train_ultimate")
 
 
 class Listener(Protocol):
-    """Is told what the log is told. Whatever it raises costs a warning, and it is told no more."""
+    """A follower of the log. One that raises any exception is dropped, with a warning."""
 
-    def event(self, event: str, fields: dict[str, Any]) -> None: ...
+    def event(self, event: str, fields: dict[str, Any]) -> None:
+        """Take in an event, whose line is written already."""
+        ...
 
     def close(self) -> None:
-        """The run has ended, and all of its lines are written."""
+        """Finish: the run has ended, and all of its lines are written."""
         ...
 
 
 class RunLog:
-    """Appends events to ``metrics.jsonl``.
+    """Log of a run: appends events to ``metrics.jsonl``.
 
-    Each line is complete and flushed to the operating system when ``event`` returns, so a killed process loses none. A
-    resumed run appends: windows it repeats appear twice, the later line counts.
+    Each line is complete and handed to the operating system when ``event`` returns, so a killed process loses none. A
+    resumed run appends: windows that it repeats appear twice, and the later line counts.
 
     Args:
-        directory: of the run; None for one of several processes that is not the one to write.
-        echo: gets the same lines, until it is closed.
+        directory: the run's folder; None to write nothing, on ranks other than 0.
+        echo: stream that gets the same lines, until it refuses one.
 
     Attributes:
-        listeners: told of each event after it is written; none where nothing is.
+        listeners: followers of each event; they hear nothing if nothing is written.
     """
 
     def __init__(self, directory: Path | None, echo: TextIO | None = None) -> None:
@@ -50,56 +52,53 @@ class RunLog:
         if directory is None:
             return
         path = directory / LOG
-        # Unbuffered: what a full disk has refused must not be tried again, with the next line or when it is closed.
-        self._file = FileIO(str(path), "ab")  # as text: it is in the messages of errors
+        # Unbuffered: what a full disk refuses must not be tried again, with the next line or when the file is closed.
+        self._file = FileIO(str(path), "ab")  # as text, for error messages
         self._has_failed = False
-        self._in_mid_line = _ends_in_mid_line(path)
+        self._is_mid_line = _ends_mid_line(path)
 
     def event(self, event: str, **fields: Any) -> None:
-        """Append a line; one that the disk does not take is lost, with a warning the first time."""
+        """Append a line. If the disk does not take it, it is lost, with a warning the first time."""
         if self._file is None:
             return
         line = json.dumps({"event": event, "time": round(time.time(), 3), **json_safe(fields)}, allow_nan=False)
         if (error := self._append(line.encode() + b"\n")) and not self._has_failed:
             self._has_failed = True
             logger.warning(f"{self._file.name}: cannot be written ({error}); training goes on, its events are lost")
-        self._say(line)
-        self._tell(lambda listener: listener.event(event, fields))
+        if self._echo is not None and not write_line(self._echo, line):
+            self._echo = None  # its reader has gone
+        self._notify(lambda listener: listener.event(event, fields))
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-            self._tell(lambda listener: listener.close())
+            self._notify(lambda listener: listener.close())
 
     def _append(self, line: bytes) -> str:
-        """Write a line, on a line of its own after one that was cut short; why it cannot be written, or nothing."""
+        """Write a line; return why it cannot be written, else "". After a line that was cut short, begin a new one."""
         assert self._file is not None
-        data = b"\n" + line if self._in_mid_line else line
+        data = b"\n" + line if self._is_mid_line else line
         try:
             written = self._file.write(data) or 0
         except OSError as error:
             return str(error)
-        if written < len(data):  # the disk was full after so much of it
-            self._in_mid_line = written > 0 or self._in_mid_line
+        if written < len(data):  # the disk is full
+            self._is_mid_line = written > 0 or self._is_mid_line
             return f"{written} of {len(data)} bytes written"
-        self._in_mid_line = False
+        self._is_mid_line = False
         return ""
 
-    def _say(self, line: str) -> None:
-        if self._echo is not None and not write_line(self._echo, line):
-            self._echo = None  # its reader has gone
-
-    def _tell(self, call: Callable[[Listener], None]) -> None:
+    def _notify(self, call: Callable[[Listener], None]) -> None:
         for listener in list(self.listeners):
             try:
                 call(listener)
-            except Exception as error:  # a full disk, a bug in what draws: none of it is worth a run
+            except Exception as error:  # a full disk, a bug in a plot: not worth a run
                 self.listeners.remove(listener)
                 logger.warning(f"{type(listener).__name__} stopped ({first_line(error)}); training goes on without it")
 
 
 def environment(program: Path, packages: Sequence[str]) -> dict[str, Any]:
-    """Versions and, where the program lies in a git checkout, its commit ("-dirty" with local changes)."""
+    """Return versions of Python and packages, and the program's git commit: "-dirty" with changes, "" without git."""
     try:
         git = ["git", "-C", str(program.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
@@ -115,8 +114,8 @@ def _version(package: str) -> str:
         return ""
 
 
-def _ends_in_mid_line(path: Path) -> bool:
-    """True where power was lost, or a disk ran full, while a line was being written."""
+def _ends_mid_line(path: Path) -> bool:
+    """Return whether the last line was cut short, by a loss of power or a full disk."""
     with open(path, "rb") as file:
         if file.seek(0, os.SEEK_END) == 0:
             return False

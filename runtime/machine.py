@@ -58,7 +58,7 @@ class Machine:
     """What a run computes on, the same on every rank except for the number of the GPU."""
 
     device: torch.device
-    precision: Precision  # that the run was started in; recovery may go on in fp32
+    precision: Precision  # recovery may switch to fp32
     memory_format: torch.memory_format
     ranks: Ranks
 

@@ -1,11 +1,11 @@
-"""Weights, gradients, moments and average split over ranks, for networks that one device cannot hold with all that.
+"""Weights, gradients, moments and averaged weights split over ranks, for networks too large for one device.
 
 FSDP2 does it (``torch.distributed.fsdp.fully_shard``; Zhao et al., "PyTorch FSDP", VLDB 2023): each rank keeps its part
-of every parameter, as a DTensor, and a block's whole weights are there only while it computes. Checkpoints stay what
-they are for one process, so any number of ranks, sharded or not, can go on from them. On modules and tensors that are
-not sharded, everything here but ``shard`` does nothing.
+of every parameter, as a DTensor, and a block's whole weights exist only while it computes. Checkpoints are the same as
+those of one process, so any number of ranks, sharded or not, can resume from them. On modules and tensors that are not
+sharded, every function here except ``shard`` does nothing.
 
-FSDP is imported where it is used: that takes 0.4 s, a tenth of a run's start, and few runs need it.
+FSDP is imported inside functions: that takes 0.4 s, a tenth of a run's start, and few runs need it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,17 +19,18 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
-_LEAST_SHARE = 0.01  # of all parameters, for a block to be gathered by itself: messages of a few bytes are all latency
+# Smallest share of all parameters for a block to be gathered by itself: small messages are all latency.
+_LEAST_SHARE = 0.01
 
 
 def shard(module: nn.Module, device: torch.device, num_ranks: int) -> None:
-    """Split a module in place, alike on all ranks: its blocks, which are members of sequences, then what is left."""
+    """Split a module in place, the same way on all ranks: its blocks (members of sequences), then the rest."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (num_ranks,))
     total = sum(parameter.numel() for parameter in module.parameters())
-    for parent in reversed(list(module.modules())):  # the inner ones first
+    for parent in reversed(list(module.modules())):  # inner modules first
         for block in parent.children() if isinstance(parent, nn.Sequential | nn.ModuleList) else ():
             size = sum(parameter.numel() for parameter in block.parameters())
             if size >= _LEAST_SHARE * total and not isinstance(block, nn.ModuleList | nn.ModuleDict):
@@ -38,24 +39,25 @@ def shard(module: nn.Module, device: torch.device, num_ranks: int) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank has of it, in the same memory; it may be empty."""
+    """Return this rank's part of a tensor, in the same memory; it may be empty."""
     return tensor.to_local() if _is_sharded(tensor) else tensor
 
 
 def local_state(module: nn.Module) -> dict[str, Tensor]:
-    """``state_dict()`` of this rank's parts."""
+    """Return ``state_dict()`` with this rank's parts."""
     return {name: local(tensor) for name, tensor in module.state_dict().items()}
 
 
 def load_local_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy what ``local_state`` has returned back into the module."""
     for name, tensor in local_state(module).items():
         tensor.copy_(state[name])
 
 
 def whole_on_first(payload: Any, is_first: bool) -> Any:
-    """Nested dicts and lists with sharded tensors whole, in host memory, on the first rank; empty on the others.
+    """Gather the sharded tensors in nested dicts and lists: whole, in host memory, on rank 0; empty on the others.
 
-    All ranks must call it. It gathers one tensor after the other, so that no device has to hold more than one of them.
+    Call on all ranks. Tensors are gathered one after the other, so that a device holds only one whole tensor at a time.
     """
     if _is_sharded(payload):
         whole = payload.full_tensor().detach()
@@ -68,7 +70,7 @@ def whole_on_first(payload: Any, is_first: bool) -> Any:
 
 
 def split_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, of which every rank has a copy, as parts like those of another one; nothing is sent."""
+    """Split a whole tensor, of which every rank has a copy, the way another tensor is sharded. Nothing is sent."""
     if not _is_sharded(like):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -77,10 +79,10 @@ def split_like(value: Tensor, like: Tensor) -> Tensor:
 
 
 def load_whole_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """``load_state_dict``, whole tensors into a module that may be sharded.
+    """Load whole tensors into a module that may be sharded, like ``load_state_dict``.
 
     Raises:
-        RuntimeError: they are those of another module.
+        RuntimeError: The tensors belong to another module.
     """
     current = module.state_dict()
     fits = {name for name, value in state.items() if name in current and current[name].shape == value.shape}
@@ -91,10 +93,10 @@ def load_whole_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def whole_weights(module: nn.Module) -> Iterator[None]:
-    """All weights on every rank, where each may run forward and backward passes by itself, or none.
+    """Gather all weights on every rank while the block runs; each rank may then run passes by itself.
 
-    All ranks must enter and leave it. It takes the memory of all weights, and of all gradients in a backward pass;
-    those stay this rank's own, and must be gone before it is left.
+    Enter and leave on all ranks. This takes the memory of all weights, and in a backward pass of all gradients. Those
+    are this rank's own: delete them before the block ends.
     """
     parts: list[Any] = [part for part in module.modules() if hasattr(part, "unshard")]
     for part in parts:
@@ -113,13 +115,13 @@ def _is_sharded(value: Any) -> "TypeGuard[DTensor]":
 
 
 def _set_apart(part: "FSDPModule", apart: bool, keeps_weights: bool = False) -> None:
-    """Set apart, passes send nothing and leave whole weights where they are.
+    """Set whether passes exchange nothing between ranks and keep the gathered weights.
 
     Args:
-        part: of a sharded module.
-        apart: whether.
-        keeps_weights: after a forward pass all the same, as FSDP has its outermost module do: the backward pass, which
-            needs them first, comes at once.
+        part: sharded module.
+        apart: exchange nothing.
+        keeps_weights: keep the weights after a forward pass in any case. FSDP's outermost module does, because the
+            backward pass, which comes next, needs them first.
     """
     part.set_requires_gradient_sync(not apart, recurse=False)
     part.set_reshard_after_forward(not apart and not keeps_weights, recurse=False)

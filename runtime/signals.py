@@ -1,4 +1,4 @@
-"""Requests from outside: SIGINT (Ctrl-C) and SIGTERM end a run after the window under way, SIGUSR1 has it saved."""
+"""Requests from outside: SIGINT (Ctrl-C) and SIGTERM end a run after the current window, SIGUSR1 saves it."""
 
 import os
 import signal
@@ -7,24 +7,24 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-_HEARD = b"\nThe window under way is finished, then the state saved; Ctrl-C once more ends the run at once.\n"
+_HEARD = b"\nFinishing the current window and saving; press Ctrl-C again to end the run at once.\n"
 _REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Signals:
-    """While entered, remembers the first SIGINT or SIGTERM instead of dying of it; a second one acts at once.
+    """Signals that this process has received. While entered, the first SIGINT or SIGTERM does not end the process.
 
-    Under a launcher, which passes on what it receives itself, a second one changes nothing. Where several processes
-    train together, a request to any of them is one to all, and all must act on it at the same window: then what counts
-    is not what this process has received, but what ``hear`` has added up.
+    A second one does, at once, except under a launcher, which forwards every signal it receives. If several processes
+    train together, a signal to one of them counts for all, and all must act on it at the same window: so they act only
+    on what they ``hear``, the sum over all processes.
 
     Args:
-        alone: no other process takes part.
-        launched: by a launcher.
+        alone: the run has a single process.
+        launched: a launcher has started this process.
 
     Attributes:
-        signal_number: of the SIGINT or SIGTERM to act upon, or None.
-        save: SIGUSR1, notice of a pre-emption that may or may not come, is to be acted upon.
+        signal_number: SIGINT or SIGTERM, once the run should end; else None.
+        save: the run should be saved: SIGUSR1 announces a pre-emption that may or may not come.
     """
 
     def __init__(self, alone: bool = True, launched: bool = False) -> None:
@@ -36,16 +36,17 @@ class Signals:
         self._previous: dict[int, Any] = {}
 
     def received(self) -> list[float]:
-        """What this process has received, for the others: 1 or 0 for each of SIGINT, SIGTERM, SIGUSR1."""
+        """Return what this process has received: 1 or 0 for each of SIGINT, SIGTERM and SIGUSR1."""
         return [float(number in self._received) for number in _REQUESTS]
 
     def hear(self, counts: Sequence[float]) -> None:
-        """What all processes have received: ``received``, added up; nothing at all where there are no others."""
+        """Act on the sums of ``received`` over all processes; a single process may pass nothing."""
         for number, count in zip(_REQUESTS, counts, strict=False):
             if count:
                 self._act(number)
 
     def saved(self) -> None:
+        """Forget SIGUSR1, now that the run is being saved."""
         self._received.discard(signal.SIGUSR1)
         self.save = False
 
@@ -64,7 +65,7 @@ class Signals:
         if number != signal.SIGUSR1 and not self.launched:
             self.__exit__()
             if number == signal.SIGINT:
-                with suppress(OSError):  # no print: this may have struck in the midst of one
+                with suppress(OSError):  # not print: the signal may have interrupted one
                     os.write(2, _HEARD)
         if self.alone:
             self._act(number)

@@ -101,6 +101,7 @@ class Parts:
 
     build_network: NetworkBuilder = build_network
     loss: Loss = deep_supervision_loss
+    recovery: type[Recovery] = Recovery
     scenes: tuple[int, int] = (640, 64)  # training and test images of --dataset-path synthetic
 
 
@@ -136,7 +137,7 @@ def prepare(
     folder = claim_folder(plan, state, ranks)
     data = open_data(plan, files, state, folder, ranks)
     runner = build_runner(plan, machine, parts.loss)
-    recovery = Recovery(state, data.images, plan.settings, machine, runner, folder.path / INCIDENTS, folder.log)
+    recovery = parts.recovery(state, data.images, plan.settings, machine, runner, folder.path / INCIDENTS, folder.log)
     run = Run(plan.settings, machine, data, state, folder, runner, recovery, Signals(ranks.size == 1, is_launched()))
     record_start(run, resumed=plan.checkpoint is not None)
     data.unreadable.note(files.problems)
