@@ -1,3 +1,5 @@
+"""The recovery ladder's policy, without a run."""
+
 import math
 from dataclasses import asdict
 
@@ -16,7 +18,7 @@ def outcome(verdict: StepVerdict, loss: float = 1.0) -> WindowOutcome:
 
 
 def climb(ladder: Ladder, verdict: StepVerdict, precision: PrecisionName) -> list[Action]:
-    """The actions for a window that fails in every attempt, each carried out."""
+    """Return the actions for a window that fails in every attempt."""
     actions: list[Action] = []
     attempt = 0
     while not actions or actions[-1] not in (Action.GO_ON, Action.LOCALISE, Action.ROLL_BACK):
@@ -35,7 +37,7 @@ def test_rungs_of_a_window_that_is_never_finite(verdict: StepVerdict) -> None:
         assert climb(Ladder(), verdict, precision) == expected  # type: ignore[arg-type]  # a literal
 
 
-def test_four_overflows_in_a_row_are_routine_and_the_fifth_is_run_again() -> None:
+def test_four_overflows_in_a_row_are_routine_and_the_fifth_is_rerun() -> None:
     ladder = Ladder()
     assert [climb(ladder, StepVerdict.OVERFLOW, "fp16")[0] for _ in range(4)] == [Action.GO_ON] * 4
     assert ladder.recent == []
@@ -65,7 +67,7 @@ def test_old_spikes_are_forgotten() -> None:
         assert ladder.next_action(outcome(StepVerdict.SPIKE), 0, "fp32") is Action.GO_ON
 
 
-def test_window_that_fails_without_its_quarantined_samples_is_given_up() -> None:
+def test_window_that_fails_without_its_quarantined_samples_is_skipped() -> None:
     ladder = Ladder()
     action = ladder.next_action(outcome(StepVerdict.NONFINITE_LOSS), AFTER_QUARANTINE, "fp32")
     assert action is Action.GO_ON
@@ -73,6 +75,7 @@ def test_window_that_fails_without_its_quarantined_samples_is_given_up() -> None
 
 
 def feed(ladder: Ladder, *losses: float) -> list[Action]:
+    """Return the actions after applied windows with these losses."""
     return [ladder.next_action(outcome(StepVerdict.APPLIED, loss), 0, "fp32") for loss in losses]
 
 
@@ -84,7 +87,7 @@ def test_loss_at_twice_its_mean_for_five_windows_rolls_back() -> None:
     assert feed(ladder, 5.0) == [Action.ROLL_BACK]
 
 
-def test_loss_that_has_risen_for_long_rolls_back_though_no_window_stands_out() -> None:
+def test_loss_that_has_risen_for_long_rolls_back_although_no_window_stands_out() -> None:
     ladder = Ladder()
     feed(ladder, *[2.0] * 100)
     actions = feed(ladder, *[2.6] * 100)
@@ -95,19 +98,19 @@ def test_loss_that_has_risen_for_long_rolls_back_though_no_window_stands_out() -
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_loss_that_scatters_and_falls_as_losses_do_is_left_alone(seed: int) -> None:
-    """From 5 to 1 over 2,000 windows, each a quarter higher or lower; on photographs they scatter by half of that."""
+    """Losses fall from 5 to 1 over 2,000 windows and scatter by a quarter; on photographs, by half of that."""
     noise = torch.randn(2000, generator=torch.Generator().manual_seed(seed)).mul(0.25).exp().tolist()
     losses = [value * (5 - 4 * i / 2000) for i, value in enumerate(noise)]
     assert set(feed(Ladder(), *losses)) == {Action.GO_ON}
 
 
-def test_a_level_that_drifts_up_slowly_is_no_divergence() -> None:
+def test_a_slow_upward_drift_is_no_divergence() -> None:
     losses = [1.00015**i for i in range(5000)]
     assert losses[-1] > 2
     assert set(feed(Ladder(), *losses)) == {Action.GO_ON}
 
 
-def test_rollbacks_count_in_a_row_until_there_is_progress() -> None:
+def test_rollbacks_count_as_in_a_row_until_there_is_progress() -> None:
     ladder = Ladder()
     ladder.rolled_back(10.0)
     ladder.rolled_back(5.0)
@@ -126,7 +129,7 @@ def test_quarantine_expires_and_doubles_with_each_offence() -> None:
     assert not ladder.is_quarantined("b.jpg", 5)
 
 
-def test_summary_and_last_lines_tell_what_happened() -> None:
+def test_summary_and_last_lines_name_what_happened() -> None:
     ladder = Ladder()
     feed(ladder, 1.0, 1.0)
     ladder.next_action(outcome(StepVerdict.SPIKE), 0, "fp32")
@@ -149,7 +152,7 @@ losses = st.sampled_from([0.0, 1.0, 3.0, 1e30])
 
 
 @given(st.lists(st.tuples(verdicts, st.integers(0, 3), precisions, losses), max_size=300))
-def test_whatever_happens_the_ladder_stays_plain_finite_numbers_of_bounded_size(events: list) -> None:
+def test_the_ladder_stays_plain_finite_numbers_of_bounded_size(events: list) -> None:
     ladder = Ladder()
     for verdict, attempt, precision, loss in events:
         ladder.next_action(WindowOutcome(verdict, loss, 1.0, 1.0), attempt, precision)

@@ -1,3 +1,5 @@
+"""The step gate: verdicts, steps that are skipped without a trace, and the detection of spikes."""
+
 import copy
 import math
 from typing import Any, Literal
@@ -8,57 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from training.batchnorm import BufferGuard
-from training.gate import PendingOutcome, SpikeDetector, StepVerdict, gated_step, should_skip
-
-
-class Norms(nn.Sequential):
-    def __init__(self) -> None:
-        super().__init__(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4))
-
-
-def test_statistics_of_a_skipped_window_are_put_back_bitwise_also_from_nan() -> None:
-    model = Norms().train()
-    guard = BufferGuard(model)
-    guard.begin_window()
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model(torch.full((8, 4), math.nan))
-    assert not torch.isfinite(model.get_buffer("1.running_mean")).all()
-    guard.end_window(skip=torch.ones(()))
-    assert len(before) == 6
-    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
-
-
-def test_statistics_of_an_applied_window_stay_and_become_the_next_ones_start() -> None:
-    model = Norms().train()
-    guard = BufferGuard(model)
-    guard.begin_window()
-    model(torch.randn(8, 4) + 5)
-    moved = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    guard.end_window(skip=torch.zeros(()))
-    guard.begin_window()
-    model(torch.randn(8, 4) + 5)
-    assert guard.at_start.keys() == moved.keys()
-    assert all(torch.equal(value, moved[name]) for name, value in guard.at_start.items())
-
-
-def test_statistics_of_a_window_that_is_broken_off_are_put_back() -> None:
-    model = Norms().train()
-    guard = BufferGuard(model)
-    guard.begin_window()
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model(torch.randn(8, 4) + 5)
-    guard.restore()
-    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
-
-
-def test_layers_in_evaluation_mode_are_not_copied() -> None:
-    model = Norms().train()
-    model[2].eval()
-    guard = BufferGuard(model)
-    guard.begin_window()
-    assert {name.split(".")[0] for name in guard.at_start} == {"1"}
-
+from runtime.machine import Precision, ScalerSettings
+from runtime.ranks import Ranks
+from training.gate import (
+    DeviceVerdict,
+    PendingOutcome,
+    SpikeDetector,
+    StepGate,
+    StepVerdict,
+    WindowOutcome,
+    clip_gradients_,
+    gated_step,
+    should_skip,
+)
 
 numbers = st.sampled_from([0.0, 1.5, 1e30, math.inf, -math.inf, math.nan])
 
@@ -116,6 +80,12 @@ def test_applied_step_is_the_optimizers_own(kind: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
 
 
+def outcome(loss: float, grad_norm: float, found_inf: float, spike: float, scale: float) -> WindowOutcome:
+    """Return what the host makes of a window's numbers; its spike limit is 7."""
+    values = [torch.tensor(value) for value in (loss, grad_norm, found_inf, spike, 7.0, scale, 1.0, 0.0)]
+    return PendingOutcome(DeviceVerdict(*values, requests=None)).read()
+
+
 flags = st.sampled_from([0.0, 1.0])
 
 
@@ -123,9 +93,9 @@ flags = st.sampled_from([0.0, 1.0])
 def test_a_window_is_applied_on_the_device_exactly_when_the_host_calls_it_applied(
     loss: float, grad_norm: float, found_inf: float, spike: float, scale: float
 ) -> None:
-    values = [torch.tensor(value) for value in (loss, grad_norm, found_inf, spike, scale)]
-    verdict = PendingOutcome(*values).read().verdict
-    assert (should_skip(*values[:4]).item() == 0) == (verdict is StepVerdict.APPLIED)
+    verdict = outcome(loss, grad_norm, found_inf, spike, scale).verdict
+    values = [torch.tensor(value) for value in (loss, grad_norm, found_inf, spike)]
+    assert (should_skip(*values).item() == 0) == (verdict is StepVerdict.APPLIED)
 
 
 @pytest.mark.parametrize(
@@ -144,19 +114,57 @@ def test_a_window_is_applied_on_the_device_exactly_when_the_host_calls_it_applie
 def test_verdicts(
     loss: float, grad_norm: float, found_inf: float, spike: float, scale: float, verdict: StepVerdict
 ) -> None:
-    values = [torch.tensor(value) for value in (loss, grad_norm, found_inf, spike, scale)]
-    outcome = PendingOutcome(*values).read()
-    assert outcome.verdict is verdict
-    assert outcome.loss_scale == scale
+    found = outcome(loss, grad_norm, found_inf, spike, scale)
+    assert found.verdict is verdict
+    assert (found.loss_scale, found.spike_limit) == (scale, 7.0)
 
 
-def examine(detector: SpikeDetector, norm: float, loss: float = 1.0, found_inf: float = 0.0) -> tuple[bool, float]:
-    spike, highest = detector.examine(torch.tensor(loss), torch.tensor(norm), torch.tensor(found_inf))
-    return bool(spike), highest.item()
+def judged(gate: StepGate, loss: float, grad_norm: float) -> DeviceVerdict:
+    """Return the verdict on a window in fp32."""
+    scaler = Precision("fp32", "cpu").new_scaler(ScalerSettings())
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    return gate.judge(torch.tensor(loss), torch.tensor(grad_norm), scaler, optimizer, num_samples=6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "grad_norm", "applied"), [(1.0, 1.0, True), (math.nan, 1.0, False), (1.0, 50.0, False)]
+)
+def test_gate_undoes_the_statistics_of_exactly_the_windows_it_does_not_apply(
+    loss: float, grad_norm: float, applied: bool
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
+    gate = StepGate(model, detector_with_history(), 0.5, Ranks(), lambda: [])
+    gate.begin_window()
+    before = copy.deepcopy(list(model.buffers()))
+    model(torch.randn(8, 4) + 5)
+    verdict = judged(gate, loss, grad_norm)
+    gate.end_window(verdict.skip)
+    unchanged = all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+    assert (verdict.skip.item() == 0, unchanged) == (applied, not applied)
+
+
+@pytest.mark.parametrize(("grad_clip", "clipped_to"), [(0.5, 0.5), (100.0, 2.1)])
+def test_gradients_are_clipped_to_the_threshold_and_those_of_outliers_further(
+    grad_clip: float, clipped_to: float
+) -> None:
+    """The history is log-normal around 1, and exp(2.5 x 0.3) is 2.1."""
+    gate = StepGate(nn.Identity(), detector_with_history(policy="clip"), grad_clip, Ranks(), lambda: [])
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([30.0, 40.0])
+    clip_gradients_([parameter], judged(gate, 1.0, 50.0), grad_clip)
+    assert parameter.grad.norm().item() == pytest.approx(clipped_to, rel=0.1)
+
+
+def examine(
+    detector: SpikeDetector, norm: float, loss: float = 1.0, found_inf: float = 0.0
+) -> tuple[bool, float, float]:
+    """Return whether the norm is a spike, the norm to clip to, and the limit."""
+    spike, highest, limit = detector.examine(torch.tensor(loss), torch.tensor(norm), torch.tensor(found_inf))
+    return bool(spike), highest.item(), limit.item()
 
 
 def detector_with_history(windows: int = 200, policy: Literal["skip", "clip", "off"] = "skip") -> SpikeDetector:
-    """Log-normal norms around 1, deviation 0.3."""
+    """Return a detector that has seen log-normal norms around 1, of deviation 0.3."""
     generator = torch.Generator().manual_seed(0)
     detector = SpikeDetector(policy, torch.device("cpu"))
     for value in torch.randn(windows, generator=generator).mul(0.3).exp().tolist():
@@ -185,7 +193,7 @@ def test_without_a_history_ten_times_the_largest_so_far_is_a_spike() -> None:
 
 
 @given(bad=st.sampled_from([math.nan, math.inf]), windows=st.sampled_from([0, 3, 100]))
-def test_one_bad_number_does_not_enter_the_statistics(bad: float, windows: int) -> None:
+def test_a_window_that_is_not_finite_does_not_enter_the_statistics(bad: float, windows: int) -> None:
     detector = detector_with_history(windows)
     before = detector.state_dict()["statistics"].tolist()
     for arguments in ({"norm": bad}, {"norm": 1.0, "loss": bad}, {"norm": 1.0, "found_inf": 1.0}):
@@ -204,9 +212,31 @@ def test_a_level_that_rises_for_good_is_accepted_in_the_end() -> None:
 
 def test_policy_clip_skips_nothing_and_off_takes_no_notice() -> None:
     clip, off = detector_with_history(policy="clip"), detector_with_history(policy="off")
-    spike, highest = examine(clip, 50.0)
+    spike, highest, _ = examine(clip, 50.0)
     assert (spike, highest < 3) == (False, True)
-    assert examine(off, 50.0) == (False, math.inf)
+    assert examine(off, 50.0) == (False, math.inf, math.inf)
+
+
+@pytest.mark.parametrize("policy", ["skip", "clip"])
+def test_the_limit_is_the_one_a_window_was_judged_by(policy: Literal["skip", "clip"]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    norms = torch.randn(400, generator=generator).mul(0.5).exp()
+    norms[[20, 90, 200, 201, 300]] *= 60
+    norms[[2, 50, 150]] = math.nan
+    detector, found, above = SpikeDetector(policy, torch.device("cpu")), [], []
+    for norm in norms.tolist():
+        spike, _, limit = examine(detector, norm)
+        found.append(spike)
+        above.append(norm > limit)
+    assert sum(above) >= 4
+    assert found == (above if policy == "skip" else [False] * 400)
+
+
+def test_there_is_no_limit_without_a_history_and_the_first_is_ten_times_the_largest_norm() -> None:
+    detector = SpikeDetector("skip", torch.device("cpu"))
+    limits = [examine(detector, norm)[2] for norm in (1.0, 2.0, 1.0, 1.0, 1.0)]
+    assert limits[:4] == [math.inf] * 4
+    assert limits[4] == pytest.approx(20)
 
 
 def test_detector_survives_a_round_trip() -> None:
