@@ -1,7 +1,9 @@
 """Fixtures and helpers: a tiny dataset, and runs on it that take a second or two."""
 
+import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +21,9 @@ from reporting.listeners import EpochLines
 from runtime.checkpoint import read_checkpoint, write_checkpoint
 from runtime.log import Listener
 from runtime.ranks import Ranks
-from train_ultimate import ScriptParts, main
+from train_ultimate import ScriptParts, Validation, main
 from training.run import Run
+from training.settings import NOT_RESUMED
 from training.setup import Parts, prepare
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -52,6 +55,38 @@ def prepare_run(argv: Sequence[str], **parts: Any) -> Run:
     """Prepare the run that a command line of ``train`` asks for. ``parts`` are fields of ``Parts``."""
     request = cli.parse(argv)
     return prepare(request.given, Ranks(), request.preset, Parts(**parts))
+
+
+def prepare_again(directory: Path, **changes: Any) -> Run:
+    """Prepare a new run, in another folder, with the settings of the run in ``directory`` except for ``changes``."""
+    saved = json.loads((directory / "config.json").read_text())["settings"]
+    settings = {name: value for name, value in saved.items() if name not in NOT_RESUMED}
+    fresh = directory.parent / f"{directory.name}-again-{time.monotonic_ns()}"
+    return prepare({**settings, **changes, "checkpoint_dir": str(fresh)}, Ranks())
+
+
+def scripted_validation(*ious: float) -> Validation:
+    """Return a validation that scores the first epoch with the first IoU, and so on."""
+    left = iter(ious)
+    return lambda _run, _loader: dict.fromkeys(("iou", "dice", "mae", "s_measure"), next(left))
+
+
+def failing(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command that must end with exit code 2, and return the one line of its error message."""
+    assert train(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def final_state(directory: Path, name: str = "epoch_0004.pth") -> dict[str, Any]:
+    """Return what a resumed run must share bitwise with an undisturbed one. The best score belongs to the folder."""
+    state = read_checkpoint(directory / name)
+    for key in ("config", "epoch_stats"):
+        del state[key]
+    for key in ("best_iou", "best_epoch"):
+        del state["progress"][key]
+    return state
 
 
 @contextmanager
@@ -102,6 +137,14 @@ def tiny_argv(tiny_dataset: Path, tmp_path: Path) -> Argv:
         return tiny_arguments(tiny_dataset, checkpoint_dir, *extra)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed run of ``tiny_arguments``, with report and TensorBoard files."""
+    directory = tmp_path_factory.mktemp("finished")
+    assert main(tiny_arguments(tiny_dataset, directory, "--keep-checkpoints", "9")) == 0
+    return directory
 
 
 @pytest.fixture(scope="session")

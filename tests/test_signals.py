@@ -1,0 +1,118 @@
+"""Runs stopped by a signal, or killed, and resumed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Argv, differing_tensors, final_state, signal_at_step, tiny_arguments, train
+from launching import read_events
+
+import train_ultimate
+
+
+def start(argv: list[str], log: Path) -> "subprocess.Popen[bytes]":
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as many as the reference has: sums depend on it
+    with open(log, "ab") as file:
+        command = [sys.executable, train_ultimate.__file__, *argv]
+        return subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+
+
+def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[bytes]", timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be interrupted"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run in its own process, to compare with interrupted ones."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    assert start(tiny_arguments(tiny_dataset, directory / "run"), directory / "log").wait(120) == 0
+    return directory / "run"
+
+
+@pytest.mark.slow
+def test_killed_with_9_and_resumed_a_run_ends_in_the_same_weights(
+    undisturbed: Path, tiny_argv: Argv, tmp_path: Path
+) -> None:
+    directory, log = tmp_path / "killed", tmp_path / "log"
+    for after_epoch in (1, 3):
+        process = start(tiny_argv("--resume", "auto", checkpoint_dir=directory), log)
+        wait_until((directory / f"epoch_{after_epoch:04d}.pth").exists, process)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert start(["train", "--resume", "auto", "--checkpoint-dir", str(directory)], log).wait(120) == 0
+    assert differing_tensors(final_state(directory), final_state(undisturbed)) == []
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "exit_code", "after_epoch"),
+    [pytest.param(signal.SIGINT, 130, 1, marks=pytest.mark.slow), (signal.SIGTERM, 143, 2)],
+)
+def test_signal_to_the_process_group_saves_and_exits_and_the_resumed_run_is_bitwise_the_same(
+    undisturbed: Path, tiny_argv: Argv, tmp_path: Path, signal_number: int, exit_code: int, after_epoch: int
+) -> None:
+    """A terminal, ``timeout`` and Slurm signal the loader's workers too. Once in each stage."""
+    directory, log = tmp_path / "stopped", tmp_path / "stopped.log"
+    process = start(tiny_argv("--num-workers", "1", checkpoint_dir=directory), log)
+    wait_until((directory / f"epoch_{after_epoch:04d}.pth").exists, process)
+    os.killpg(process.pid, signal_number)
+    assert process.wait(60) == exit_code
+    text = log.read_text()
+    assert "Traceback" not in text
+    assert "Go on with: python" in text
+    assert list(directory.glob("step_*.pth"))
+    assert start(["train", "--resume", "auto", "--checkpoint-dir", str(directory)], log).wait(120) == 0
+    assert differing_tensors(final_state(directory), final_state(undisturbed)) == []
+
+
+def assert_resumes_like(finished: Path, directory: Path) -> None:
+    """Resume a stopped run, and compare its weights and the log's epochs with those of an undisturbed one."""
+    assert train(["train", "--resume", "auto", "--checkpoint-dir", str(directory)]) == 0
+    assert differing_tensors(final_state(directory), final_state(finished)) == []
+    resumed = {event["epoch"]: event for event in read_events(directory, "epoch")}
+    for event in read_events(finished, "epoch"):
+        assert all(resumed[event["epoch"]][key] == event[key] for key in ("loss", "lr", "backbone_lr", "mae"))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [2, 8, 9, 10, 12],
+    ids=["stage 1", "end of stage 1", "start of stage 2", "stage 2", "end of an epoch"],
+)
+def test_stopped_at_any_step_the_resumed_run_is_bitwise_the_same(
+    finished: Path, tiny_argv: Argv, tmp_path: Path, step: int
+) -> None:
+    """Stage 2 trains BatchNorm here, whose statistics have moved on by the time a window is settled."""
+    with signal_at_step(step):
+        assert train(tiny_argv()) == 143
+    assert_resumes_like(finished, tmp_path / "run")
+
+
+def test_stopped_in_validation_the_resumed_run_is_bitwise_the_same(
+    finished: Path, tiny_argv: Argv, tmp_path: Path
+) -> None:
+    def validate(*args: Any) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return train_ultimate.validate(*args)
+
+    assert train(tiny_argv(), validate=validate) == 143
+    assert read_events(tmp_path / "run", "epoch") == []
+    assert_resumes_like(finished, tmp_path / "run")
+
+
+def test_second_signal_stops_at_once(tiny_argv: Argv) -> None:
+    def loss(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("went on after the second signal")
+
+    assert train(tiny_argv(), loss=loss) == 130
