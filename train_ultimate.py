@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from commands.cli import Request
 from commands.output import print_error, print_lines
 from data.dataset import Batch
-from data.loading import to_device, training_loader, validation_loader
+from data.loading import batches_of, to_device, training_loader, validation_loader, workers_that_fit
 from data.processes import default_num_workers
 from data.unreadable import UnreadableDataError
 from evaluation.metrics import quick_scores
@@ -117,7 +117,7 @@ def validate(run: Run, loader: DataLoader[Batch]) -> dict[str, float]:
     scores: dict[int, dict[str, float]] = {}
     is_finite = True
     num_interruptible = 0 if ranks.shards else min(ranks.gather(len(loader)))  # batches that every rank has
-    for number, batch in enumerate(loader):
+    for number, batch in enumerate(batches_of(loader)):
         if number < num_interruptible:
             stop_if_asked(run)
         unreadable.meet({run.data.validation[index]: reason for index, reason in batch.errors.items()})
@@ -206,6 +206,7 @@ def run_stage(run: Run, stage: Stage, validate: Validation = validate) -> None:
     state, progress, settings = run.state, run.state.progress, run.settings
     begin_stage(run, stage)
     num_workers = default_num_workers() if settings.num_workers is None else settings.num_workers
+    num_workers = workers_that_fit(num_workers, settings.img_size, stage.batch_size, stage.accumulation_steps)
     shape: dict[str, Any] = {"img_size": settings.img_size, "batch_size": stage.batch_size, "share": run.share}
     workers = {"num_workers": num_workers, "pin_memory": run.machine.device.type == "cuda", "cache": run.data.cache}
     train_loader = training_loader(
@@ -376,4 +377,4 @@ def main(argv: Sequence[str] | None = None, parts: ScriptParts | None = None) ->
 
 if __name__ == "__main__":
     commands.begin()
-    sys.exit(run_training(REQUEST))
+    sys.exit(run_training(REQUEST))  # pyright: ignore[reportPossiblyUnboundVariable]

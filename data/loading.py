@@ -1,24 +1,41 @@
-"""Data loaders, and a batch's way from a loader to the device."""
+"""Data loaders that outlive their worker processes, and a batch's way from a loader to the device."""
 
 import itertools
+import logging
+import multiprocessing.queues
+import os
+import shutil
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from data.cache import DecodedCache
-from data.dataset import Batch, CamouflageDataset, collate
+from data.dataset import Batch, CamouflageDataset, Sample, collate
 from data.layouts import Pair
 from data.processes import keep_freed_memory
 from data.sampler import EpochBatchSampler, SampleKey, Share
 from data.transforms import augment_batch
 from data.unreadable import UnreadableDataError
 
+MOST_LOSSES = 3  # times in a row that worker processes die before one batch arrives; then there are none any more
+SHARED_MEMORY = Path("/dev/shm")
 _HELD_BACK = (signal.SIGINT, signal.SIGTERM)
+_PREFETCHED = 2  # batches per worker, torch's default
+_WINDOWS_KEPT = 3  # the current, the pending and the last applied window hold their batches
+
+logger = logging.getLogger("train_ultimate")
+
+
+class HandoverError(RuntimeError):
+    """A worker process cannot hand its batches to the main process; the message is the reason."""
 
 
 def training_loader(
@@ -58,19 +75,64 @@ def windows(loader: DataLoader[Batch], epoch: int, first_window: int) -> Iterato
     Raises:
         UnreadableDataError: a sample could neither be read nor replaced.
     """
-    sampler = sampler_of(loader)
-    sampler.set_position(epoch, first_window)
-    batches = iter(loader)
-    for number in range(first_window, sampler.num_windows):
-        window = list(itertools.islice(batches, sampler.batches_in(number)))
-        for batch in window:
-            if batch.num_missing:
-                first, *others = batch.errors.values()
-                raise UnreadableDataError(
-                    f"{first}, and none of {len(others)} other images that could replace it can be read either; check "
-                    "that the disk is still there"
-                )
-        yield window
+    sampler, number = sampler_of(loader), first_window
+    while number < sampler.num_windows:
+        sampler.set_position(epoch, number)  # again at the same window if worker processes have died
+        batches = None
+        while number < sampler.num_windows:
+            try:
+                batches = batches or iter(loader)
+                window = list(itertools.islice(batches, sampler.batches_in(number)))
+            except RuntimeError as error:
+                _recover(loader, error)
+                break
+            for batch in window:
+                if batch.num_missing:
+                    first, *others = batch.errors.values()
+                    raise UnreadableDataError(
+                        f"{first}, and none of {len(others)} other images that could replace it can be read either; "
+                        "check that the disk is still there"
+                    )
+            yield window
+            number += 1
+
+
+def batches_of(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """Yield a validation loader's batches, in order; those that worker processes took with them are read again."""
+    num_read = 0
+    while True:
+        try:
+            for batch in itertools.islice(loader, num_read, None):
+                num_read += 1
+                yield batch
+        except RuntimeError as error:
+            _recover(loader, error)
+        else:
+            return
+
+
+def workers_that_fit(num_workers: int, img_size: int, batch_size: int, batches_per_window: int) -> int:
+    """Lower a number of worker processes so that the batches in flight fit into shared memory, and warn about it.
+
+    Args:
+        num_workers: wanted worker processes.
+        img_size: S.
+        batch_size: images in a batch, of 4 x S x S bytes each.
+        batches_per_window: batches of a window, which stay in memory until its step is settled.
+    """
+    try:
+        free = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:  # no such folder: the system shares memory in another way
+        return num_workers
+    batch = 4 * img_size**2 * batch_size
+    room = free // batch - _WINDOWS_KEPT * batches_per_window - 1
+    fitting = max(0, min(num_workers, room // _PREFETCHED))
+    if fitting < num_workers:
+        logger.warning(
+            f"{SHARED_MEMORY} has {free / 2**20:.0f} MB free: --num-workers {fitting} instead of {num_workers}; in a "
+            "container, give it more with docker run --shm-size=2g"
+        )
+    return fitting
 
 
 def sampler_of(loader: DataLoader[Batch]) -> EpochBatchSampler:
@@ -108,7 +170,7 @@ def _loader(
         dataset,  # type: ignore[arg-type]  # DataLoader is typed by its samples, not by what collate makes of them
         batch_sampler=batch_sampler,  # type: ignore[arg-type]  # keys are SampleKey, not int
         num_workers=num_workers,
-        collate_fn=collate,
+        collate_fn=_collate_to_share,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         worker_init_fn=begin_loader_process,
@@ -117,14 +179,80 @@ def _loader(
 
 
 class _Loader(DataLoader[Batch]):
-    """Data loader whose processes start with signals blocked, which would kill them before their handlers are set."""
+    """Data loader whose worker processes start with signals blocked, and whose death is an error of the next batch.
+
+    Signals would kill the processes before their handlers are set. On its own, torch raises the death of a worker
+    wherever the main process happens to be, amid an optimizer step for example.
+    """
+
+    losses = 0  # deaths of worker processes since the last batch arrived
 
     def __iter__(self) -> Any:  # torch types an iterator of its own
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
+        on_child = signal.getsignal(signal.SIGCHLD)
         try:
-            return super().__iter__()
+            batches = super().__iter__()
+        except OSError as error:  # no room for semaphores in shared memory, too many processes
+            raise HandoverError(str(error)) from error
         finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, on_child)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return self._counted(batches)
+
+    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.losses = 0
+            yield batch
+
+    def stop_workers(self) -> None:
+        """End the worker processes. The next iteration starts new ones, unless ``num_workers`` is 0 by then."""
+        if self._iterator is not None:
+            self._iterator._shutdown_workers()  # type: ignore[attr-defined]  # of torch's iterator with processes
+            self._iterator = None
+
+
+def _recover(loader: DataLoader[Batch], error: RuntimeError) -> None:
+    """Prepare a loader to go on after worker processes have died, or could not hand over a batch.
+
+    Raises:
+        RuntimeError: the error, if it is another one.
+    """
+    died = str(error).startswith("DataLoader worker (pid")
+    if not isinstance(loader, _Loader) or not (died or isinstance(error, HandoverError)):
+        raise error
+    loader.stop_workers()
+    loader.losses += 1
+    if died and loader.losses < MOST_LOSSES:
+        logger.warning(f"a loader process died ({_reason(error)}); the loader starts again at the same window")
+        return
+    loader.num_workers = 0
+    logger.warning(
+        f"loader processes cannot do their work ({_reason(error)}): this process loads all images from here on, which "
+        f"is slower. Give {SHARED_MEMORY} more room (docker run --shm-size=2g), a shorter TMPDIR, or more memory"
+    )
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return the last line of an error: the original one, if it comes from a worker's traceback."""
+    return str(error).strip().splitlines()[-1][:200]
+
+
+def _collate_to_share(samples: Sequence[Sample]) -> Batch:
+    """Collate, and in a worker process move the batch to shared memory here, where an error reaches the main process.
+
+    Left to the queue, it would be moved in the feeder thread, whose errors are lost, and the main process would wait
+    for the batch for ever.
+    """
+    batch = collate(samples)
+    if get_worker_info() is not None:
+        try:
+            for value in batch:
+                if isinstance(value, Tensor):
+                    value.share_memory_()
+        except (RuntimeError, OSError) as error:
+            raise HandoverError(_reason(RuntimeError(error))) from None
+    return batch
 
 
 def begin_loader_process(_worker: int) -> None:
@@ -133,11 +261,19 @@ def begin_loader_process(_worker: int) -> None:
     Ctrl-C, ``timeout`` and Slurm signal whole process groups, but the main process decides whether the run ends. It may
     need batches to finish its window, so a worker outlives SIGTERM by a minute. (A worker whose main process is gone
     ends by itself.)
+
+    Raises:
+        HandoverError: Tensors cannot be handed over; a socket's path in TMPDIR may be too long.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
-    # Silences the feeder thread's traceback if the main process exits first. Errors in a batch still reach the main
-    # process.
+    # Silences the feeder thread's traceback if the main process exits first.
     sys.excepthook = lambda *_: None
+    # A batch that the feeder thread cannot send is lost. The death of the worker is noticed, silence is not.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))  # type: ignore[attr-defined]
     keep_freed_memory()
+    try:
+        ForkingPickler.dumps(torch.zeros(1).share_memory_())  # opens the socket that hands over file descriptors
+    except (RuntimeError, OSError) as error:
+        raise HandoverError(_reason(RuntimeError(error))) from None

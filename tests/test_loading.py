@@ -1,15 +1,21 @@
 """Loaders: the same batches whatever the workers, and processes that leave signals to the main one."""
 
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from data.layouts import Pair, find_subsets, training_pairs
-from data.loading import to_device, training_loader, validation_loader, windows
+from data.loading import batches_of, to_device, training_loader, validation_loader, windows, workers_that_fit
 from data.unreadable import UnreadableDataError
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -93,3 +99,87 @@ del loader  # ends its processes
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 0, result.stderr
+
+
+def all_batches(pairs: list[Pair], num_workers: int, kill_before: tuple[int, ...] = ()) -> list[torch.Tensor]:
+    """Images of an epoch's batches; before some of the windows, a worker process is killed."""
+    loader = training_loader(pairs, 64, batch_size=2, seed=5, num_workers=num_workers, pin_memory=False, window_size=4)
+    images = []
+    for number, window in enumerate(windows(loader, epoch=0, first_window=0)):
+        images += [batch.images for batch in window]
+        if number in kill_before:
+            os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)  # type: ignore[attr-defined, union-attr]
+    return images
+
+
+def test_the_death_of_a_worker_costs_no_batch_and_changes_none(
+    pairs: list[Pair], caplog: pytest.LogCaptureFixture
+) -> None:
+    killed = all_batches(pairs, num_workers=1, kill_before=(0, 2))
+    undisturbed = all_batches(pairs, num_workers=0)
+    assert len(killed) == len(undisturbed) == 11
+    assert all(torch.equal(a, b) for a, b in zip(killed, undisturbed, strict=True))
+    assert caplog.text.count("a loader process died") >= 1
+    assert "starts again at the same window" in caplog.text
+
+
+def test_validation_reads_again_what_a_dead_worker_took_with_it(pairs: list[Pair]) -> None:
+    loader = validation_loader(pairs, 64, batch_size=2, num_workers=1, pin_memory=False)
+    indices = []
+    for number, batch in enumerate(batches_of(loader)):
+        indices += batch.indices.tolist()
+        if number == 1:
+            os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)  # type: ignore[attr-defined, union-attr]
+    assert indices == list(range(len(pairs)))
+
+
+LOAD = """
+import sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from data.layouts import find_subsets, training_pairs
+from data.loading import training_loader, windows
+root = Path({dataset!r})
+pairs = training_pairs(find_subsets(root), root)
+loader = training_loader(pairs, 64, batch_size=4, seed=5, num_workers=2, pin_memory=False, window_size=8)
+print(sum(len(batch.indices) for window in windows(loader, 0, 0) for batch in window), loader.num_workers)
+"""
+
+
+def load_elsewhere(dataset: Path, *prefix: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    program = LOAD.format(root=str(ROOT), dataset=str(dataset))
+    return subprocess.run(
+        [*prefix, sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_a_tmpdir_too_long_for_sockets_costs_the_workers_and_nothing_else(tiny_dataset: Path, tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    result = load_elsewhere(tiny_dataset, TMPDIR=str(long))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["22", "0"]
+    assert "a shorter TMPDIR" in result.stderr
+
+
+@pytest.mark.skipif(os.getuid() != 0 or shutil.which("unshare") is None, reason="mounts a small /dev/shm: needs root")
+def test_a_shared_memory_too_small_for_a_batch_costs_the_workers_and_nothing_else(tiny_dataset: Path) -> None:
+    mount = 'mount -t tmpfs -o size=40k tmpfs /dev/shm && exec "$@"'
+    result = load_elsewhere(tiny_dataset, "unshare", "--mount", "sh", "-c", mount, "sh")
+    if "mount:" in result.stderr:
+        pytest.skip("no mounts here")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["22", "0"]
+    assert "/dev/shm more room" in result.stderr
+
+
+def test_workers_are_as_many_as_shared_memory_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch = 4 * 384**2 * 8
+    for free, expected in ((2**40, 8), (20 * batch, 8), (10 * batch, 3), (batch, 0)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        caplog.clear()
+        assert workers_that_fit(8, img_size=384, batch_size=8, batches_per_window=1) == expected
+        assert ("--shm-size" in caplog.text) == (expected < 8)
