@@ -15,7 +15,7 @@ class BufferGuard:
     Layers in evaluation mode, as in a pretrained backbone, do not change and cost nothing.
 
     Attributes:
-        at_start: name -> value of each statistic at the start of the current window.
+        at_start: name -> value of each statistic at the start of the current window; empty between windows.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -51,12 +51,13 @@ class BufferGuard:
         """Restore the statistics if ``skip`` is 1. Selected on the device: multiplying by 0 would keep a NaN."""
         for name, buffer in self._buffers.items():
             buffer.copy_(torch.where(skip > 0, self.at_start[name], buffer))
+        self.at_start = {}
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Restore the statistics of the window's start."""
-        for name, buffer in self._buffers.items():
-            buffer.copy_(self.at_start[name])
+        """Restore the statistics of the current window's start. Between windows, they stay as they are."""
+        for name, value in self.at_start.items():
+            self._buffers[name].copy_(value)
 
 
 @contextmanager

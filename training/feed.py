@@ -14,6 +14,7 @@ from data.loading import sampler_of, windows
 from data.sampler import derive_seed, drawn
 from runtime import console
 from training.gate import DeviceVerdict, PendingOutcome, StepGate, StepVerdict, WindowOutcome
+from training.ladder import Action
 from training.recovery import RecoverySpentError
 from training.run import Run
 from training.stages import Stage, cosine_ramp, learning_rate
@@ -102,7 +103,8 @@ class WindowQueue:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._bar.close()
         self._count_seconds()
-        if isinstance(error, Exception) and not self._run.state.mid_step:
+        spent = isinstance(error, RecoverySpentError)  # recovery has left a state that is fit to be saved
+        if isinstance(error, Exception) and not spent and not self._run.state.mid_step:
             self._settle_without_recovery()
 
     def _next(self) -> Window | None:
@@ -153,17 +155,18 @@ class WindowQueue:
     def _settle_without_recovery(self) -> None:
         """Make the state fit to be saved after an exception.
 
-        An applied window is counted. Windows that recovery would rerun are left for the resumed run, which reruns
-        everything from the first of them on.
+        A pending window that was applied, or skipped for good, is counted. Windows that recovery would rerun are left
+        for the resumed run, which reruns everything from the first of them on.
         """
         state = self._run.state
         self._gate.guard.restore()
+        self._gate.begin_window()  # so that the average gets the statistics that the pending window's step left
         owed = [window for window in (self._current, *self._again) if window is not None and window.attempt]
         if self._pending is not None:
             (window, pending), self._pending = self._pending, None
             outcome = self._take_in(window, pending)
-            if outcome.verdict is StepVerdict.APPLIED:
-                state.ladder.next_action(outcome, window.attempt, window.precision.name)
+            action = state.ladder.next_action(outcome, window.attempt, window.precision.name)
+            if action in (Action.GO_ON, Action.ROLL_BACK):
                 self._count(outcome, rerun=False)
             else:
                 owed.append(window)
