@@ -1,8 +1,10 @@
-"""``train_ultimate.py`` with what each process did written down, for tests that start several with PyTorch's launcher.
+"""``train_ultimate.py`` as one of several ranks, for tests that start them with PyTorch's launcher.
 
-Environment: TEST_SAMPLES, a folder that gets a file a process, one JSON line a window that was settled: its samples, by
-number. TEST_SIGNAL, RANK:WINDOW:SIGNAL, what a process is to send itself after a window, once in all (a restarted
-process finds the file that says so). TEST_FAULT, RANK:NAME, what is different on one of them: a name of ``FAULTS``.
+Environment:
+    TEST_SAMPLES: a folder. Each rank writes a line of JSON there for every window that recovery has answered.
+    TEST_SIGNAL: RANK:WINDOW:SIGNAL. That rank sends itself the signal after that window, once: restarted processes find
+        a file that says so.
+    TEST_FAULT: RANK:NAME, or several, with commas. What is special about that rank's machine: names of ``FAULTS``.
 """
 
 import json
@@ -10,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +20,81 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-import train_ultimate
-from runtime import checkpoint
-from runtime.machine import Precision
-from training import setup as builders
+from train_ultimate import ScriptParts, main
+from training.batchnorm import BufferGuard
+from training.gate import WindowOutcome
+from training.recovery import Recovery
+from training.window import Window
 
-settle_window = train_ultimate.settle_window
-write_checkpoint = checkpoint.write_checkpoint
-folder = Path(os.environ["TEST_SAMPLES"])
-rank = int(os.environ.get("RANK", "0"))
+RANK = int(os.environ.get("RANK", "0"))
 
 
-def settle_and_write(run: Any, stage: Any, window: Any, *others: Any) -> Any:
-    again = settle_window(run, stage, window, *others)
-    line = {
-        "epoch": run.state.progress.epoch,
-        "window": window.global_number,
-        "samples": window.sample_indices,
-        "again": again is not None,
-        "ranks": run.ranks.size,
-    }
-    with (folder / f"{rank}.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    if "TEST_SIGNAL" in os.environ:
-        struck, number, name = os.environ["TEST_SIGNAL"].split(":")
+class RecordingRecovery(Recovery):
+    """Recovery that writes down this rank's part of each window, and then sends the signal of TEST_SIGNAL."""
+
+    def answer(self, window: Window, outcome: WindowOutcome, guard: BufferGuard) -> list[Window] | None:
+        again = super().answer(window, outcome, guard)
+        line = {
+            "epoch": self.state.progress.epoch,
+            "window": window.global_number,
+            "samples": window.sample_indices,
+            "again": again is not None,
+            "ranks": self.ranks.size,
+        }
+        folder = Path(os.environ["TEST_SAMPLES"])
+        with (folder / f"{RANK}.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        struck, number, name = os.environ.get("TEST_SIGNAL", "-1:0:").split(":")
         done = folder / "signalled"
-        if (int(struck), int(number)) == (rank, window.global_number) and not done.exists():
+        if (int(struck), int(number)) == (RANK, window.global_number) and not done.exists():
             done.touch()
             os.kill(os.getpid(), signal.Signals[name])
-    return again
+        return again
 
 
-def write_slowly(*args: Any) -> None:
-    time.sleep(12)
-    write_checkpoint(*args)
+def computes_in_bf16() -> None:
+    torch.cpu._is_avx512_bf16_supported = lambda: True
 
 
-def no_compiler(*_: Any, **__: Any) -> None:
-    raise RuntimeError("no compiler here")
+def computes_in_fp32_only() -> None:
+    torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False
 
 
-FAULTS = {
-    "other-precision": (builders, "resolve_precision", lambda _name, device: Precision("bf16", device.type)),
-    "other-data": (builders, "fingerprint", lambda *_: "0123456789abcdef"),
-    "no-compiler": (torch, "compile", lambda *_, **__: no_compiler),
-    "slow-disk": (checkpoint, "write_checkpoint", write_slowly),
+def has_another_disk() -> None:
+    os.chdir("another-disk")
+
+
+def has_no_compiler() -> None:
+    def compile_(*_: Any, **__: Any) -> Callable[..., None]:
+        def fail(*_: Any, **__: Any) -> None:
+            raise RuntimeError("no compiler here")
+
+        return fail
+
+    torch.compile = compile_  # type: ignore[assignment]
+
+
+def has_a_slow_disk() -> None:
+    fsync = os.fsync
+
+    def slow_fsync(descriptor: int) -> None:
+        time.sleep(8)
+        fsync(descriptor)
+
+    os.fsync = slow_fsync
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "bf16": computes_in_bf16,
+    "no-bf16": computes_in_fp32_only,
+    "another-disk": has_another_disk,
+    "no-compiler": has_no_compiler,
+    "slow-disk": has_a_slow_disk,
 }
-struck, _, fault = os.environ.get("TEST_FAULT", "-1:").partition(":")
-if int(struck) == rank:
-    setattr(*FAULTS[fault])
-train_ultimate.settle_window = settle_and_write
+
 if __name__ == "__main__":
-    sys.exit(train_ultimate.main())
+    for entry in filter(None, os.environ.get("TEST_FAULT", "").split(",")):
+        faulty, name = entry.split(":")
+        if int(faulty) == RANK:
+            FAULTS[name]()
+    sys.exit(main(parts=ScriptParts(recovery=RecordingRecovery)))
