@@ -13,7 +13,7 @@ from commands.output import print_lines
 from models.network import CamouflageSegmenter, NetworkSettings, build_network
 from runtime.files import first_line
 from runtime.machine import on_device, resolve_device
-from training.batchnorm import running_statistics, untouched
+from training.batchnorm import running_statistics, statistics_kept
 from training.diagnosis import Diagnosis, diagnose, find_culprits, name_cause, stand_out
 from training.gate import StepVerdict
 from training.incidents import OF_THE_RUN, IncidentRecord, read_incident
@@ -89,7 +89,7 @@ def _rebuild(payload: dict[str, Any], device: torch.device) -> tuple[CamouflageS
 
 
 def _diagnose(model: CamouflageSegmenter, window: Window, loss_scale: float = 1.0) -> Diagnosis:
-    with untouched(model):
+    with statistics_kept(model):
         return diagnose(model, lambda: accumulate_gradients(model, window), loss_scale)
 
 
