@@ -36,13 +36,16 @@ def num_cores(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     return cores
 
 
-def default_num_workers() -> int:
+def default_num_workers(cores: int | None = None) -> int:
     """Return this rank's share of the machine's cores, less one, between 1 and 8.
 
     It depends on the machine, so it is never saved with a run's settings.
+
+    Args:
+        cores: cores that all ranks here may use; None for ``num_cores()``.
     """
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
-    return min(8, max(1, num_cores() // ranks_here - 1))
+    return min(8, max(1, (num_cores() if cores is None else cores) // ranks_here - 1))
 
 
 @contextmanager

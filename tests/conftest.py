@@ -26,7 +26,8 @@ from training.run import Run
 from training.settings import NOT_RESUMED
 from training.setup import Parts, prepare
 
-SHARED = Path(__file__).parents[2] / "shared"
+ROOT = Path(__file__).parents[1]  # the program's folder
+SHARED = ROOT.parent / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs photographs and weights in ../shared")
 
 Argv = Callable[..., list[str]]

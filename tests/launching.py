@@ -1,4 +1,4 @@
-"""Runs of several processes, started by PyTorch's launcher as a user starts them, talking by gloo."""
+"""Runs of several processes, started by PyTorch's launcher as a user starts them, over gloo."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def read_events(directory: Path, event: str) -> list[dict[str, Any]]:
 
 
 class Launch:
-    """A run of several processes, or of one, with the samples of each."""
+    """A run of one process or several, and the samples that each has trained on."""
 
     def __init__(self, dataset: Path, folder: Path) -> None:
         self.dataset, self.directory, self.samples = dataset, folder / "run", folder / "samples"
@@ -37,16 +37,16 @@ class Launch:
         ]
 
     def environment(self, signal_at: str = "", fault: str = "") -> dict[str, str]:
-        told = {"TEST_SIGNAL": signal_at} if signal_at else {}
-        told |= {"TEST_FAULT": fault} if fault else {}
-        return {**os.environ, "OMP_NUM_THREADS": "1", "TEST_SAMPLES": str(self.samples), **told}
+        orders = {"TEST_SIGNAL": signal_at, "TEST_FAULT": fault}
+        given = {name: value for name, value in orders.items() if value}
+        return {**os.environ, "OMP_NUM_THREADS": "1", "TEST_SAMPLES": str(self.samples), **given}
 
     def start(
         self, ranks: int, *flags: str, launcher: tuple[str, ...] = (), signal_at: str = "", fault: str = "",
-        told: int = subprocess.PIPE,
+        output: int = subprocess.PIPE,
     ) -> Any:  # fmt: skip
         command = self.command(ranks, *flags, launcher=launcher)
-        pipes: Any = {"stdout": told, "stderr": told, "text": True}
+        pipes: Any = {"stdout": output, "stderr": output, "text": True}
         return subprocess.Popen(command, env=self.environment(signal_at, fault), start_new_session=True, **pipes)
 
     def run(
@@ -61,7 +61,7 @@ class Launch:
             return process.returncode, out, err
 
     def applied(self) -> dict[int, float]:
-        """Window of the run -> its loss; of those that came twice, the later."""
+        """Return the loss of each window of the run, by number; the last one if a window was run twice."""
         losses = {(event["epoch"], event["window"]): event["loss"] for event in read_events(self.directory, "window")}
         return {number: losses[key] for number, key in enumerate(sorted(losses), start=1)}
 
@@ -77,7 +77,7 @@ class Launch:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What a run computes; without what tells how it was started and how long it took."""
+    """Return what a run has computed: a checkpoint without settings, times and epoch sums."""
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["config"], checkpoint["epoch_stats"]
     checkpoint["ladder"].pop("seconds_lost")

@@ -1,48 +1,59 @@
+"""The command line: what was typed and only that, in the words of the documents."""
+
 import re
+import subprocess
+import sys
+from dataclasses import Field, fields
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+from conftest import ROOT, Argv
+from test_settings import FROZEN
 
 from commands import cli
-from data import processes
-from training import settings
-
-# Other programs rely on these names and defaults: a change here is a breaking change.
-FROZEN = {
-    "dataset_path": None, "include_noncam": False, "exclude": None, "img_size": 384, "val_fraction": 0.1,
-    "cache": False, "cache_dir": None,
-    "backbone": "pvt_v2_b2", "pretrained": True, "backbone_weights": None, "frozen_levels": 0, "decoder_channels": 64,
-    "zoom": [1.0], "multi_scale": [1.0],
-    "epochs": 140, "stage1_epochs": 30, "batch_size": 2, "accumulation_steps": 4, "lr": 0.00025,
-    "stage2_lr_scale": 0.5, "backbone_lr_scale": 0.1, "weight_decay": 1e-4, "ema_decay": 0.999,
-    "grad_clip": 0.5, "spike_policy": "skip", "max_rollbacks": 3, "drill": [],
-    "precision": "auto", "seed": 42, "deterministic": False,
-    "resume": None, "checkpoint_dir": "./checkpoints", "keep_checkpoints": 3, "checkpoint_every": 0,
-    "device": "auto", "rank_timeout": 60.0, "shard": False, "quiet": False, "json_logs": False,
-    "augment_on": "loader", "channels_last": True, "compile": False, "gradient_checkpointing": False,
-}  # fmt: skip
+from training.settings import CHOICES, DEMO_DEFAULTS, Settings, UsageError
 
 
-def test_flags_and_defaults_are_frozen() -> None:
-    settings = vars(cli.parse(["train", "--dataset-path", "somewhere"]))
-    assert settings.pop("num_workers") is None  # of the machine: one for each core but one
-    assert 1 <= processes.default_num_workers() <= 8
-    assert settings.pop("command") == "train"
+def resolved(argv: list[str]) -> Settings:
+    request = cli.parse(argv)
+    return Settings.resolve(request.given, preset=request.preset)
+
+
+def test_flags_of_train_have_the_frozen_defaults() -> None:
+    settings = resolved(["train", "--dataset-path", "somewhere"]).to_dict()
+    assert settings.pop("num_workers") is None
     assert settings == {**FROZEN, "dataset_path": "somewhere"}
 
 
-def test_ranks_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "num_cores", lambda: 32)
-    assert processes.default_num_workers() == 8
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert processes.default_num_workers() == 3
+@pytest.mark.parametrize("entry", fields(Settings), ids=lambda entry: entry.name)
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_every_setting_has_a_flag(command: str, entry: Field[Any]) -> None:
+    flag, kind = "--" + entry.name.replace("_", "-"), entry.type
+    if kind is bool:
+        assert cli.parse([command, flag]).given[entry.name] is True
+        assert cli.parse([command, "--no-" + flag[2:]]).given[entry.name] is False
+        return
+    samples = {str: "text", int: 64, float: 0.5}
+    if kind == list[float]:
+        words, expected = ["0.5", "2"], [0.5, 2.0]
+    elif kind == list[str]:
+        words, expected = ["text"], ["text"]
+    else:
+        expected = CHOICES[entry.name][-1] if entry.name in CHOICES else samples[(*get_args(kind), kind)[0]]
+        words = [str(expected)]
+    assert cli.parse([command, flag, *words]).given[entry.name] == expected
+
+
+def test_a_request_holds_only_what_was_typed_and_the_folder() -> None:
+    request = cli.parse(["train", "--lr", "0.1"])
+    assert (request.command, request.given) == ("train", {"lr": 0.1, "checkpoint_dir": "./checkpoints"})
+    assert request.preset == {}
 
 
 def test_the_list_of_flags_has_each_with_its_default() -> None:
     rows = re.findall(
-        r"^\| `(--[a-z0-9-]+)[^`]*` \| ([^|]*) \|",
-        (Path(__file__).parents[1] / "docs" / "flags.md").read_text(),
-        flags=re.MULTILINE,
+        r"^\| `(--[a-z0-9-]+)[^`]*` \| ([^|]*) \|", (ROOT / "docs" / "flags.md").read_text(), flags=re.MULTILINE
     )
     documented = {flag[2:].replace("-", "_"): default.strip().strip("`") for flag, default in rows}
     assert documented.keys() == {*FROZEN, "num_workers"}
@@ -54,11 +65,11 @@ def test_the_list_of_flags_has_each_with_its_default() -> None:
 
 
 def test_settings_by_budget_in_the_readme_are_accepted() -> None:
-    text = (Path(__file__).parents[1] / "README.md").read_text().split("### Settings by budget")[1].split("###")[0]
+    text = (ROOT / "README.md").read_text().split("### Settings by budget")[1].split("###")[0]
     rows = re.findall(r"^\| [^|]+ \| `(--[^`]+)` \|", text, flags=re.MULTILINE)
     assert len(rows) == 4
     for flags in rows:
-        settings.check(cli.parse(["train", "--dataset-path", "somewhere", *flags.split()]))
+        resolved(["train", "--dataset-path", "somewhere", *flags.split()])
 
 
 @pytest.mark.parametrize(
@@ -87,99 +98,73 @@ def test_settings_by_budget_in_the_readme_are_accepted() -> None:
         (["--stage1-epochs", "20", "--epochs", "10"], "--stage1-epochs 20 is more than --epochs 10, the sum of both"),
     ],
 )
-def test_mistakes_are_told_in_one_line(flags: list[str], message: str) -> None:
-    with pytest.raises(cli.UsageError) as error:
-        settings.check(cli.parse(["train", "--dataset-path", "somewhere", *flags]))
+def test_mistakes_are_explained_in_one_line(flags: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        resolved(["train", "--dataset-path", "somewhere", *flags])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_fewer_epochs_have_a_shorter_first_stage() -> None:
-    for epochs, stage1 in ((140, 30), (300, 30), (70, 15), (10, 2), (1, 0)):
-        assert cli.parse(["train", "--dataset-path", "x", "--epochs", str(epochs)]).stage1_epochs == stage1
-    assert cli.parse(["train", "--resume", "auto", "--epochs", "20"], saved_settings()).stage1_epochs == 11
-    assert cli.parse(["train", "--dataset-path", "x", "--epochs", "10", "--stage1-epochs", "7"]).stage1_epochs == 7
-
-
-def test_a_flag_before_the_command_is_told() -> None:
-    with pytest.raises(cli.UsageError, match="--dataset-path: the command comes first, one of train, demo"):
+def test_a_flag_before_the_command_is_refused() -> None:
+    with pytest.raises(UsageError, match="--dataset-path: the command comes first, one of train, demo"):
         cli.parse(["--dataset-path", "x", "train"])
 
 
 def test_a_folder_stands_for_the_best_weights_in_it(tmp_path: Path) -> None:
-    args = cli.parse(["predict", "--checkpoint", str(tmp_path), "a.jpg", "--output", "b"])
+    args = cli.parse(["predict", "--checkpoint", str(tmp_path), "a.jpg", "--output", "b"]).args
     assert Path(args.checkpoint) == tmp_path / "best_model.pth"
 
 
-def test_data_set_is_needed_unless_resuming() -> None:
-    with pytest.raises(cli.UsageError, match="--dataset-path is needed"):
-        settings.check(cli.parse(["train"]))
-    settings.check(cli.parse(["train", "--resume", "auto"], saved_settings()))
-
-
-def test_demo_is_train_with_other_defaults_and_a_folder_of_its_own() -> None:
-    demo, train = cli.parse(["demo", "--epochs", "5"]), cli.parse(["train", "--dataset-path", "x"])
-    assert vars(demo).keys() == vars(train).keys()
-    assert (demo.dataset_path, demo.pretrained, demo.epochs) == ("synthetic", False, 5)
-    assert demo.checkpoint_dir.startswith("demo-runs/")
+def test_demo_is_train_with_other_defaults_and_its_own_folder() -> None:
+    demo = cli.parse(["demo", "--epochs", "5"])
+    assert (demo.preset, cli.parse(["train"]).preset) == (DEMO_DEFAULTS, {})
+    assert demo.given["epochs"] == 5
+    assert demo.given["checkpoint_dir"].startswith("demo-runs/")
+    settings = resolved(["demo", "--epochs", "5"])
+    assert (settings.dataset_path, settings.pretrained, settings.epochs) == ("synthetic", False, 5)
 
 
 def test_demo_rehearses_two_faults_unless_others_are_asked_for_or_it_is_resumed() -> None:
-    assert cli.parse(["demo"]).drill == ["bad-sample@100", "spike@200"]
-    assert cli.parse(["demo", "--drill", "kill@3"]).drill == ["kill@3"]
-    assert cli.parse(["demo", "--resume", "auto"]).drill == []
-    assert cli.parse(["train", "--dataset-path", "x"]).drill == []
+    assert resolved(["demo"]).drill == ["bad-sample@100", "spike@200"]
+    assert resolved(["demo", "--drill", "kill@3"]).drill == ["kill@3"]
+    assert resolved(["demo", "--resume", "auto"]).drill == []
+    assert resolved(["train", "--dataset-path", "x"]).drill == []
 
 
-def test_resuming_a_file_goes_on_in_its_folder_unless_told_otherwise() -> None:
-    assert cli.parse(["train", "--resume", "runs/a/epoch_0003.pth"]).checkpoint_dir == str(Path("runs/a"))
-    assert cli.parse(["train", "--resume", "auto"]).checkpoint_dir == "./checkpoints"
-    assert cli.parse(["train", "--resume", "runs/a/x.pth", "--checkpoint-dir", "b"]).checkpoint_dir == "b"
+def test_resuming_a_file_goes_on_in_its_folder_unless_another_is_given() -> None:
+    def folder(*flags: str) -> str:
+        return cli.parse(["train", *flags]).given["checkpoint_dir"]
+
+    assert folder("--resume", "runs/a/epoch_0003.pth") == str(Path("runs/a"))
+    assert folder("--resume", "auto") == "./checkpoints"
+    assert folder("--resume", "runs/a/x.pth", "--checkpoint-dir", "b") == "b"
 
 
-def saved_settings() -> dict[str, object]:
-    flags = ["--lr", "0.1", "--epochs", "50", "--checkpoint-dir", "old", "--no-pretrained"]
-    return vars(cli.parse(["train", "--dataset-path", "photos", *flags]))
+COUNTING = """
+import runpy, sys
+from commands import cli
+
+parse, calls = cli.parse, 0
+
+def counted(argv):
+    global calls
+    calls += 1
+    return parse(argv)
+
+cli.parse = counted
+del sys.argv[0]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("parsed", calls)
+"""
 
 
-def test_resumed_settings_take_the_place_of_defaults_and_flags_win(capsys: pytest.CaptureFixture[str]) -> None:
-    args = cli.parse(["train", "--resume", "auto", "--lr", "0.05"], saved_settings())
-    assert (args.dataset_path, args.lr, args.epochs, args.pretrained) == ("photos", 0.05, 50, False)
-    assert (args.resume, args.checkpoint_dir) == ("auto", "./checkpoints")  # of this invocation, not of the run
-    assert capsys.readouterr().out == "lr: 0.1 -> 0.05\n"
-
-
-def test_what_is_settled_at_the_start_is_ignored_on_resume_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--pretrained", "--val-fraction", "0.5"]
-    args = cli.parse(["train", "--resume", "auto", *flags], saved_settings())
-    assert (args.pretrained, args.val_fraction) == (False, 0.1)
-    out = capsys.readouterr().out
-    assert "Ignored --pretrained" in out
-    assert "Ignored --val-fraction" in out
-
-
-def test_backbone_and_decoder_cannot_change_on_resume() -> None:
-    with pytest.raises(cli.UsageError, match="--backbone resnet18: the checkpoint was trained with pvt_v2_b2"):
-        cli.parse(["train", "--resume", "auto", "--backbone", "resnet18"], saved_settings())
-    with pytest.raises(cli.UsageError, match="--decoder-channels 32"):
-        cli.parse(["train", "--resume", "auto", "--decoder-channels", "32"], saved_settings())
-
-
-@pytest.mark.parametrize(
-    ("files", "limit"),
-    [
-        ({"cpu.max": "150000 100000\n"}, 2),
-        ({"cpu.max": "10000 100000\n"}, 1),
-        ({"cpu.max": "max 100000\n"}, None),
-        ({"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
-        ({}, None),
-    ],
-)
-def test_a_containers_share_of_the_processors_counts(tmp_path: Path, files: dict[str, str], limit: int | None) -> None:
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    bound = processes.num_cores(tmp_path / "none")
-    assert bound >= 1
-    assert processes.num_cores(tmp_path) == (bound if limit is None else min(bound, limit))
+def test_a_process_parses_its_command_line_once(tiny_argv: Argv, tiny_dataset: Path, tmp_path: Path) -> None:
+    train = tiny_argv("--epochs", "1", "--stage1-epochs", "1")
+    evaluate = ["evaluate", "--checkpoint", str(tmp_path / "run"), "--dataset-path", str(tiny_dataset)]
+    for argv in (train, [*train, "--resume", "auto"], [*evaluate, "--device", "cpu"]):
+        command = [sys.executable, "-c", COUNTING, "train_ultimate.py", *argv]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.splitlines()[-1] == "parsed 1"

@@ -1,3 +1,5 @@
+"""Optimizer groups and moments, the gradient norm, the average of weights, and the search for numbers not finite."""
+
 import copy
 
 import pytest
@@ -138,7 +140,7 @@ def test_average_survives_a_round_trip() -> None:
     assert all(torch.equal(a, b) for a, b in zip(other.module.parameters(), ema.module.parameters(), strict=True))
 
 
-def test_moments_made_ahead_are_those_torch_makes_in_the_first_step() -> None:
+def test_moments_made_ahead_are_those_that_torch_makes_in_the_first_step() -> None:
     torch.manual_seed(0)
     ahead, lazily = small_model(), small_model()
     lazily.load_state_dict(ahead.state_dict())
@@ -155,7 +157,7 @@ def test_moments_made_ahead_are_those_torch_makes_in_the_first_step() -> None:
         assert all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
 
 
-def test_moments_are_made_for_what_trains_and_kept_unless_all_are_asked_for() -> None:
+def test_moments_are_made_for_trainable_parameters_and_kept_unless_all_are_asked_for() -> None:
     decoder, backbone = small_model(), small_model()
     backbone.requires_grad_(False)
     optimizer = build_optimizer(decoder, backbone, weight_decay=0.1)
@@ -167,7 +169,7 @@ def test_moments_are_made_for_what_trains_and_kept_unless_all_are_asked_for() ->
     assert all(entry["step"] == 0 and not entry["exp_avg_sq"].any() for entry in optimizer.state.values())
 
 
-def test_a_part_that_was_frozen_when_saved_gets_its_moments_made_ahead_after_loading_too() -> None:
+def test_a_part_that_was_frozen_when_saved_gets_its_moments_ahead_after_loading_too() -> None:
     decoder, backbone = small_model(), small_model()
     backbone.requires_grad_(False)
     optimizer = build_optimizer(decoder, backbone, weight_decay=0.1)

@@ -1,3 +1,5 @@
+"""The state of a run, saved and loaded again, and an epoch's sums."""
+
 import math
 
 import pytest
@@ -31,8 +33,8 @@ def train_a_little(state: TrainState) -> None:
     state.ladder.put_in_quarantine("Imgs/a.jpg", epoch=1)
     state.ladder.rolled_back(seconds_undone=1.0)
     state.ladder.next_action(WindowOutcome(StepVerdict.APPLIED, 1.5, 2.0, 1.0), 0, "fp32")
-    state.progress = Progress(stage=2, epoch=3, window=1, global_window=17, samples_seen=99, best_iou=0.5, best_epoch=2)
-    state.epoch_stats.add(WindowOutcome(StepVerdict.APPLIED, 1.0, 2.0, 1.0), run_again=False, large_norm=9)
+    state.progress = Progress(stage=2, epoch=3, window=1, global_window=17, best_iou=0.5, best_epoch=2)
+    state.epoch_stats.add(WindowOutcome(StepVerdict.APPLIED, 1.0, 2.0, 1.0), rerun=False, large_norm=9)
 
 
 def test_everything_saved_comes_back_bitwise() -> None:
@@ -62,12 +64,12 @@ def test_averaging_switched_on_at_resume_starts_from_the_weights() -> None:
 def test_epoch_averages_are_over_applied_windows() -> None:
     stats = EpochStats()
     assert math.isnan(stats.loss)
-    for verdict, loss, norm, run_again in (
+    for verdict, loss, norm, rerun in (
         (StepVerdict.APPLIED, 1.0, 2.0, False),
         (StepVerdict.OVERFLOW, 1.0, math.inf, True),
         (StepVerdict.OVERFLOW, 1.0, math.inf, False),
         (StepVerdict.APPLIED, 3.0, 4.0, False),
     ):
-        stats.add(WindowOutcome(verdict, loss, norm, 1024.0), run_again, large_norm=3.0)
+        stats.add(WindowOutcome(verdict, loss, norm, 1024.0), rerun, large_norm=3.0)
     assert (stats.loss, stats.grad_norm_avg, stats.grad_norm_max) == (2.0, 3.0, 4.0)
     assert (stats.num_applied, stats.num_skipped, stats.num_overflows, stats.num_large_norms) == (2, 1, 2, 1)
