@@ -172,7 +172,7 @@ def test_kills_of_a_rank_at_twenty_random_instants_leave_no_trace_in_the_weights
     while kills < 20:
         runs += 1
         launch = Launch(odd_dataset, tmp_path / str(runs))
-        with launch.start(2, *flags, launcher=("--max-restarts=30",), told=subprocess.DEVNULL) as process:
+        with launch.start(2, *flags, launcher=("--max-restarts=30",), output=subprocess.DEVNULL) as process:
             while kills < 20 and process.poll() is None:
                 time.sleep(chance.uniform(1, 16))
                 ranks = children_of(process.pid)
