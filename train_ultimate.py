@@ -291,13 +291,19 @@ def rescue(run: Run) -> str:
 def outcome_of(run: Run, validate: Validation) -> tuple[int, str]:
     """Train, and return the exit code and the message for the user."""
     ranks, store, go_on = run.machine.ranks, run.folder.store, f"Go on with: {resume_command(run)}"
+    epochs_before = run.state.progress.epoch
     try:
         train(run, validate)
         store.wait()
-        if ranks.all(store.failure is None):
-            return 0, ""
-        message = save_and_wait(run)  # a last attempt, for a state that is in no file yet
-        return 0 if ranks.all(store.failure is None) else 1, message
+        if not ranks.all(store.failure is None):
+            message = save_and_wait(run)  # a last attempt, for a state that is in no file yet
+            return 0 if ranks.all(store.failure is None) else 1, message
+        if run.state.progress.epoch > epochs_before and run.state.progress.best_iou < 0:
+            return 1, (
+                f"the network's output was not finite in any validation, so there is no {store.best_path.name}. Train "
+                "again with --precision fp32 or a lower --lr"
+            )
+        return 0, ""
     except StoppedError as stopped:
         return stopped.exit_code, str(stopped) if ranks.is_first else ""
     except torch.OutOfMemoryError:

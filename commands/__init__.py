@@ -12,7 +12,8 @@ from commands import cli
 from commands.output import print_error, print_lines
 from data.processes import num_cores
 from runtime import console
-from training.settings import Settings, UsageError
+from runtime.folder import BEST
+from training.settings import Settings, UsageError, flag
 
 T = TypeVar("T")
 
@@ -35,12 +36,13 @@ def answer(argv: Sequence[str] | None = None) -> int | cli.Request:
 
     def run() -> int | cli.Request:
         request = cli.parse(argv)
-        if not request.trains:
-            with console.configured():
-                return _run(request)
-        if request.given.get("resume") is None:  # else the checkpoint has settings too
+        if request.trains and request.given.get("resume") is None:  # else the checkpoint has settings too
             Settings.resolve(request.given, preset=request.preset)
-        return request
+        _require_inputs(request)
+        if request.trains:
+            return request
+        with console.configured():
+            return _run(request)
 
     return attempt(run)
 
@@ -58,6 +60,31 @@ def attempt(call: Callable[[], T]) -> T | int:
     except KeyboardInterrupt:
         print_lines(["interrupted"], to_stderr=True)
         return 130
+
+
+def _require_inputs(request: cli.Request) -> None:
+    """Check that the files and folders named on the command line exist, before anything slow is imported.
+
+    Raises:
+        ValueError: One of them does not exist.
+    """
+    named = request.given if request.trains else vars(request.args)
+    for name in ("backbone_weights", "exclude"):
+        path = named.get(name)
+        if path is not None and not Path(path).is_file() and named.get("resume") is None:  # else it was read before
+            raise ValueError(f"{flag(name)} {path}: no such file")
+    for name in ("checkpoint", "resume"):
+        path = named.get(name)
+        if path in (None, "auto") or Path(path).exists():
+            continue
+        known = [*Path().glob(f"*/{BEST}"), *Path().glob(f"*/*/{BEST}")]
+        hint = f"; there is {known[0]}" if known else "; give a file such as checkpoints/best_model.pth"
+        raise ValueError(f"{flag(name)} {path}: no such file{hint}{', or auto' if name == 'resume' else ''}")
+    path = named.get("dataset_path")
+    for folder in path if isinstance(path, list) else [path]:
+        if folder not in (None, "synthetic") and not Path(folder).is_dir():
+            what = "is a file" if Path(folder).exists() else "no such folder"
+            raise ValueError(f"{folder}: {what}; --dataset-path must name the dataset's folder")
 
 
 def _run(request: cli.Request) -> int:

@@ -25,6 +25,8 @@ from training.settings import (
 )
 from training.settings import flag as flag_of
 
+_SEVERAL_GPUS = ("--gpus", "--num-gpus", "--devices", "--ngpus", "--nproc-per-node", "--distributed")  # elsewhere
+
 
 @dataclass(frozen=True)
 class Request:
@@ -113,13 +115,20 @@ def _parsed(
     """Parse, with better answers than argparse's to unknown flags and to flags before the command."""
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         parser.error(f"{argv[0]}: the command comes first, one of {', '.join(commands)}")
+    if argv and argv[0] not in ("-h", "--help", *commands):
+        meant = difflib.get_close_matches(argv[0], commands, 1)
+        hint = f"did you mean {meant[0]}?" if meant else f"choose from {', '.join(commands)}"
+        parser.error(f"{argv[0]}: no such command; {hint}")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         command = commands[args.command]
         flag = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
         known = [text for action in command._actions for text in action.option_strings]
         meant = [f"; did you mean {name}?" for name in difflib.get_close_matches(flag, known, 1)]
-        command.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(meant)}")
+        hint = "".join(meant)
+        if flag in _SEVERAL_GPUS:
+            hint = "; torchrun starts several GPUs: torchrun --nproc-per-node=gpu train_ultimate.py train ..."
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return args
 
 

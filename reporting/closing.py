@@ -20,7 +20,7 @@ def resume_command(run: Run) -> str:
 
 def closing_lines(run: Run) -> list[str]:
     """Return the lines that a finished run prints last."""
-    progress, best = run.state.progress, run.folder.store.best_path
+    progress, best = run.state.progress, _weights(run)
     is_synthetic = run.settings.dataset_path == "synthetic"
     data = run.folder.path / "synthetic" if is_synthetic else Path(run.settings.dataset_path)
     next_command = ["predict", "--checkpoint", str(best), "PHOTOGRAPHS", "--output", "found", "--overlay"]
@@ -32,9 +32,18 @@ def closing_lines(run: Run) -> list[str]:
         few = [
             f"Only {windows} windows (optimizer steps) were trained: docs/recipes.md has settings for small datasets"
         ]
+    result = "Done"
+    if progress.best_iou >= 0:
+        result += f": validation IoU {progress.best_iou:.4f}, reached at epoch {progress.best_epoch}"
     return [
         *few,
-        f"Done: validation IoU {progress.best_iou:.4f}, reached at epoch {progress.best_epoch}",
+        result,
         f"Weights: {best}, curves: {run.folder.path / LOG}",
         f"Next: {shlex.join(['python', sys.argv[0], *next_command])}",
     ]
+
+
+def _weights(run: Run) -> Path:
+    """Return the file with the best weights; the newest checkpoint if none was ever the best in this folder."""
+    store = run.folder.store
+    return store.best_path if store.best_path.exists() else next(reversed(store.files()), store.best_path)

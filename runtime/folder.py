@@ -38,10 +38,10 @@ def require_free(directory: Path) -> None:
         raise ValueError(f"--checkpoint-dir {directory}: {parent} is read-only; choose another folder")
 
 
-def settings_begun(directory: Path) -> dict[str, Any] | None:
-    """Return the settings in ``config.json``, of a run that ended before its first checkpoint; None without one."""
-    settings = read_json(directory / CONFIG).get("settings")
-    return settings if isinstance(settings, dict) else None
+def config_begun(directory: Path) -> dict[str, Any] | None:
+    """Return the ``config.json`` of a run that ended before its first checkpoint; None if there is none."""
+    config = read_json(directory / CONFIG)
+    return config if isinstance(config.get("settings"), dict) else None
 
 
 def lock_directory(directory: Path) -> int | None:

@@ -88,8 +88,12 @@ class SpikeDetector:
         self.reset(device)
 
     def reset(self, device: torch.device) -> None:
-        """Forget the history: from one stage to the next, the norm becomes that of other parameters."""
+        """Start without a history: from one stage to the next, the norm becomes that of other parameters."""
         self._statistics = torch.zeros(4, device=device)  # count, mean, variance and largest of the logarithms
+
+    def forget(self) -> None:
+        """Start without a history, where the statistics are."""
+        self.reset(self._statistics.device)
 
     def examine(self, loss: Tensor, grad_norm: Tensor, found_inf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compare a window's norm with those before it, then add it to the history.

@@ -134,6 +134,7 @@ class Run:
         """What a checkpoint tells of the run beside its state."""
         return {
             "settings": self.settings.to_dict(),
+            "working_directory": str(Path.cwd()),  # what relative paths in the settings start from
             "precision": self.machine.precision.name,
             **self.data.identity(),
         }

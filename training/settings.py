@@ -23,6 +23,7 @@ SCALES = [0.75, 1.0, 1.25]  # --multi-scale without factors
 # Settings of one invocation, not of the run.
 NOT_RESUMED = ("resume", "checkpoint_dir", "drill", "quiet", "json_logs")
 FIXED_AT_START = ("backbone", "decoder_channels", "zoom")  # they decide the shapes in a checkpoint
+PATHS = ("dataset_path", "exclude", "backbone_weights", "cache_dir")
 # Without use once a checkpoint brings the weights and the list of validation images.
 ONLY_AT_START = ("pretrained", "backbone_weights", "val_fraction")
 

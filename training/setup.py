@@ -32,7 +32,7 @@ from losses import deep_supervision_loss
 from models import CamouflageSegmenter, NetworkSettings, build_network
 from runtime.checkpoint import CheckpointStore, find_checkpoint
 from runtime.files import write_json
-from runtime.folder import CONFIG, INCIDENTS, require_free, settings_begun
+from runtime.folder import CONFIG, INCIDENTS, config_begun, require_free
 from runtime.log import environment
 from runtime.machine import Machine, use_deterministic_algorithms
 from runtime.ranks import Ranks, is_launched, is_started_again
@@ -44,7 +44,7 @@ from training.optim import Ema, all_finite, build_optimizer
 from training.recovery import Recovery
 from training.run import Run, RunFolder, TrainingData
 from training.runner import WindowRunner
-from training.settings import NOT_RESUMED, Settings
+from training.settings import NOT_RESUMED, PATHS, Settings
 from training.stages import build_stages
 from training.state import TrainState, load_weights, resume, window_size
 from training.window import Loss
@@ -160,9 +160,10 @@ def plan_run(
         logger.warning(f"{source} holds only weights: epochs, moments, learning rates and average start afresh")
         source, checkpoint, weights = None, None, checkpoint["model"]
     before = None if checkpoint is None else checkpoint["config"]
-    saved = None if before is None else before["settings"]
-    if before is None and given.get("resume") == "auto" and (saved := settings_begun(directory)) is not None:
+    config = before
+    if before is None and given.get("resume") == "auto" and (config := config_begun(directory)) is not None:
         logger.info(f"{directory / CONFIG}: settings that are not given are those of the run begun here")
+    saved = None if config is None else with_paths_found(config)
     settings = Settings.resolve(given, saved, has_weights=before is not None, preset=preset)
     for text in settings.drill:
         Drill.parse(text)
@@ -176,6 +177,16 @@ def plan_run(
     validation = None if before is None else before["validation"]
     train_pairs, val_pairs, root = find_pairs(settings, validation, excluded, scenes)
     return Plan(settings, checkpoint, weights, source, root, train_pairs, val_pairs, excluded, size)
+
+
+def with_paths_found(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved configuration's settings. Relative paths missing here are taken from where the run was started."""
+    settings, started_in = dict(config["settings"]), Path(config.get("working_directory", "."))
+    for name in PATHS:
+        path = settings.get(name)
+        if isinstance(path, str) and not Path(path).exists() and (started_in / path).exists():
+            settings[name] = str(started_in / path)
+    return settings
 
 
 def size_of_windows(settings: Settings, num_ranks: int, before: dict[str, Any] | None) -> int:

@@ -42,10 +42,13 @@ class Progress:
         self.global_window = min(self.global_window, global_window - 1)
 
     def end_epoch(self, iou: float) -> bool:
-        """Move on to the next epoch. Return whether its validation IoU is the best so far; NaN never is."""
+        """Move on to the next epoch. Return whether its validation IoU is the best so far.
+
+        Of equal scores the later one is the best: its weights are trained longer. NaN never is.
+        """
         self.epoch += 1
         self.window = 0
-        is_best = iou > self.best_iou
+        is_best = iou >= self.best_iou
         if is_best:
             self.best_iou, self.best_epoch = iou, self.epoch
         return is_best
@@ -230,8 +233,9 @@ def resume(
         logger.info(f"precision in use: {before['precision']} -> {config['precision']}")
         ladder.full_precision = False
     same_images = before["settings"]["img_size"] == config["settings"]["img_size"] and before["data"] == config["data"]
-    if size_before != size or not same_images:  # losses of other windows or images are not comparable
+    if size_before != size or not same_images:  # losses and norms of other windows or images are not comparable
         ladder.losses = LossHistory()
+        state.detector.forget()
     if ladder.lr_factor != 1 and before["settings"]["lr"] != config["settings"]["lr"]:
         logger.warning(f"--lr is used as given: the factor {ladder.lr_factor:g}, left by rollbacks, is dropped")
         ladder.lr_factor = 1.0
