@@ -1,6 +1,9 @@
+"""Checkpoint files: a verified one is there whatever fails, and nothing in them is believed or run."""
+
 import builtins
 import errno
 import itertools
+import logging
 import os
 import pickle
 import re
@@ -14,9 +17,15 @@ from typing import Any
 import pytest
 import torch
 
-from runtime import checkpoint as checkpoint_module
-from runtime import folder
-from runtime.checkpoint import CheckpointError, CheckpointStore, read_checkpoint, write_checkpoint
+from runtime.checkpoint import (
+    FORMAT,
+    CheckpointError,
+    CheckpointStore,
+    find_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
+from runtime.files import remove_leftovers
 
 
 def payload(global_window: int, fill: float = 1.0) -> dict[str, Any]:
@@ -30,6 +39,10 @@ def save(store: CheckpointStore, epoch: int, value: dict[str, Any], is_best: boo
 
 def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -50,43 +63,79 @@ def test_newest_epoch_files_are_kept_and_mid_epoch_files_go_when_an_epoch_is_wri
     assert names(tmp_path) == ["epoch_0003.pth", "epoch_0004.pth"]
 
 
+def test_epochs_are_kept_by_number_not_by_name(tmp_path: Path) -> None:
+    """As text, epoch_10000.pth comes before epoch_9999.pth."""
+    store = CheckpointStore(tmp_path, keep=2)
+    for epoch in (9998, 9999, 10000, 10001):
+        save(store, epoch, payload(epoch))
+        assert [path.name for path in store.files()][-1] == f"epoch_{epoch:04d}.pth"
+    assert names(tmp_path) == ["epoch_10000.pth", "epoch_10001.pth"]
+
+
+def test_mid_epoch_files_are_kept_by_number_too(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    for window in (99_999_999, 100_000_000):
+        store.save_step(window, payload(window))
+        store.wait()
+        assert names(tmp_path) == [f"step_{window}.pth"]
+
+
+def test_newest_of_five_digit_epochs_is_resumed(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=9)
+    for epoch in (9999, 10000):
+        save(store, epoch, payload(epoch * 10, fill=epoch))
+    path, checkpoint = find_checkpoint("auto", tmp_path)
+    assert path == tmp_path / "epoch_10000.pth"
+    assert checkpoint is not None
+    assert checkpoint["model"]["weight"].unique().tolist() == [10000.0]
+    assert [path.name for path in store.set_aside_after(99990)] == ["epoch_10000.pth.superseded"]
+    assert find_checkpoint("auto", tmp_path)[0] == tmp_path / "epoch_9999.pth"
+
+
+def test_files_with_other_names_are_left_alone(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    for name in ("epoch_best.pth", "epoch_0001.pth.old", "my_epoch_0001.pth", "step_x.pth"):
+        (tmp_path / name).write_bytes(b"mine")
+    before = names(tmp_path)
+    save(store, 1, payload(1))
+    save(store, 2, payload(2))
+    assert names(tmp_path) == sorted([*before, "epoch_0002.pth"])
+    assert [path.name for path in store.files()] == ["epoch_0002.pth"]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_never_get_a_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: float
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, bad: float
 ) -> None:
     store = CheckpointStore(tmp_path, keep=1)
     save(store, 1, payload(1), is_best=True)
     save(store, 2, payload(2, fill=bad), is_best=True)
-    assert re.search(
-        r"Warning: best_model.pth and epoch_0002.pth could not .* model\.weight is not finite", printed(capsys)
-    )
+    (warning,) = warnings_in(caplog)
+    assert re.match(r"best_model.pth and epoch_0002.pth could not .* model\.weight is not finite", warning)
     assert isinstance(store.failure, CheckpointError)
     assert store.failure.__traceback__ is None  # it would keep the frames of training alive, with loaders and windows
     assert names(tmp_path) == ["best_model.pth", "epoch_0001.pth"]
     assert read_checkpoint(tmp_path / "best_model.pth")["progress"]["global_window"] == 1
 
 
-def printed(capsys: pytest.CaptureFixture[str]) -> str:
-    return capsys.readouterr().out
-
-
-def test_what_is_saved_is_the_state_of_that_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_state_is_that_of_the_moment_of_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training goes on while the file is written, in the same tensors."""
-    may_write = threading.Event()
-    original = checkpoint_module.write_checkpoint
+    may_write, write = threading.Event(), torch.save
 
-    def slowly(*args: Any) -> None:
+    def slow_disk(*args: Any) -> None:
         assert may_write.wait(10)
-        original(*args)
+        write(*args)
 
-    monkeypatch.setattr(checkpoint_module, "write_checkpoint", slowly)
+    monkeypatch.setattr(torch, "save", slow_disk)
     store, state = CheckpointStore(tmp_path, keep=3), payload(1, fill=1.0)
     store.save_epoch(1, state, is_best=False)
+    assert store.is_writing
     state["model"]["weight"].fill_(2.0)
     state["progress"]["global_window"] = 9
-    assert names(tmp_path) == []
+    assert not list(tmp_path.glob("*.pth"))
     may_write.set()
     store.wait()
+    assert not store.is_writing
     saved = read_checkpoint(tmp_path / "epoch_0001.pth")
     assert saved["model"]["weight"].unique().tolist() == [1.0]
     assert saved["progress"]["global_window"] == 1
@@ -101,22 +150,31 @@ def test_saved_files_are_reported_when_they_are_there(tmp_path: Path) -> None:
     assert reported == [("best_model.pth", True), ("epoch_0001.pth", True)]
 
 
-def test_what_has_become_of_a_save_is_told_without_waiting_for_the_next(tmp_path: Path) -> None:
+def test_save_is_reported_once_without_waiting_for_the_next(tmp_path: Path) -> None:
     reported: list[str] = []
     store = CheckpointStore(tmp_path, 1, on_saved=reported.append)
-    store.tell()
+    store.report()
     store.save_step(7, payload(7))
     deadline = time.monotonic() + 10
     while not reported and time.monotonic() < deadline:
-        store.tell()
+        store.report()
         time.sleep(0.01)
-    store.tell()
+    store.report()
     store.wait()
     assert reported == ["step_00000007.pth"]
 
 
+def test_store_of_another_rank_keeps_count_and_writes_nothing(tmp_path: Path) -> None:
+    reported: list[str] = []
+    store = CheckpointStore(tmp_path, keep=1, on_saved=reported.append, writes=False)
+    store.save_step(5, payload(5))
+    save(store, 1, payload(7), is_best=True)
+    assert store.last_window == 7
+    assert (names(tmp_path), reported, store.failure) == ([], [], None)
+
+
 def test_failed_write_leaves_the_old_file_and_costs_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = CheckpointStore(tmp_path, keep=1)
     save(store, 1, payload(1))
@@ -126,11 +184,10 @@ def test_failed_write_leaves_the_old_file_and_costs_a_warning(
         raise OSError(errno.EROFS, "Read-only file system")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module.torch, "save", read_only)
+        patch.setattr(torch, "save", read_only)
         save(store, 2, payload(2))
-    out = printed(capsys)
-    assert out.count("Warning") == 1
-    assert "Read-only file system" in out
+    (warning,) = warnings_in(caplog)
+    assert "Read-only file system" in warning
     assert names(tmp_path) == ["epoch_0001.pth"]
     read_checkpoint(tmp_path / "epoch_0001.pth")
     save(store, 3, payload(3))
@@ -138,27 +195,29 @@ def test_failed_write_leaves_the_old_file_and_costs_a_warning(
     assert names(tmp_path) == ["epoch_0003.pth"]
 
 
+@pytest.mark.parametrize("oldest", [1, 9998])
 def test_full_disk_costs_the_oldest_epoch_files_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    oldest: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Room for two files: the third takes the place of the oldest, and the newest stays while it is written."""
+    """Room for three files: the next one takes the place of all but the newest, which stays while it is written."""
     store = CheckpointStore(tmp_path, keep=5)
-    save(store, 1, payload(1))
-    save(store, 2, payload(2))
+    files = [f"epoch_{epoch:04d}.pth" for epoch in range(oldest, oldest + 4)]
+    for epoch in range(oldest, oldest + 3):
+        save(store, epoch, payload(epoch))
     original = torch.save
 
-    def room_for_two(value: object, file: Any) -> None:
-        if len(list(tmp_path.glob("epoch_*.pth"))) == 2:
+    def room_for_three(value: object, file: Any) -> None:
+        if len(list(tmp_path.glob("epoch_*.pth"))) == 3:
             file.write(b"half a checkpoi")
             raise OSError(errno.ENOSPC, "No space left on device")
-        assert names(tmp_path)[1:] == ["epoch_0002.pth"]
+        assert names(tmp_path)[1:] == [files[2]]
         original(value, file)
 
-    monkeypatch.setattr(checkpoint_module.torch, "save", room_for_two)
-    save(store, 3, payload(3))
+    monkeypatch.setattr(torch, "save", room_for_three)
+    save(store, oldest + 3, payload(oldest + 3))
     assert store.failure is None
-    assert names(tmp_path) == ["epoch_0002.pth", "epoch_0003.pth"]
-    assert printed(capsys) == "Warning: the disk is full; epoch_0001.pth removed to make room\n"
+    assert names(tmp_path) == sorted(files[2:])
+    assert warnings_in(caplog) == [f"the disk is full; {files[0]}, {files[1]} removed to make room"]
 
 
 def test_directory_that_vanished_is_made_again(tmp_path: Path) -> None:
@@ -170,7 +229,7 @@ def test_directory_that_vanished_is_made_again(tmp_path: Path) -> None:
 
 
 def test_killed_before_or_after_any_system_call_a_verified_checkpoint_is_there(tmp_path: Path) -> None:
-    """A forked process saves two epochs and the best, and is killed (SIGKILL) at its nth call, for every n."""
+    """A forked process saves two epochs and the best; SIGKILL comes before or after its nth call, for every n."""
     directory = tmp_path / "run"
     store = CheckpointStore(directory, keep=1)
     kills = 0
@@ -192,7 +251,7 @@ def test_killed_before_or_after_any_system_call_a_verified_checkpoint_is_there(t
             assert os.WEXITSTATUS(status) == 0
             break
         kills += 1
-        CheckpointStore(directory, keep=1).remove_leftovers()
+        remove_leftovers(directory)
         assert not list(directory.glob(".*"))
     assert kills > 30
 
@@ -227,40 +286,6 @@ def kill_at(boundary: int) -> None:
         watch(owner, name)
 
 
-def test_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
-    ready, tell = os.pipe()
-    if (child := os.fork()) == 0:
-        folder.lock_directory(tmp_path)
-        os.write(tell, b"x")
-        signal.pause()
-    os.read(ready, 1)
-    with pytest.raises(ValueError, match="another run is writing there"):
-        folder.lock_directory(tmp_path)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    descriptor = folder.lock_directory(tmp_path)
-    assert descriptor is not None
-    folder.unlock_directory(descriptor)
-
-
-def test_worker_that_outlives_its_killed_main_process_does_not_hold_the_lock(tmp_path: Path) -> None:
-    ready, tell = os.pipe()
-    if (main := os.fork()) == 0:
-        folder.lock_directory(tmp_path)
-        if (worker := os.fork()) == 0:
-            time.sleep(60)
-            os._exit(0)
-        os.write(tell, str(worker).encode())
-        signal.pause()
-    worker = int(os.read(ready, 20))
-    os.kill(main, signal.SIGKILL)
-    os.waitpid(main, 0)
-    descriptor = folder.lock_directory(tmp_path)
-    assert descriptor is not None
-    folder.unlock_directory(descriptor)
-    os.kill(worker, signal.SIGKILL)
-
-
 def test_bytes_changed_on_the_way_to_the_disk_are_found_before_the_old_file_goes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,12 +305,6 @@ def test_bytes_changed_on_the_way_to_the_disk_are_found_before_the_old_file_goes
     assert names(tmp_path) == ["epoch_0001.pth"]
 
 
-def test_leftovers_of_a_killed_write_are_removed_at_start(tmp_path: Path) -> None:
-    (tmp_path / ".epoch_0001.pth.unfinished").write_bytes(b"half")
-    CheckpointStore(tmp_path, keep=1).remove_leftovers()
-    assert names(tmp_path) == []
-
-
 def test_newest_is_the_furthest_of_epoch_and_step_files(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=3)
     assert store.newest() is None
@@ -298,9 +317,7 @@ def test_newest_is_the_furthest_of_epoch_and_step_files(tmp_path: Path) -> None:
     assert newest[0].name == "step_00000025.pth"
 
 
-def test_damaged_files_are_passed_over_by_name_with_the_reason(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_files_are_skipped_by_name_with_the_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = CheckpointStore(tmp_path, keep=9)
     for epoch in range(1, 6):
         save(store, epoch, payload(epoch * 10))
@@ -309,16 +326,16 @@ def test_damaged_files_are_passed_over_by_name_with_the_reason(
     files[5].write_bytes(b"")
     files[4].write_bytes(files[4].read_bytes()[:-100])
     content = bytearray(files[3].read_bytes())
-    content[content.index(b"\x00\x00\x80\x3f") + 400] ^= 1  # one bit, amid the weights
+    content[content.index(b"\x00\x00\x80\x3f") + 400] ^= 1  # one bit of the weights
     files[3].write_bytes(content)
     newest = store.newest()
     assert newest is not None
     assert newest[0] == files[2]
-    printed = capsys.readouterr().out
-    assert re.search(r"Passed over .*epoch_0006\.pth: no such file but a folder", printed)
-    assert re.search(r"Passed over .*epoch_0005\.pth: not a checkpoint, or cut short", printed)
-    assert re.search(r"Passed over .*epoch_0004\.pth", printed)
-    assert re.search(r"Passed over .*epoch_0003\.pth: damaged \(checksum", printed)
+    warnings = "\n".join(warnings_in(caplog))
+    assert re.search(r"skipped .*epoch_0006\.pth: no such file but a folder", warnings)
+    assert re.search(r"skipped .*epoch_0005\.pth: not a checkpoint, or cut short", warnings)
+    assert re.search(r"skipped .*epoch_0004\.pth", warnings)
+    assert re.search(r"skipped .*epoch_0003\.pth: damaged \(checksum", warnings)
 
 
 def test_going_back_sets_later_files_aside(tmp_path: Path) -> None:
@@ -329,18 +346,18 @@ def test_going_back_sets_later_files_aside(tmp_path: Path) -> None:
     assert names(tmp_path) == ["epoch_0001.pth", "epoch_0002.pth.superseded", "epoch_0003.pth.superseded"]
 
 
-def test_a_pickle_that_would_run_code_is_refused_unrun(tmp_path: Path) -> None:
+def test_pickle_that_would_run_code_is_refused_unrun(tmp_path: Path) -> None:
     class Payload:
         def __reduce__(self) -> Any:
             return (os.mkdir, (str(tmp_path / "executed"),))
 
-    torch.save({"format": checkpoint_module.FORMAT, "model": Payload()}, tmp_path / "evil.pth")
+    torch.save({"format": FORMAT, "model": Payload()}, tmp_path / "evil.pth")
     with pytest.raises(CheckpointError, match=r"evil\.pth: refused: .* could run code"):
         read_checkpoint(tmp_path / "evil.pth")
     assert not (tmp_path / "executed").exists()
 
 
-def test_foreign_files_are_told_apart_from_damaged_ones(tmp_path: Path) -> None:
+def test_foreign_and_damaged_files_have_different_errors(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("hello")
     torch.save({"state_dict": {}}, tmp_path / "other.pth")
     (tmp_path / "pickle.pth").write_bytes(pickle.dumps({"a": 1}))
@@ -356,7 +373,7 @@ def test_foreign_files_are_told_apart_from_damaged_ones(tmp_path: Path) -> None:
             read_checkpoint(tmp_path / name)
 
 
-def test_bare_weights_are_told_from_a_checkpoint_and_lose_the_prefix_of_parallel_training(tmp_path: Path) -> None:
+def test_bare_weights_are_recognized_and_lose_the_prefix_of_parallel_training(tmp_path: Path) -> None:
     torch.save({"module.layer.weight": torch.ones(2), "module.layer.bias": torch.zeros(2)}, tmp_path / "weights.pth")
     loaded = read_checkpoint(tmp_path / "weights.pth")
     assert loaded.keys() == {"model"}
@@ -384,7 +401,7 @@ def test_every_cut_and_every_flipped_bit_is_found_or_harmless(tmp_path: Path) ->
             loaded = read_checkpoint(damaged)
         except CheckpointError:
             continue
-        harmless += 1  # in the padding between records, say
+        harmless += 1  # for example in the padding between records
         assert torch.equal(loaded["model"]["weight"], torch.full((64, 64), 0.37))
         assert loaded["progress"] == {"global_window": 1}
     assert harmless < 40
