@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Argv, differing_tensors, final_state, signal_at_step, tiny_arguments, train
+from conftest import Argv, differing_tensors, final_state, signal_at_step, train
 from launching import read_events
 
 import train_ultimate
 
 
 def start(argv: list[str], log: Path) -> "subprocess.Popen[bytes]":
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as many as the reference has: sums depend on it
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: sums depend on it
     with open(log, "ab") as file:
         command = [sys.executable, train_ultimate.__file__, *argv]
         return subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
@@ -31,17 +31,9 @@ def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[bytes]"
         time.sleep(0.005)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run in its own process, to compare with interrupted ones."""
-    directory = tmp_path_factory.mktemp("undisturbed")
-    assert start(tiny_arguments(tiny_dataset, directory / "run"), directory / "log").wait(120) == 0
-    return directory / "run"
-
-
 @pytest.mark.slow
 def test_killed_with_9_and_resumed_a_run_ends_in_the_same_weights(
-    undisturbed: Path, tiny_argv: Argv, tmp_path: Path
+    finished: Path, tiny_argv: Argv, tmp_path: Path
 ) -> None:
     directory, log = tmp_path / "killed", tmp_path / "log"
     for after_epoch in (1, 3):
@@ -50,7 +42,7 @@ def test_killed_with_9_and_resumed_a_run_ends_in_the_same_weights(
         process.kill()
         assert process.wait() == -signal.SIGKILL
     assert start(["train", "--resume", "auto", "--checkpoint-dir", str(directory)], log).wait(120) == 0
-    assert differing_tensors(final_state(directory), final_state(undisturbed)) == []
+    assert differing_tensors(final_state(directory), final_state(finished)) == []
 
 
 @pytest.mark.parametrize(
@@ -58,7 +50,7 @@ def test_killed_with_9_and_resumed_a_run_ends_in_the_same_weights(
     [pytest.param(signal.SIGINT, 130, 1, marks=pytest.mark.slow), (signal.SIGTERM, 143, 2)],
 )
 def test_signal_to_the_process_group_saves_and_exits_and_the_resumed_run_is_bitwise_the_same(
-    undisturbed: Path, tiny_argv: Argv, tmp_path: Path, signal_number: int, exit_code: int, after_epoch: int
+    finished: Path, tiny_argv: Argv, tmp_path: Path, signal_number: int, exit_code: int, after_epoch: int
 ) -> None:
     """A terminal, ``timeout`` and Slurm signal the loader's workers too. Once in each stage."""
     directory, log = tmp_path / "stopped", tmp_path / "stopped.log"
@@ -71,7 +63,7 @@ def test_signal_to_the_process_group_saves_and_exits_and_the_resumed_run_is_bitw
     assert "Go on with: python" in text
     assert list(directory.glob("step_*.pth"))
     assert start(["train", "--resume", "auto", "--checkpoint-dir", str(directory)], log).wait(120) == 0
-    assert differing_tensors(final_state(directory), final_state(undisturbed)) == []
+    assert differing_tensors(final_state(directory), final_state(finished)) == []
 
 
 def assert_resumes_like(finished: Path, directory: Path) -> None:
