@@ -1,4 +1,4 @@
-"""The commands of README and docs: each is one that the program takes, and each that can be run here is run."""
+"""The commands in README and docs: the program takes each of them, and those that can be run here are run."""
 
 import re
 import shlex
@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import epoch_lines_only
 
 from commands import cli
 from data.synthetic import write_synthetic_dataset
-from train_ultimate import main
-from training import setup as builders
+from train_ultimate import ScriptParts, main
 
 ROOT = Path(__file__).parents[1]
 SMALL = shlex.split(
@@ -19,8 +19,11 @@ SMALL = shlex.split(
 )
 
 
+SMALL_PARTS = ScriptParts(scenes=(40, 3), listeners_of=epoch_lines_only)
+
+
 def commands() -> list[tuple[str, list[str]]]:
-    """(launcher, arguments of the program) of each line in a block that starts the program."""
+    """Return launcher and arguments of the program for each line of a code block that starts the program."""
     found = []
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         for block in re.findall(r"^```[a-z]*\n(.*?)^```", path.read_text(), flags=re.DOTALL | re.MULTILINE):
@@ -31,7 +34,7 @@ def commands() -> list[tuple[str, list[str]]]:
     return found
 
 
-def test_every_command_is_one_that_the_program_takes() -> None:
+def test_program_takes_every_command() -> None:
     found = commands()
     assert len(found) > 25
     for _, arguments in found:
@@ -54,7 +57,7 @@ def test_every_link_leads_somewhere() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the documents take for granted: data sets, photographs, another method's predictions, finished runs."""
+    """A folder with all that the documents expect: datasets, photographs, predictions, finished runs."""
     scenes, data = tmp_path / "scenes", tmp_path / "data"
     write_synthetic_dataset(scenes, num_train=12, num_test=3, img_size=64, seed=3)
     train, test = scenes / "TrainDataset", scenes / "TestDataset"
@@ -75,32 +78,30 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(test / "GT", tmp_path / "video/night")
     shutil.copytree(test / "GT", tmp_path / "results/SINet-V2/CAMO")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(builders, "SYNTHETIC_TRAIN_IMAGES", 40)
-    monkeypatch.setattr(builders, "SYNTHETIC_TEST_IMAGES", 3)
     for name in ("a", "b", "c"):
-        assert main(["train", "--dataset-path", "own", "--checkpoint-dir", f"runs/{name}", *SMALL]) == 0
+        assert main(["train", "--dataset-path", "own", "--checkpoint-dir", f"runs/{name}", *SMALL], SMALL_PARTS) == 0
     return tmp_path
 
 
 def made_small(arguments: list[str]) -> list[str]:
-    """The same run of a small network. Drills strike in its third window, but for one that would kill the test, too."""
+    """Return the command for a small network. Drills strike in the third window; a kill is left out."""
     without_kill = re.sub(r"--drill kill@\d+", "", shlex.join(arguments))
     return [*shlex.split(re.sub(r"@\d+", "@3", without_kill)), *SMALL]
 
 
 @pytest.mark.slow
 def test_every_command_works(folder: Path) -> None:
-    """In the order of the documents, each document's runs in its own place; small networks and few epochs instead."""
+    """Run the commands in the documents' order, with small networks and few epochs."""
     num_runs = 0
     for launcher, arguments in commands():
-        if not launcher.startswith("python"):  # torchrun: see test_distributed and test_two_hosts
+        if not launcher.startswith("python"):  # torchrun: see test_ranks and test_two_hosts
             continue
         is_run = arguments[0] in ("train", "demo")
         if arguments[0] == "train" and "--resume" not in arguments and "--checkpoint-dir" not in arguments:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         arguments = made_small(arguments) if is_run else arguments
         expected = {0, 1} if arguments[0] == "check-data" else {0}
-        assert main(arguments) in expected, shlex.join(arguments)
+        assert main(arguments, SMALL_PARTS) in expected, shlex.join(arguments)
         num_runs += 1
     assert num_runs > 20
     for path in ("compared.html", "runs/drill/report.html", "runs/drill/incidents/000001", "found", "exclude.txt"):

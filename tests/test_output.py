@@ -1,4 +1,4 @@
-"""Output of the commands: no stream, and no name in a line, ends a command with an error of its own."""
+"""Output of the commands: neither a broken stream nor a name in a line ends a command with an error."""
 
 import io
 import os
@@ -18,6 +18,7 @@ print_error("third")
 print_lines(["fourth"])
 """
 OUT, ERR = "first\nsecond\nfourth\n", "error: third\n"
+BUFFERED = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}  # Python's usual streams
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -27,7 +28,7 @@ OUT, ERR = "first\nsecond\nfourth\n", "error: third\n"
 )
 def test_full_disk_and_missing_stream_are_no_error(redirection: str, out: str, err: str) -> None:
     command = ["sh", "-c", f'exec "$0" -c "$1" {redirection}', sys.executable, PRINT]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, cwd=ROOT, env=BUFFERED, capture_output=True, text=True, check=False)
     assert (process.returncode, process.stdout, process.stderr) == (0, out, err)
 
 
@@ -35,10 +36,25 @@ def test_closed_pipe_is_no_error() -> None:
     read, write = os.pipe()
     os.close(read)
     process = subprocess.run(
-        [sys.executable, "-c", PRINT], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, check=False
-    )
+        [sys.executable, "-c", PRINT], cwd=ROOT, env=BUFFERED, stdout=write, stderr=subprocess.PIPE, text=True,
+        check=False,
+    )  # fmt: skip
     os.close(write)
     assert (process.returncode, process.stderr) == (0, ERR)
+
+
+def test_reader_that_goes_after_the_first_line_changes_no_exit_code() -> None:
+    program = "from commands.output import print_lines\nprint_lines(str(n) * 50 for n in range(9000))\nexit(3)"
+    process = subprocess.run(
+        ["/bin/bash", "-c", '"$0" -c "$1" | head -n 1; exit ${PIPESTATUS[0]}', sys.executable, program],
+        cwd=ROOT, env=BUFFERED, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (process.returncode, process.stdout, process.stderr) == (3, "0" * 50 + "\n", "")
+
+
+def test_no_lines_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    print_lines([])
+    assert capsys.readouterr() == ("", "")
 
 
 def test_closed_stream_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
