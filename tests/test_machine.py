@@ -1,11 +1,30 @@
+"""What a run computes on: device and precision, the same on all ranks, and fp16 loss scaling."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
-from runtime.machine import LossScaler, Precision, ScalerSettings, resolve_device, resolve_precision
+from runtime.machine import LossScaler, Machine, Precision, ScalerSettings, resolve_device, resolve_precision
+from runtime.ranks import Ranks
+
+
+class FakeRanks(Ranks):
+    """Two ranks, of which the other one answers every gathering with a changed copy of this one's value."""
+
+    def __init__(self, others: Callable[[Any], Any]) -> None:
+        super().__init__(rank=0, size=2)
+        self._others = others
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self._others(value)]
 
 
 def overflow(scaler: LossScaler, parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
-    """One window whose gradient overflows, as the loop runs it."""
+    """Run a window whose gradient overflows, as the training loop does."""
     optimizer.zero_grad()
     scaler.scale((parameter * float("inf")).sum()).backward()
     scaler.unscale_(optimizer)
@@ -18,7 +37,7 @@ def parameter() -> torch.nn.Parameter:
 
 
 def test_scale_never_falls_below_one(parameter: torch.nn.Parameter) -> None:
-    """200 overflows in a row: the stock scaler is at 2^-184 then, where NaN gets past its check."""
+    """200 overflows in a row: they take the stock scaler to 2^-184, where NaN gets past its check."""
     optimizer = torch.optim.AdamW([parameter], fused=True)
     scaler = LossScaler("cpu", ScalerSettings(init_scale=2.0**16), enabled=True)
     for _ in range(200):
@@ -49,7 +68,7 @@ def test_disabled_scaler_reports_no_overflow_and_scale_one(parameter: torch.nn.P
     scaler.update()
 
 
-def test_resume_takes_the_scale_and_keeps_the_stages_settings(parameter: torch.nn.Parameter) -> None:
+def test_resumed_scaler_has_the_saved_scale_and_its_own_settings(parameter: torch.nn.Parameter) -> None:
     optimizer = torch.optim.AdamW([parameter], fused=True)
     before = LossScaler("cpu", ScalerSettings(init_scale=2.0**16, growth_interval=7), enabled=True)
     overflow(before, parameter, optimizer)
@@ -60,7 +79,7 @@ def test_resume_takes_the_scale_and_keeps_the_stages_settings(parameter: torch.n
     assert (state["growth_factor"], state["backoff_factor"], state["growth_interval"]) == (1.5, 0.25, 1000)
 
 
-def test_resume_from_a_run_without_scaling_and_into_one() -> None:
+def test_scaler_resumes_from_a_run_without_scaling_and_into_one() -> None:
     enabled = LossScaler("cpu", ScalerSettings(init_scale=64.0), enabled=True)
     disabled = LossScaler("cpu", ScalerSettings(), enabled=False)
     enabled.resume(disabled.state_dict())
@@ -69,7 +88,7 @@ def test_resume_from_a_run_without_scaling_and_into_one() -> None:
     assert not disabled.is_enabled()
 
 
-def test_auto_precision_is_bf16_only_where_the_cpu_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_precision_is_bf16_only_if_the_cpu_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for native, expected in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
@@ -85,14 +104,44 @@ def test_autocast_computes_in_the_chosen_format(name: str, dtype: torch.dtype) -
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_cuda_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match="no CUDA device"):
+def test_cuda_is_refused_without_a_device() -> None:
+    with pytest.raises(ValueError, match="--device cuda: torch finds no CUDA device"):
         resolve_device("cuda")
     assert resolve_device("auto").type == "cpu"
 
 
+def test_ranks_of_one_precision_use_it() -> None:
+    machine = Machine.of("cpu", "bf16", False, False, FakeRanks(lambda value: value))
+    assert machine.precision == Precision("bf16", "cpu")
+
+
+def test_ranks_that_resolve_auto_differently_use_what_all_can_compute_in() -> None:
+    machine = Machine.of("cpu", "bf16", False, False, FakeRanks(lambda value: ("fp32", value[1])))
+    assert machine.precision == Precision("fp32", "cpu")
+
+
+def test_different_versions_of_torch_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    Machine.of("cpu", "fp32", False, False, FakeRanks(lambda value: (value[0], "0.1")))
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert f"rank 0: {torch.__version__}, rank 1: 0.1" in record.getMessage()
+
+
+@pytest.mark.parametrize(("num_ranks", "shards"), [(1, False), (2, True)])
+def test_only_several_ranks_shard(num_ranks: int, shards: bool) -> None:
+    ranks = Ranks() if num_ranks == 1 else FakeRanks(lambda value: value)
+    assert Machine.of("cpu", "fp32", False, True, ranks).ranks.shards is shards
+
+
+def test_network_is_placed_in_the_memory_layout_of_the_run() -> None:
+    for channels_last in (False, True):
+        machine = Machine.of("cpu", "fp32", channels_last, False, Ranks())
+        weight = machine.place(nn.Conv2d(4, 8, 3)).weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) is channels_last
+
+
 @pytest.mark.parametrize(("loss", "scale"), [(1.0, 512.0), (float("nan"), 1024.0), (float("inf"), 1024.0)])
-def test_overflow_halves_the_scale_and_a_loss_that_is_not_finite_leaves_it_alone(loss: float, scale: float) -> None:
+def test_overflow_halves_the_scale_unless_the_loss_is_not_finite(loss: float, scale: float) -> None:
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], fused=True)
     scaler = Precision("fp16", "cpu").new_scaler(ScalerSettings(init_scale=1024.0))
@@ -106,7 +155,7 @@ def test_overflow_halves_the_scale_and_a_loss_that_is_not_finite_leaves_it_alone
     scaler.update_after(torch.tensor(1.0), torch.tensor(1.0))
 
 
-def test_an_overflow_that_only_another_rank_has_seen_halves_the_scale_here_too() -> None:
+def test_overflow_on_another_rank_halves_the_scale_here_too() -> None:
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], fused=True)
     scaler = Precision("fp16", "cpu").new_scaler(ScalerSettings(init_scale=1024.0))

@@ -1,4 +1,4 @@
-"""Sharded ranks: the same run from a part of the memory, and checkpoints that anyone can go on from."""
+"""Sharded ranks: the same run in a part of the memory, and checkpoints that any number of ranks can resume."""
 
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,21 @@ from launching import Launch, load, read_events
 from safetensors.torch import save_file
 from torch import nn
 
-from runtime.sharding import load_local_state, local_state, split_like, whole_on_first, whole_weights
+from runtime.sharding import (
+    load_local_state,
+    load_whole_state,
+    local,
+    local_state,
+    split_like,
+    whole_on_first,
+    whole_weights,
+)
 
 WINDOWS = ("--accumulation-steps", "3", "--checkpoint-every", "1")
 
 
 def require_same_curves(one: Launch, other: Launch) -> None:
-    """Tolerance: 1e-4 of the loss, 1e-3 of the IoU; sums over shards are added up in another order."""
+    """Assert equal losses, IoUs and norms, within 1e-4 and 1e-3: sums over shards have another order."""
     assert one.applied().keys() == other.applied().keys()
     for number, loss in one.applied().items():
         assert loss == pytest.approx(other.applied()[number], abs=1e-4)
@@ -48,7 +56,7 @@ def test_sharded_ranks_have_the_losses_norms_and_scores_of_replicas(sharded: Lau
 
 
 @pytest.mark.slow
-def test_their_checkpoints_are_those_of_one_process(sharded: Launch, two_ranks: Launch) -> None:
+def test_checkpoints_of_sharded_ranks_are_those_of_one_process(sharded: Launch, two_ranks: Launch) -> None:
     for name in ("epoch_0002.pth", "best_model.pth"):
         ours, theirs = load(sharded.directory / name), load(two_ranks.directory / name)
         assert shapes(ours) == shapes(theirs)
@@ -58,10 +66,10 @@ def test_their_checkpoints_are_those_of_one_process(sharded: Launch, two_ranks: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "flags"), [(1, ()), pytest.param(3, ("--shard",), marks=pytest.mark.slow)])
-def test_a_sharded_run_goes_on_unsharded_and_with_other_ranks(
+def test_sharded_run_resumes_unsharded_and_on_other_ranks(
     ranks: int, flags: tuple[str, ...], two_ranks: Launch, odd_dataset: Path, tmp_path: Path
 ) -> None:
-    """Stopped in mid-epoch, in the stage where all weights train: moments of a part of them would show."""
+    """Stop mid-epoch in stage 2, in which all weights train: moments that were only one shard's would show."""
     launch = Launch(odd_dataset, tmp_path)
     assert launch.run(2, *WINDOWS, "--shard", signal_at="0:4:SIGTERM")[0] != 0
     code, out, err = launch.run(ranks, *WINDOWS, "--resume", "auto", *(flags or ("--no-shard",)))
@@ -71,9 +79,7 @@ def test_a_sharded_run_goes_on_unsharded_and_with_other_ranks(
 
 
 @pytest.mark.slow
-def test_a_killed_sharded_run_is_bitwise_the_same_afterwards(
-    sharded: Launch, odd_dataset: Path, tmp_path: Path
-) -> None:
+def test_killed_sharded_run_ends_bitwise_the_same(sharded: Launch, odd_dataset: Path, tmp_path: Path) -> None:
     launch = Launch(odd_dataset, tmp_path)
     flags = (*WINDOWS, "--shard", "--resume", "auto")
     code, _, err = launch.run(2, *flags, launcher=("--max-restarts=1",), signal_at="1:4:SIGKILL")
@@ -83,8 +89,8 @@ def test_a_killed_sharded_run_is_bitwise_the_same_afterwards(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nan-loss", "nan-weight", "bad-sample"])
-def test_a_fault_on_one_sharded_rank_is_answered_by_all_alike(kind: str, odd_dataset: Path, tmp_path: Path) -> None:
-    """The ladder to its upper rungs: hooks, bisection on one rank alone, a rollback to each rank's own part."""
+def test_all_sharded_ranks_answer_a_fault_on_one_of_them_alike(kind: str, odd_dataset: Path, tmp_path: Path) -> None:
+    """The ladder up to its upper rungs: hooks, bisection on a single rank, a rollback to each rank's own part."""
     launch = Launch(odd_dataset, tmp_path)
     code, _, err = launch.run(2, *WINDOWS, "--shard", "--drill", f"{kind}@4x9r1")
     assert code == 0, err
@@ -99,7 +105,7 @@ def test_a_fault_on_one_sharded_rank_is_answered_by_all_alike(kind: str, odd_dat
 
 
 @pytest.mark.slow
-def test_a_sharded_backbone_that_learns_batchnorm_statistics_has_the_losses_of_replicas(
+def test_sharded_backbone_that_learns_batchnorm_statistics_has_the_losses_of_replicas(
     odd_dataset: Path, tmp_path: Path
 ) -> None:
     launches = Launch(odd_dataset, tmp_path / "sharded"), Launch(odd_dataset, tmp_path / "replicas")
@@ -125,12 +131,16 @@ def test_frozen_levels_are_the_same_for_one_rank_for_replicas_and_for_shards(odd
         assert torch.equal(final["backbone.body.stem_0.weight"], weights["stem.0.weight"])
 
 
-def test_what_is_not_sharded_is_left_as_it_is() -> None:
+def test_module_that_is_not_sharded_stays_as_it_is() -> None:
     module = nn.Linear(3, 2)
     state = module.state_dict()
     assert whole_on_first({"a": [state["weight"], 1]}, is_first=False)["a"][0] is state["weight"]
     assert split_like(state["weight"], module.weight) is state["weight"]
     with whole_weights(module):
-        pass
+        assert local(module.weight) is module.weight
+    load_whole_state(module, {name: torch.zeros_like(value) for name, value in state.items()})
+    assert torch.equal(module.weight, torch.zeros(2, 3))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        load_whole_state(module, nn.Linear(2, 2).state_dict())
     load_local_state(module, {name: torch.ones_like(value) for name, value in local_state(module).items()})
     assert torch.equal(module.weight, torch.ones(2, 3))
