@@ -1,12 +1,12 @@
-"""Two hosts and the link between them: network namespaces, each with a launcher of its own, joined by a veth pair.
+"""Two hosts and the link between them: network namespaces, each with its own launcher, joined by a veth pair.
 
-What comes of a link that is cut, by what ``--rank-timeout`` and PyTorch's launcher make of it:
+What a cut link does depends on how long it lasts:
 
-- shorter than ``--rank-timeout``: nothing. TCP sends again what was lost, and the run goes on where it stood.
-- longer than ``--rank-timeout``: the ranks of both hosts end and tell why. The launchers wait for each other and start
-  the ranks again from the newest checkpoint.
-- longer than what a launcher waits for the store of the first host's (60 s, ``--rdzv-conf read_timeout``): launchers
-  may end, too, and have the run saved if they can. The command that it was started with goes on.
+- shorter than ``--rank-timeout``: nothing. TCP sends again what was lost, and the run continues.
+- longer than ``--rank-timeout``: the ranks of both hosts end and print why. The launchers wait for each other and
+  restart the ranks from the newest checkpoint.
+- longer than a launcher waits for the store on the first host (60 s, ``--rdzv-conf read_timeout``): launchers may end
+  too, after saving the run if they can. The same command resumes it.
 """
 
 import os
@@ -26,10 +26,10 @@ from launching import LAUNCHER, Launch, read_events
 
 pytestmark = pytest.mark.slow
 
-ADDRESSES = ("10.77.0.1", "10.77.0.2")  # these, and the names that follow, are the namespaces' own
+ADDRESSES = ("10.77.0.1", "10.77.0.2")  # inside the namespaces, as are the names below
 DEVICE, PORT = "veth0", 29400
 NOBODY = "02:00:00:00:00:01"
-EPOCHS = 4  # of 8 windows: 15 samples, 2 at a time
+EPOCHS = 4  # 8 windows each: 15 samples, 2 per window
 FLAGS = ("--epochs", str(EPOCHS), "--accumulation-steps", "1", "--checkpoint-every", "1", "--resume", "auto")
 CUT = 10.0  # seconds
 SHORTER_THAN_CUT = ("--rank-timeout", "4")
@@ -37,7 +37,7 @@ LONGER_THAN_CUT = ("--rank-timeout", "60")
 
 
 class Hosts:
-    """Two network namespaces. Of what two machines have each of its own, they share the disk and the name."""
+    """Two network namespaces; unlike two machines, they share the disk and the host name."""
 
     def __init__(self) -> None:
         token = secrets.token_hex(4)
@@ -60,14 +60,14 @@ class Hosts:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
     def kill(self, number: int) -> None:
-        """All processes of a host, at once."""
+        """Kill all processes of a host."""
         found = subprocess.run(["ip", "netns", "pids", self.names[number]], capture_output=True, check=False)
         for process in found.stdout.split():
             with suppress(ProcessLookupError):
                 os.kill(int(process), signal.SIGKILL)
 
     def cut(self) -> None:
-        """From now on all that either sends is lost, and neither is told: as by a switch between them that has died."""
+        """Lose all that either host sends, without an error on either side, like a dead switch between them."""
         for name, other in zip(self.names, reversed(ADDRESSES), strict=True):
             _ip("-n", name, "neighbour", "replace", other, "lladdr", NOBODY, "nud", "permanent", "dev", DEVICE)
 
@@ -81,15 +81,15 @@ def _ip(*arguments: str) -> None:
 
 
 class Run(Launch):
-    """Of two ranks, one on each host, and a launcher on each. The launchers meet in a store of the first one's.
+    """A run of two ranks, one on each host, with a launcher on each. The first host has the launchers' store.
 
     Args:
-        hosts: where.
-        dataset: what it trains on.
-        folder: for what comes of it.
+        hosts: the two hosts.
+        dataset: the dataset's folder.
+        folder: parent of the run's folder.
         signal_at: see ``ranks.py``.
-        environment: of the launchers, more than this process has.
-        rendezvous: settings of the launchers.
+        environment: additional variables for the launchers.
+        rendezvous: settings for ``--rdzv-conf``.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Run(Launch):
     def _terminal(self, number: int) -> Path:
         return self.samples.parent / f"host-{number}.txt"
 
-    def told(self, number: int) -> str:
+    def printed(self, number: int) -> str:
         return self._terminal(number).read_text(errors="replace")
 
     def num_windows(self) -> int:
@@ -130,23 +130,23 @@ class Run(Launch):
         return read_events(self.directory, event) if (self.directory / "metrics.jsonl").exists() else []
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = 150) -> None:
-        """Generous: other tests may have the cores."""
+        """Wait, generously: other tests may be using the cores."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, "\n".join(self.told(number) for number in range(2))
+            assert time.monotonic() < deadline, "\n".join(self.printed(number) for number in range(2))
             time.sleep(0.05)
 
-    def train_into_midst(self, *flags: str) -> None:
+    def train_a_few_windows(self, *flags: str) -> None:
         self.begin(*flags)
         self.wait_for(lambda: self.num_windows() >= 3)
 
     def exit_codes(self) -> list[int]:
-        """Of the launchers, which end by themselves."""
+        """Wait for the launchers, which end by themselves, and return their exit codes."""
         self.wait_for(lambda: all(launcher.poll() is not None for launcher in self.launchers))
         return [launcher.wait() for launcher in self.launchers]
 
     def cut_link(self) -> None:
-        """For the time being, in which the run stands still."""
+        """Cut the link for ``CUT`` seconds, during which the run stands still."""
         self.hosts.cut()
         time.sleep(1)
         done = self.num_windows()
@@ -158,7 +158,7 @@ class Run(Launch):
 
 @pytest.fixture(scope="module", autouse=True)
 def _namespaces() -> None:
-    """Skip what cannot be run here."""
+    """Skip these tests on machines that cannot make network namespaces."""
     if os.geteuid() != 0:
         pytest.skip("only root can make network namespaces")
     if shutil.which("ip") is None:
@@ -184,7 +184,7 @@ def hosts() -> Iterator[Hosts]:
 
 @pytest.fixture(scope="module")
 def one_host(odd_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What an undisturbed run of two ranks on one host ends with."""
+    """The final checkpoint of an undisturbed run of two ranks on one host."""
     launch = Launch(odd_dataset, tmp_path_factory.mktemp("one-host"))
     code, _, err = launch.run(2, *FLAGS)
     assert code == 0, err
@@ -196,83 +196,83 @@ def test_two_hosts_compute_bitwise_what_one_does(
 ) -> None:
     run = Run(hosts, odd_dataset, tmp_path)
     run.begin()
-    assert run.exit_codes() == [0, 0], run.told(0) + run.told(1)
+    assert run.exit_codes() == [0, 0], run.printed(0) + run.printed(1)
     assert differing_tensors(run.final(EPOCHS), one_host) == []
 
 
-def test_a_cut_shorter_than_the_rank_timeout_delays_the_run_and_nothing_else(
+def test_cut_shorter_than_the_rank_timeout_only_delays_the_run(
     hosts: Hosts, one_host: dict[str, Any], odd_dataset: Path, tmp_path: Path
 ) -> None:
-    """TCP sends again, at the latest after as long as the cut has lasted; no rank ends, and no window comes twice."""
+    """TCP sends again, after at most as long as the cut has lasted. No rank ends, and no window is run twice."""
     run = Run(hosts, odd_dataset, tmp_path)
-    run.train_into_midst(*LONGER_THAN_CUT)
+    run.train_a_few_windows(*LONGER_THAN_CUT)
     run.cut_link()
-    assert run.exit_codes() == [0, 0], run.told(0) + run.told(1)
+    assert run.exit_codes() == [0, 0], run.printed(0) + run.printed(1)
     assert run.events("resume") == []
     assert run.num_windows() == EPOCHS * 8
-    assert "error:" not in run.told(0) + run.told(1)
+    assert "error:" not in run.printed(0) + run.printed(1)
     assert differing_tensors(run.final(EPOCHS), one_host) == []
 
 
-def test_a_cut_longer_than_the_rank_timeout_ends_the_ranks_and_the_launchers_start_them_again(
+def test_cut_longer_than_the_rank_timeout_ends_the_ranks_and_the_launchers_restart_them(
     hosts: Hosts, one_host: dict[str, Any], odd_dataset: Path, tmp_path: Path
 ) -> None:
-    """The host with the store misses the other's rank, the other host the store. Both have told before the link is
-    back, which the launchers wait for.
+    """The host with the store misses the other rank, the other host misses the store. Both print it before the link is
+    back; the launchers wait for the link.
     """
     run = Run(hosts, odd_dataset, tmp_path)
-    run.train_into_midst(*SHORTER_THAN_CUT)
+    run.train_a_few_windows(*SHORTER_THAN_CUT)
     run.cut_link()
-    assert "error: rank 1 (process" in run.told(0)
-    assert "has been silent for" in run.told(0)
-    assert "error: the launcher's store has not answered for" in run.told(1)
-    assert run.exit_codes() == [0, 0], run.told(0) + run.told(1)
+    assert "error: rank 1 (process" in run.printed(0)
+    assert "has been silent for" in run.printed(0)
+    assert "error: the launcher's store has not answered for" in run.printed(1)
+    assert run.exit_codes() == [0, 0], run.printed(0) + run.printed(1)
     assert run.events("resume")
     assert differing_tensors(run.final(EPOCHS), one_host) == []
 
 
-def test_after_a_cut_that_a_launcher_gives_up_in_the_same_command_goes_on(
+def test_after_a_cut_that_ended_a_launcher_the_same_command_resumes_the_run(
     hosts: Hosts, one_host: dict[str, Any], odd_dataset: Path, tmp_path: Path
 ) -> None:
-    """Which operation the cut strikes decides whether a launcher gives up; if so, both end once the link is back."""
+    """Whether a launcher ends depends on the operation that the cut hits; if so, both end once the link is back."""
     run = Run(hosts, odd_dataset, tmp_path, read_timeout=4, join_timeout=40)
-    run.train_into_midst(*LONGER_THAN_CUT)
+    run.train_a_few_windows(*LONGER_THAN_CUT)
     run.cut_link()
     if run.exit_codes() != [0, 0]:
         run.rendezvous = {}
         run.begin(*LONGER_THAN_CUT)
-        assert run.exit_codes() == [0, 0], run.told(0) + run.told(1)
+        assert run.exit_codes() == [0, 0], run.printed(0) + run.printed(1)
     assert differing_tensors(run.final(EPOCHS), one_host) == []
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_killed_on_either_host_is_started_again_with_the_other(
+def test_rank_killed_on_either_host_is_restarted_with_the_other(
     rank: int, hosts: Hosts, one_host: dict[str, Any], odd_dataset: Path, tmp_path: Path
 ) -> None:
-    """One launcher counts a restart then, and the other, which restarts because of the first, none."""
+    """Then one launcher counts a restart, and the other, which restarts because of the first, does not."""
     run = Run(hosts, odd_dataset, tmp_path, signal_at=f"{rank}:6:SIGKILL")
     run.begin()
-    assert run.exit_codes() == [0, 0], run.told(0) + run.told(1)
-    assert f"error: rank {rank} (process" in run.told(1 - rank)
+    assert run.exit_codes() == [0, 0], run.printed(0) + run.printed(1)
+    assert f"error: rank {rank} (process" in run.printed(1 - rank)
     assert run.events("resume")
     assert differing_tensors(run.final(EPOCHS), one_host) == []
 
 
-def test_a_host_that_loses_power_is_named_and_takes_part_again_once_it_is_back(
+def test_host_that_loses_power_is_named_and_takes_part_again_once_it_is_back(
     hosts: Hosts, one_host: dict[str, Any], odd_dataset: Path, tmp_path: Path
 ) -> None:
-    """A new launcher is told where to find the ranks' store only if the others make a new one for it: torch's variable
-    has them do so.
+    """A new launcher learns the address of the ranks' store only if the others make a new store for it, which torch's
+    variable makes them do.
     """
     run = Run(hosts, odd_dataset, tmp_path, environment={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
-    run.train_into_midst(*SHORTER_THAN_CUT)
-    hosts.cut()  # else the kernel would tell the other side that the processes have gone
+    run.train_a_few_windows(*SHORTER_THAN_CUT)
+    hosts.cut()  # else the kernel would close the connections of the killed processes
     hosts.kill(1)
-    run.wait_for(lambda: "has been silent for" in run.told(0), seconds=30)
-    assert "error: rank 1 (process" in run.told(0)
+    run.wait_for(lambda: "has been silent for" in run.printed(0), seconds=30)
+    assert "error: rank 1 (process" in run.printed(0)
     hosts.heal()
     run.launchers[1].wait()
     run.launchers[1] = run.launch(1, *SHORTER_THAN_CUT)
-    assert run.exit_codes() == [0, 0], run.told(0) + run.told(1)
+    assert run.exit_codes() == [0, 0], run.printed(0) + run.printed(1)
     assert run.events("resume")
     assert differing_tensors(run.final(EPOCHS), one_host) == []
