@@ -3,7 +3,7 @@
 The folder is all it takes: weights, images, masks and settings are in it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,16 @@ _EXPLANATIONS = {
     "precision": "it is finite in fp32",
     "not reproduced": "the rerun is as it should be: a passing fault of the machine, or a fire drill",
 }
+NetworkBuilder = Callable[[NetworkSettings], CamouflageSegmenter]
 
 
-def replay(folder: Path, device_name: str) -> int:
+def replay(folder: Path, device_name: str, build_network: NetworkBuilder = build_network) -> int:
     """Rerun an incident's window in the recorded precision and in fp32, and print the numbers of both and the cause.
 
     Args:
         folder: folder of the incident, or a copy of it.
         device_name: auto, cpu or cuda.
+        build_network: builds the network that the incident's weights belong to.
 
     Returns:
         exit code 0.
@@ -44,7 +46,7 @@ def replay(folder: Path, device_name: str) -> int:
     record, payload = read_incident(folder)
     device = resolve_device(device_name)
     try:
-        model, window = _rebuild(payload, device)
+        model, window = _rebuild(payload, device, build_network)
         full = window.in_full_precision(halve=False)
         recorded_again = _diagnose(model, window, record.loss_scale)
         full_again = _diagnose(model, full) if full is not window else recorded_again
@@ -79,7 +81,9 @@ def replay(folder: Path, device_name: str) -> int:
     return 0
 
 
-def _rebuild(payload: dict[str, Any], device: torch.device) -> tuple[CamouflageSegmenter, Window]:
+def _rebuild(
+    payload: dict[str, Any], device: torch.device, build_network: NetworkBuilder
+) -> tuple[CamouflageSegmenter, Window]:
     settings = payload["settings"]
     memory_format = torch.channels_last if settings.get("channels_last", True) else torch.contiguous_format
     model = on_device(build_network(NetworkSettings.of(settings)), device, memory_format)
