@@ -8,21 +8,19 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import Argv, differing_tensors, tiny_arguments
+from conftest import Argv, differing_tensors, failing, tiny_arguments, train
 from launching import read_events
 
 import train_ultimate
 from runtime.checkpoint import read_checkpoint
-from train_ultimate import main
 from training.drill import KINDS, Drill
 
 
 @pytest.mark.parametrize(
     "text", ["", "nan-loss", "nan-loss@0", "nan-loss@-1", "fire@5", "spike@5x0", "spike@5x", "spike @5"]
 )
-def test_what_is_no_drill_is_refused(text: str, tiny_argv: Argv, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(tiny_argv("--drill", text)) == 2
-    error = capsys.readouterr().err
+def test_text_that_names_no_drill_is_refused(text: str, tiny_argv: Argv, capsys: pytest.CaptureFixture[str]) -> None:
+    error = failing(tiny_argv("--drill", text), capsys)
     assert f"--drill {text}: not KIND@WINDOW[xCOUNT][rRANK]" in error
     assert all(kind in error for kind in KINDS)
 
@@ -38,18 +36,16 @@ WINDOWS_PER_EPOCH = 10  # of two images
 
 
 def expected_verdict(kind: str, precision: str) -> str | None:
-    """Of the windows struck first."""
+    """Return the verdict on the first window that is struck; None if it is applied."""
     if kind == "overflow":
         return "overflow" if precision == "fp16" else None  # without loss scaling there is nothing to overflow
     if kind == "inf-grad":
-        return (
-            "overflow" if precision == "fp16" else "nonfinite_grad"
-        )  # fp16: an inf is taken for an overflow, at first
+        return "overflow" if precision == "fp16" else "nonfinite_grad"  # at first, fp16 takes an inf for an overflow
     return {"spike": "spike"}.get(kind, "nonfinite_loss")
 
 
 def expected_actions(kind: str, count: int, precision: str) -> set[str]:
-    """First words of the actions that must be among those taken."""
+    """Return the first words of actions that must be among those taken."""
     if count == 1:
         again = {"run again, and applied"}
         one = {"nan-loss": again, "inf-grad": again, "spike": {"skipped"}, "overflow": set()}
@@ -72,11 +68,11 @@ def expected_actions(kind: str, count: int, precision: str) -> set[str]:
 def rehearse(
     dataset: Path, directory: Path, kind: str, stage: int, count: int, precision: str, epochs_per_stage: int
 ) -> str:
-    """Fault at the fifth window of a stage: run it and check it; returns a line for a table."""
+    """Run a drill at the fifth window of a stage and check what happens. Return a line for a table."""
     window = (stage - 1) * epochs_per_stage * WINDOWS_PER_EPOCH + 5
     epochs = ("--epochs", str(2 * epochs_per_stage), "--stage1-epochs", str(epochs_per_stage))
     flags = (*epochs, "--accumulation-steps", "1", "--precision", precision)
-    exit_code = main(tiny_arguments(dataset, directory, *flags, "--drill", f"{kind}@{window}x{count}"))
+    exit_code = train(tiny_arguments(dataset, directory, *flags, "--drill", f"{kind}@{window}x{count}"))
     assert exit_code == (3 if (kind, count) == ("nan-weight", 20) else 0)
     windows = read_events(directory, "window")
     verdicts = Counter(event["verdict"] for event in windows)
@@ -88,7 +84,7 @@ def rehearse(
     saved = next(iter(directory.glob("step_*.pth")), directory / f"epoch_{2 * epochs_per_stage:04d}.pth")
     read_checkpoint(saved)  # refuses what is not finite
     if exit_code == 3:
-        assert main(["train", "--resume", "auto", "--checkpoint-dir", str(directory)]) == 0
+        assert train(["train", "--resume", "auto", "--checkpoint-dir", str(directory)]) == 0
     short = Counter(action.split(":")[0].split(" by ")[0].split(" until")[0] for action in actions)
     took = ", ".join(f"{number} {action}" for action, number in short.items()) or "-"
     found = ", ".join(f"{number} {verdict}" for verdict, number in verdicts.items())
@@ -103,7 +99,7 @@ def test_three_faults_in_a_row_in_stage_two(tiny_dataset: Path, tmp_path: Path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FAULTS)
-def test_every_fault_in_every_number_stage_and_precision(
+def test_every_fault_in_every_count_stage_and_precision(
     tiny_dataset: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for count in (1, 3, 20):
@@ -122,8 +118,8 @@ def test_kill_strikes_once_and_the_resumed_run_ends_in_the_same_weights(
         [*script, *tiny_argv("--drill", "kill@11")], capture_output=True, check=False, env=ENVIRONMENT
     )
     assert killed.returncode == -signal.SIGKILL
-    assert main(["train", "--resume", "auto", "--checkpoint-dir", str(tmp_path / "run")]) == 0
-    assert main(tiny_argv(checkpoint_dir=tmp_path / "undisturbed")) == 0
+    assert train(["train", "--resume", "auto", "--checkpoint-dir", str(tmp_path / "run")]) == 0
+    assert train(tiny_argv(checkpoint_dir=tmp_path / "undisturbed")) == 0
     states = [read_checkpoint(tmp_path / name / "epoch_0004.pth") for name in ("run", "undisturbed")]
     assert differing_tensors(*(state["model"] for state in states)) == []
 
