@@ -22,13 +22,13 @@ from data.layouts import (
     PAIR_FOLDER_NAMES,
     Pair,
     Subset,
-    files_by_stem,
     find_subsets,
     named_pairs,
     split_of,
     superclass_of,
     training_pairs,
 )
+from data.listing import files_by_stem
 from data.processes import map_in_order
 from evaluation.figures import contact_sheet, thumbnail
 from evaluation.metrics import ByteArray, ImageScores, MeanScores, score_image

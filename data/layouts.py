@@ -11,22 +11,29 @@ Recognised below the given folder, at most four levels down, in any letter case:
     your own         {images,masks}
 
 Images and masks are paired by file stem, never by position in a sorted list, where one missing mask would shift every
-pair after it. A folder's path says whether it is for training or for testing ("Train", "TR-COD10K", "TestDataset",
-"valid"); a folder that says neither is for training.
+pair after it. If stems differ, ``data.pairing`` looks for a rule. If an image folder has no pair, the folders below it
+are searched too. If there is no such folder at all, folders with similar names ("photos" and "labels", "train" and
+"train_masks") are taken, or those that hold both images and masks.
+
+A folder's path says whether it is for training or for testing ("Train", "TR-COD10K", "TestDataset", "valid"); a folder
+that says neither is for training.
 """
 
 import hashlib
 import logging
-import os
 import random
 import re
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from data.listing import MAX_DEPTH, by_stem, list_pictures, list_tree, picture_names, subfolders, walk
+from data.pairing import Matching, folder_role, match_names, separate
+
 NONCAM_PREFIX = "COD10K-NonCAM"  # images without a camouflaged object, whose masks are empty
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # the usual formats, see ``list_pictures``
 MASK_SUFFIXES = (".png", ".jpg", ".bmp")
 
 # (image folder, mask folder), lower case; the first match in a directory wins.
@@ -40,12 +47,15 @@ _PAIR_FOLDERS = (
     ("image", "gt"),
 )
 PAIR_FOLDER_NAMES = frozenset(name for names in _PAIR_FOLDERS for name in names)
-_MAX_DEPTH = 4
+_COMPARED = 4096  # bytes
+_IN_SUBFOLDER = "in sub-folders, which are read only if no image above them has a mask"
+_BESIDE_SPLITS = "beside folders for training or testing, and then only those are read"
 _TRAIN_WORD = re.compile(r"train.*|tr")
 _TEST_WORD = re.compile(r"test.*|te|val|valid|validation|vd|eval.*")
 _COD10K_NAME = re.compile(r"COD10K-CAM-\d+-(?P<superclass>[^-]+)-\d+-[^-]+-\d+")
 
 Split = Literal["train", "test"]
+_SPLITS: tuple[Split | None, ...] = (None, "test", "train")
 
 logger = logging.getLogger("train_ultimate")
 
@@ -78,6 +88,9 @@ class Subset:
     images_without_mask: tuple[Path, ...]
     masks_without_image: tuple[Path, ...]
     num_noncam_skipped: int
+    rules: tuple[str, ...] = ()  # how the pairs were found, if not by equal names in a known layout
+    hint: str = ""  # why images have no mask, if something is known
+    left_out: Mapping[Path, str] = field(default_factory=dict)  # file that is not read -> why
 
 
 def find_subsets(root: Path, include_noncam: bool = False) -> list[Subset]:
@@ -93,19 +106,19 @@ def find_subsets(root: Path, include_noncam: bool = False) -> list[Subset]:
     if not root.is_dir():
         what = "is a file" if root.exists() else "no such folder"
         raise ValueError(f"{root}: {what}; --dataset-path must name the dataset's folder")
-    subsets = []
-    for images, masks in _find_pair_folders(root):
-        nested = [child for child in _subfolders(images) if split_of([child.name]) is not None]
-        stems = {folder: files_by_stem(folder, IMAGE_SUFFIXES).keys() for folder in nested or [images]}
-        for folder in stems:
-            own = nested and (masks / folder.name).is_dir()
-            # A shared mask folder holds the masks of all splits: those of another split do not lack their image.
-            elsewhere = {stem for other in stems if other != folder and not own for stem in stems[other]}
-            mask_folder = masks / folder.name if own else masks
-            subsets.append(_read_subset(root, folder, mask_folder, bool(nested), elsewhere, include_noncam))
+    subsets: list[Subset] = []
+    if folders := list(_find_pair_folders(root)):
+        for images, masks in folders:
+            subsets += _read_folders(root, images, masks, {folder for pair in folders for folder in pair}, ())
+    elif folders := list(_find_similar_folders(root)):
+        for images, masks in folders:
+            rule = f"taken for images and masks: {images.name}, {masks.name}"
+            subsets += _read_folders(root, images, masks, {folder for pair in folders for folder in pair}, (rule,))
+    else:
+        subsets += _read_mixed_folders(root)
     if not subsets:
         raise ValueError(_describe_unknown_layout(root))
-    return subsets
+    return subsets if include_noncam else [_without_noncam(subset) for subset in subsets]
 
 
 def training_pairs(subsets: Sequence[Subset], root: Path) -> list[Pair]:
@@ -127,19 +140,41 @@ def training_pairs(subsets: Sequence[Subset], root: Path) -> list[Pair]:
     if not pairs:
         num_images = sum(len(subset.images_without_mask) for subset in train)
         names = ", ".join(subset.name for subset in train)
+        reasons = [subset.hint for subset in train if subset.hint]
+        reasons += [line for subset in train for line in _describe_left_out(subset)]
         raise ValueError(
-            f"{root}: {num_images} images in {names} and not one has a mask; name each mask after its image, with one "
-            f"of {', '.join(MASK_SUFFIXES)}"
+            f"{root}: {num_images} images in {names} and not one has a mask; "
+            + "".join(f"{reason}; " for reason in reasons[:3])
+            + f"name each mask after its image, with one of {', '.join(MASK_SUFFIXES)}"
         )
     return each_once(pairs)
 
 
 def each_once(pairs: Sequence[Pair]) -> list[Pair]:
-    """Drop pairs whose photograph has the file name and size of an earlier one."""
-    firsts: dict[tuple[str, int], Pair] = {}
+    """Drop pairs whose photograph has the file name, the size and the content of an earlier one."""
+    alike: dict[tuple[str, int], list[Path]] = defaultdict(list)
+    once = []
     for pair in pairs:
-        firsts.setdefault((pair.image.name, size_and_time(pair.image)[0]), pair)
-    return list(firsts.values())
+        size = size_and_time(pair.image)[0]
+        firsts = alike[pair.image.name, size]
+        if not any(_same_content(pair.image, first, size) for first in firsts):
+            firsts.append(pair.image)
+            once.append(pair)
+    return once
+
+
+def _same_content(path: Path, other: Path, size: int) -> bool:
+    """Compare two files of one size at three places: frog/1.bmp and moth/1.bmp may well be equally large."""
+    try:
+        if path.samefile(other):
+            return True
+        with path.open("rb") as one, other.open("rb") as two:
+            for start in (0, size // 2, max(0, size - _COMPARED)):
+                if one.seek(start) == two.seek(start) and one.read(_COMPARED) != two.read(_COMPARED):
+                    return False
+    except OSError:  # decoding will report it
+        pass
+    return True
 
 
 def size_and_time(path: Path) -> tuple[int, int]:
@@ -199,15 +234,33 @@ def describe(subsets: Sequence[Subset], num_used: int) -> list[str]:
     for subset in subsets:
         use = "for training" if subset.split == "train" else "for testing, not touched"
         lines.append(f"{subset.name}: {len(subset.pairs)} pairs, {use}")
-        if subset.images_without_mask:
-            count, first = len(subset.images_without_mask), subset.images_without_mask[0].name
-            logger.warning(f"{subset.name}: {count} images without a mask left out, the first: {first}")
+        lines += [f"   {rule}" for rule in subset.rules]
+        warn_of_left_out(subset)
         if subset.num_noncam_skipped:
             lines.append(f"   {subset.num_noncam_skipped} without camouflaged objects left out (see --include-noncam)")
     num_for_training = sum(len(subset.pairs) for subset in subsets if subset.split == "train")
     if num_for_training > num_used:
         lines.append(f"{num_for_training - num_used} pairs occur twice and count once")
     return lines
+
+
+def warn_of_left_out(subset: Subset) -> None:
+    """Log how many images are not used, and why."""
+    if subset.images_without_mask:
+        count, first = len(subset.images_without_mask), subset.images_without_mask[0].name
+        hint = f"; {subset.hint}" if subset.hint else ""
+        logger.warning(f"{subset.name}: {count} images without a mask left out, the first: {first}{hint}")
+    for line in _describe_left_out(subset):
+        logger.warning(f"{subset.name}: {line}")
+
+
+def _describe_left_out(subset: Subset) -> list[str]:
+    by_reason: dict[str, list[Path]] = defaultdict(list)
+    for path, reason in subset.left_out.items():
+        by_reason[reason].append(path)
+    return [
+        f"{len(paths)} files left out ({reason}), the first: {paths[0].name}" for reason, paths in by_reason.items()
+    ]
 
 
 def by_name(pairs: Sequence[Pair], root: Path) -> dict[str, Pair]:
@@ -296,31 +349,30 @@ def fingerprint(pairs: Sequence[Pair], root: Path) -> str:
 
 
 def _find_pair_folders(root: Path) -> Iterator[tuple[Path, Path]]:
-    for directory, depth in _walk(root):
-        children = {child.name.lower(): child for child in _subfolders(directory)}
+    for directory, depth in walk(root):
+        children = {child.name.lower(): child for child in subfolders(directory)}
         for image_name, mask_name in _PAIR_FOLDERS:
-            if depth < _MAX_DEPTH and image_name in children and mask_name in children:
+            if depth < MAX_DEPTH and image_name in children and mask_name in children:
                 yield children[image_name], children[mask_name]
                 break
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, int]]:
-    pending = [(root, 0)]
-    while pending:
-        directory, depth = pending.pop()
-        yield directory, depth
-        if depth < _MAX_DEPTH:
-            pending.extend((child, depth + 1) for child in reversed(_subfolders(directory)))
-
-
-def _subfolders(directory: Path) -> list[Path]:
-    """Return visible subfolders, sorted by name; none if the directory is not readable (``lost+found``)."""
-    try:
-        with os.scandir(directory) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    except PermissionError:
-        return []
-    return [directory / name for name in names]
+def _find_similar_folders(root: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield pairs of folders whose names are alike but for a word: photos, labels; train, train_masks; a_img, a_gt."""
+    for directory, depth in walk(root):
+        images: dict[str, Path] = {}
+        masks: dict[str, Path] = {}
+        for child in subfolders(directory) if depth < MAX_DEPTH else []:
+            role, rest = folder_role(child.name)
+            if role == "mask":
+                masks.setdefault(rest, child)
+            elif role == "image":
+                images[rest] = child
+            elif rest:
+                images.setdefault(rest, child)
+        for rest, folder in masks.items():
+            if rest in images and all(_pictures_below(own, ()) for own in (images[rest], folder)):
+                yield images[rest], folder
 
 
 def split_of(path_parts: Sequence[str]) -> Split | None:
@@ -334,50 +386,127 @@ def split_of(path_parts: Sequence[str]) -> Split | None:
     return None
 
 
-def _read_subset(
-    root: Path, images: Path, masks: Path, nested: bool, stems_elsewhere: Collection[str], include_noncam: bool
+@dataclass(frozen=True)
+class _Part:
+    """Images and masks of two folders by name, and which belong together."""
+
+    images: Mapping[str, Path]
+    masks: Mapping[str, Path]
+    matching: Matching
+    left_out: Mapping[Path, str]
+
+    @property
+    def used(self) -> set[Path]:
+        return {self.masks[mask] for mask in self.matching.partners.values()}
+
+
+def _read_folders(
+    root: Path, images: Path, masks: Path, pair_folders: Collection[Path], rules: tuple[str, ...]
+) -> Iterator[Subset]:
+    """Yield the subsets of an image folder and its mask folder.
+
+    Args:
+        root: the dataset's folder.
+        images: the image folder.
+        masks: the mask folder.
+        pair_folders: all image and mask folders, which are no sub-folders of others.
+        rules: how the folders were found, if their names are not known ones.
+    """
+    skip = set(pair_folders) - {images, masks}
+    nested = [child for child in subfolders(images) if split_of([child.name]) is not None]
+    parts: dict[Path, tuple[Path, _Part]] = {}
+    for folder in nested or [images]:
+        mask_folder = _folder_of_split(masks, folder.name) if nested else masks
+        parts[folder] = mask_folder, _read_part(folder, mask_folder, skip)
+    unread = dict.fromkeys(_pictures_below(images, {*skip, *nested}), _BESIDE_SPLITS) if nested else {}
+    for folder, (mask_folder, part) in parts.items():
+        # A shared mask folder holds the masks of all splits: those of another split do not lack their image.
+        used = {mask for other, one in parts.values() if other == mask_folder for mask in one.used}
+        location = folder if nested or (rules and folder_role(images.name)[1]) else images.parent
+        splits: dict[str, Split | None] = {name: split_of(name.split("/")[:-1]) for name in part.images} or {"": None}
+        for split in _SPLITS:
+            if split not in splits.values():
+                continue
+            own = {name: image for name, image in part.images.items() if splits[name] == split}
+            left_out = {**part.left_out, **unread}
+            yield _subset(root, location, split, replace(part, images=own, left_out=left_out), used, rules)
+            unread = {}
+
+
+def _folder_of_split(masks: Path, name: str) -> Path:
+    """Return a split's folder in the mask folder, in any letter case; if there is none, the mask folder."""
+    found = {child.name: child for child in subfolders(masks) if child.name.lower() == name.lower()}
+    return found.get(name, next(iter(found.values()), masks))
+
+
+def _read_part(images: Path, masks: Path, skip: Collection[Path]) -> _Part:
+    """Pair the pictures of two folders, without those of folders below, unless these are the only ones to fit."""
+    image_listing, mask_listing = list_pictures(images, IMAGE_SUFFIXES), list_pictures(masks, MASK_SUFFIXES)
+    matching = match_names(image_listing.files, mask_listing.files)
+    unread = {path: _IN_SUBFOLDER for path in _pictures_below(images, skip) if path.parent != images}
+    if not matching.partners:
+        image_listing, mask_listing = list_tree(images, IMAGE_SUFFIXES, skip), list_tree(masks, MASK_SUFFIXES, skip)
+        matching, unread = match_names(image_listing.files, mask_listing.files), {}
+        if any("/" in name for name in (*image_listing.files, *mask_listing.files)):
+            rule = f"folders below {images.name} and {masks.name} are read too"
+            matching = replace(matching, rules=(rule, *matching.rules))
+    left_out = {**image_listing.left_out, **mask_listing.left_out, **unread}
+    return _Part(image_listing.files, mask_listing.files, matching, left_out)
+
+
+def _pictures_below(folder: Path, skip: Collection[Path]) -> list[Path]:
+    return [directory / name for directory, _ in walk(folder, skip) for name in picture_names(directory)]
+
+
+def _read_mixed_folders(root: Path) -> Iterator[Subset]:
+    """Yield a subset for each folder that holds both images and masks."""
+    for directory, _ in walk(root):
+        if names := separate(picture_names(directory)):
+            images, masks = (by_stem(directory, own) for own in names)
+            part = _Part(images, masks, match_names(images, masks), {})
+            yield _subset(root, directory, None, part, part.used, ("images and masks are in one folder",))
+
+
+def _subset(
+    root: Path, location: Path, split: Split | None, part: _Part, used: Collection[Path], rules: tuple[str, ...]
 ) -> Subset:
-    location = images if nested else images.parent
+    """Return the subset of a part.
+
+    Args:
+        root: the dataset's folder.
+        location: the folder whose path names the subset.
+        split: what the names of its sub-folders say.
+        part: images and masks.
+        used: masks that belong to an image.
+        rules: how the folders were found.
+    """
     relative = location.relative_to(root)
-    image_by_stem = files_by_stem(images, IMAGE_SUFFIXES)
-    mask_by_stem = files_by_stem(masks, MASK_SUFFIXES)
-    lone_masks = [mask_by_stem[stem] for stem in mask_by_stem.keys() - image_by_stem.keys() - set(stems_elsewhere)]
-    noncam = [stem for stem in image_by_stem if stem.startswith(NONCAM_PREFIX)]
-    if not include_noncam:
-        for stem in noncam:
-            del image_by_stem[stem]
-    pairs = [Pair(image, mask_by_stem[stem]) for stem, image in image_by_stem.items() if stem in mask_by_stem]
+    name = relative.as_posix() if relative.parts else root.resolve().name
+    partners = {image: part.matching.partners.get(image) for image in part.images}
     return Subset(
-        name=relative.as_posix() if relative.parts else root.resolve().name,
-        split=split_of(relative.parts) or split_of([root.resolve().name]) or "train",
-        pairs=tuple(pairs),
-        images_without_mask=tuple(image for stem, image in image_by_stem.items() if stem not in mask_by_stem),
-        masks_without_image=tuple(sorted(lone_masks)),
-        num_noncam_skipped=0 if include_noncam else len(noncam),
+        name=f"{name}/{split}" if split else name,
+        split=split or split_of(relative.parts) or split_of([root.resolve().name]) or "train",
+        pairs=tuple(Pair(part.images[image], part.masks[mask]) for image, mask in partners.items() if mask is not None),
+        images_without_mask=tuple(part.images[image] for image, mask in partners.items() if mask is None),
+        masks_without_image=tuple(sorted(mask for mask in part.masks.values() if mask not in used)),
+        num_noncam_skipped=0,
+        rules=(*rules, *part.matching.rules),
+        hint=part.matching.hint,
+        left_out=part.left_out,
     )
 
 
-def files_by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """Map stem to path for the folder's visible files with one of the suffixes, sorted by name.
-
-    Raises:
-        ValueError: two of them share a stem.
-    """
-    files: dict[str, Path] = {}
-    with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
-    for name in names:
-        path = folder / name
-        if path.suffix.lower() not in suffixes:
-            continue
-        if path.stem in files:
-            raise ValueError(f"{folder}: {files[path.stem].name} and {name} share a stem; remove one of them")
-        files[path.stem] = path
-    return files
+def _without_noncam(subset: Subset) -> Subset:
+    """Leave out COD10K's images without a camouflaged object."""
+    pairs = tuple(pair for pair in subset.pairs if not pair.image.name.startswith(NONCAM_PREFIX))
+    without_mask = tuple(image for image in subset.images_without_mask if not image.name.startswith(NONCAM_PREFIX))
+    before = len(subset.pairs) + len(subset.images_without_mask)
+    num_skipped = before - len(pairs) - len(without_mask)
+    return replace(subset, pairs=pairs, images_without_mask=without_mask, num_noncam_skipped=num_skipped)
 
 
 def _describe_unknown_layout(root: Path) -> str:
-    found = [path.relative_to(root).as_posix() + "/" for path, depth in _walk(root) if 0 < depth < _MAX_DEPTH]
+    found = [path.relative_to(root).as_posix() + "/" for path, depth in walk(root) if 0 < depth < MAX_DEPTH]
     shown = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "") if found else "no folders"
     known = ", ".join(f"{{{image},{mask}}}" for image, mask in _PAIR_FOLDERS)
     part_of_one = any(root.name.lower() in pair for pair in _PAIR_FOLDERS)
