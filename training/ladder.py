@@ -6,6 +6,7 @@ Policy only: numbers in, action out. The gate has already skipped the window, on
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -22,6 +23,7 @@ SOUND_FACTOR = 1.1  # of the mean over the lowest mean; up to it, weights are wo
 FLOOR_GROWTH = 1.0002  # of the lowest mean, per window: a drift over thousands of windows is no rise
 PROGRESS_WINDOWS = 200  # applied after a rollback: it has helped, and the next one counts as the first again
 LEAST_LR_FACTOR = 2.0**-10  # ten rollbacks: a run that needs more does not learn
+SPIKES_IN_COMMON = 3  # with the same image in their windows: it is at fault
 FIRST_QUARANTINE = 2  # epochs; doubled by each further offence
 AFTER_QUARANTINE = 3  # attempts: 0 first, 1 again, 2 in fp32, 3 without the samples at fault
 
@@ -87,6 +89,7 @@ class Ladder:
     full_precision: bool = False  # overrides --precision
     quarantine: dict[str, int] = field(default_factory=dict)  # image -> epoch, from 0, in which it returns
     offences: dict[str, int] = field(default_factory=dict)  # image -> number of times it was quarantined
+    suspects: dict[str, int] = field(default_factory=dict)  # image -> spikes it was in, none of them explained
     spent: bool = False  # the run has ended with exit code 3
     # For the summary only
     num_applied: int = 0
@@ -142,6 +145,23 @@ class Ladder:
         self.offences[image] = self.offences.get(image, 0) + 1
         self.quarantine[image] = epoch + 1 + FIRST_QUARANTINE * 2 ** (self.offences[image] - 1)
         return self.quarantine[image]
+
+    def suspect(self, images: Collection[str]) -> set[str]:
+        """Count the images of a window with an unexplained spike. Return those that were in most spikes of all.
+
+        A few spikes with an image in common are no coincidence, unless the dataset is so small that its images meet
+        again and again: then others are in as many.
+        """
+        for image in images:
+            self.suspects[image] = self.suspects.get(image, 0) + 1
+        most = max(self.suspects.values(), default=0)
+        found = {image for image in images if self.suspects[image] == most}
+        others = sum(number == most for number in self.suspects.values()) - len(found)
+        if most < SPIKES_IN_COMMON or others or 2 * len(found) > len(images):
+            return set()
+        for image in found:
+            del self.suspects[image]
+        return found
 
     def is_quarantined(self, image: str, epoch: int) -> bool:
         return self.quarantine.get(image, 0) > epoch

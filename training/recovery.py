@@ -1,6 +1,7 @@
 """Recovery: acts on what the ladder decides about a window, and records it as an incident."""
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from runtime.log import RunLog
 from runtime.machine import Machine, ScalerSettings
 from runtime.sharding import load_local_state, local_state, whole_on_first, whole_weights
 from training.batchnorm import BufferGuard, running_statistics, statistics_kept
-from training.diagnosis import Diagnosis, diagnose, find_culprits, name_cause
+from training.diagnosis import Diagnosis, diagnose, find_culprits, name_cause, stand_out
 from training.gate import StepVerdict, WindowOutcome
 from training.incidents import DIVERGED, NONFINITE_WEIGHTS, IncidentRecord, IncidentStore
 from training.ladder import AFTER_QUARANTINE, LEAST_LR_FACTOR, Action, LossHistory
@@ -121,6 +122,18 @@ class Recovery:
             RecoverySpentError: Nothing is left to try.
         """
         ladder, verdict = self.state.ladder, outcome.verdict
+        if verdict is StepVerdict.SPIKE and window.attempt == 0:
+            self.state.optimizer.zero_grad(set_to_none=True)
+            guard.restore()
+            if culprits := self._spike_culprits(window):
+                self._open(window, outcome, verdict.value)
+                assert self._record is not None
+                self._record.attempts.append(_attempt(window, outcome))
+                self._record.cause = "data"
+                if (rest := self._rest_without(window, culprits, guard.least_batch)) is not None:
+                    return [rest]
+                self._skip_or_roll_back(ladder.skip(verdict), self._record.action)
+                return []
         action = ladder.next_action(outcome, window.attempt, window.precision.name)
         if action is Action.ROLL_BACK and verdict is StepVerdict.APPLIED and not self.max_rollbacks:
             action = Action.GO_ON
@@ -194,8 +207,7 @@ class Recovery:
                 if self._last_applied is not None:
                     healthy_otherwise = self._is_finite(self._last_applied.in_full_precision(halve=True))
                     healthy_otherwise = self.ranks.all(healthy_otherwise)
-        at_fault = self.ranks.gather([self.images[window.sample_indices[position]] for position in culprits])
-        names = [name for names in at_fault for name in names]
+        names = self._names(window, culprits)
         self._record.healthy_otherwise = healthy_otherwise
         self._record.cause = name_cause(diagnosis, diagnosis, names, window.num_samples_everywhere, healthy_otherwise)
         if self._record.cause == "model":
@@ -205,13 +217,42 @@ class Recovery:
             self._skip_or_roll_back(ladder.skip(verdict), "skipped; looked into, it was finite")
         elif not names:
             self._skip_or_roll_back(ladder.skip(verdict), "skipped; its samples are finite one by one, not together")
+        elif (rest := self._rest_without(window, culprits, least_batch)) is not None:
+            return [rest]
         else:
-            self._quarantine(names)
-            rest = self._counted(window.only(set(range(window.num_samples)) - set(culprits), least_batch))
-            if rest.num_samples_everywhere:
-                return [replace(rest, attempt=AFTER_QUARANTINE)]
             self._skip_or_roll_back(ladder.skip(verdict), self._record.action)
         return []
+
+    def _spike_culprits(self, window: Window) -> list[int]:
+        """Return the positions of this rank's samples that made a gradient norm spike; no rank has any if none has.
+
+        A sample is at fault if its gradient alone is far larger than that of the window's other samples, or if it was
+        in spike after spike, more often than any other sample. Costs a forward and backward pass per sample.
+        """
+        clean, ladder = replace(window, drill=None), self.state.ladder
+        with whole_weights(self.state.model), running_statistics(self.state.model):
+            found = [self._diagnose(clean.only([position])) for position in range(window.num_samples)]
+        mine = [math.nan if diagnosis is None else diagnosis.grad_norm for diagnosis in found]
+        per_rank = self.ranks.gather((mine, [self.images[index] for index in window.sample_indices]))
+        norms = [norm for part, _ in per_rank for norm in part]
+        names = [name for _, part in per_rank for name in part]
+        at_fault = {names[position] for position in stand_out(norms)}
+        if not at_fault:
+            at_fault = ladder.suspect(names)
+        if 2 * len(at_fault) > len(names):
+            return []
+        return [position for position, name in enumerate(per_rank[self.ranks.rank][1]) if name in at_fault]
+
+    def _names(self, window: Window, positions: Sequence[int]) -> list[str]:
+        """Return the names of samples by position, of all ranks."""
+        found = self.ranks.gather([self.images[window.sample_indices[position]] for position in positions])
+        return [name for names in found for name in names]
+
+    def _rest_without(self, window: Window, culprits: Sequence[int], least_batch: int) -> Window | None:
+        """Quarantine samples and return their window without them; None if nothing is left of it."""
+        self._quarantine(self._names(window, culprits))
+        rest = self._counted(window.only(set(range(window.num_samples)) - set(culprits), least_batch))
+        return replace(rest, attempt=AFTER_QUARANTINE) if rest.num_samples_everywhere else None
 
     def _diagnose(self, window: Window, loss_scale: float = 1.0) -> Diagnosis | None:
         """Rerun a window under hooks. Return None if memory runs out."""
