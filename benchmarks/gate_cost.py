@@ -1,144 +1,101 @@
-"""What a window costs with gate, detector and recovery's bookkeeping, against the bare loop: alternating, one process.
+"""Cost of gate, detector, recovery's bookkeeping and log: ``train_epoch`` against the same loop without them, in turn.
 
     python benchmarks/gate_cost.py [--backbone NAME] [--img-size PX] [--batch-size N] [--windows N] [--device cpu|cuda]
 
-Both sides run the same forward and backward pass on the same batch in the same precision (bf16 or fp32), clip, and step
-the same fused AdamW; neither averages weights. On CUDA every window is timed to the end of its work, and it is asserted
-that nothing in it waits for the device but the snapshot of every 50th.
+Both loops run the same batch through equal networks in the same precision (bf16 or fp32), clip, set the learning rate
+and step a fused AdamW; neither averages weights. The bare loop's windows run between those of ``train_epoch``, in one
+process. On CUDA every window is timed to the end of its work, and only those that take a snapshot may wait for the
+device.
 """
 
 import argparse
-import contextlib
+import copy
 import statistics
-import sys
 import tempfile
-import time
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from pathlib import Path
+from typing import Any
 
 import torch
-from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_
+from runs import AlternatingLoader, begun, flags_of, parser_of, prepared, seconds_of
+from torch.nn.utils import clip_grad_norm_
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from data.loading import training_loader
-from train_ultimate import begin_stage
-from training.batchnorm import BufferGuard
-from training.feed import epoch_windows
-from training.gate import PendingOutcome, StepVerdict, gated_step, should_skip
-from training.optim import gradient_norm, set_learning_rates
+from data.dataset import Batch
+from data.loading import to_device
+from models import CamouflageSegmenter
+from train_ultimate import train_epoch
+from training.optim import build_optimizer, set_learning_rates
+from training.recovery import SNAPSHOT_EVERY
 from training.run import Run
-from training.setup import prepare
-from training.window import Window, accumulate_gradients
+from training.window import batch_loss
 
 GRAD_CLIP, LR = 0.5, 1e-5
 
 
-def bare(run: Run, window: Window) -> None:
-    accumulate_gradients(run.state.model, window)
-    parameters = [parameter for parameter in run.state.model.parameters() if parameter.requires_grad]
-    clip_grad_norm_(parameters, GRAD_CLIP, foreach=True)
-    run.state.optimizer.step()
-    run.state.optimizer.zero_grad(set_to_none=True)
+def bare_loop(run: Run) -> Callable[[Batch], float]:
+    """Return a function that trains a copy of the network on a batch, without a gate, and returns the seconds."""
+    machine, model = run.machine, copy.deepcopy(run.state.model)
+    assert isinstance(model, CamouflageSegmenter)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(model, model.backbone, run.settings.weight_decay)
+    weight = torch.zeros((), device=machine.device)
+
+    def window(batch: Batch) -> None:
+        images, masks = to_device(batch, machine.device, machine.memory_format)
+        batch_loss(model, images, masks, weight, machine.precision, scale=1.0).backward()
+        clip_grad_norm_(parameters, GRAD_CLIP, foreach=True)
+        set_learning_rates(optimizer, LR, run.settings.backbone_lr_scale)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return lambda batch: seconds_of(lambda: window(batch), machine.device)
 
 
-def gated(run: Run, guard: BufferGuard) -> Callable[[Run, Window], None]:
-    """The window of ``train_epoch``, one verdict late, with ladder, snapshots and log."""
-    parameters = [parameter for parameter in run.state.model.parameters() if parameter.requires_grad]
-    pending: list[PendingOutcome] = []
+class WatchedLoader(AlternatingLoader):
+    """Alternating loader that counts the windows of ``train_epoch`` in which the host waited for a CUDA device."""
 
-    def step(run: Run, window: Window) -> None:
-        state = run.state
-        guard.begin_window()
-        loss = accumulate_gradients(state.model, window)
-        if pending:
-            outcome = pending.pop().read()
-            assert outcome.verdict is StepVerdict.APPLIED
-            with waiting_allowed(run.device):  # a snapshot, every 50 windows
-                assert run.recovery.answer(window, outcome, guard) is None
-            run.log.event("window", **asdict(outcome))
-        window.scaler.unscale_(state.optimizer)
-        grad_norm = gradient_norm(parameters)
-        found_inf, loss_scale = window.scaler.found_inf(state.optimizer, loss), window.scaler.current_scale(loss)
-        spike, highest = state.detector.examine(loss, grad_norm, found_inf)
-        relative_norm = grad_norm * (GRAD_CLIP / highest.clamp(max=GRAD_CLIP))
-        clip_grads_with_norm_(parameters, GRAD_CLIP, relative_norm, foreach=True)
-        skip = should_skip(loss, grad_norm, found_inf, spike)
-        gated_step(state.optimizer, skip)
-        guard.end_window(skip)
-        window.scaler.update_after(loss, found_inf)
-        state.optimizer.zero_grad(set_to_none=True)
-        pending.append(PendingOutcome(loss, grad_norm, found_inf, spike, loss_scale))
+    num_waits = 0
 
-    return step
-
-
-@contextlib.contextmanager
-def waiting_allowed(device: torch.device) -> Iterator[None]:
-    if device.type != "cuda":
-        yield
-        return
-    torch.cuda.set_sync_debug_mode("default")
-    yield
-    torch.cuda.set_sync_debug_mode("error")
-
-
-@contextlib.contextmanager
-def timed(device: torch.device, seconds: list[float]) -> Iterator[None]:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    if device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    yield
-    if device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.synchronize()
-    seconds.append(time.perf_counter() - start)
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            if not torch.cuda.is_available():
+                yield batch
+                continue
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                yield batch
+                torch.cuda.set_sync_debug_mode("default")
+            self.num_waits += any("synchronizing" in str(warning.message) for warning in caught)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default="tf_efficientnet_lite0")
-    parser.add_argument("--img-size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser = parser_of(__doc__)
     parser.add_argument("--windows", type=int, default=200)
-    parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        run = prepare([
-            *("train", "--dataset-path", "synthetic", "--checkpoint-dir", directory, "--no-pretrained"),
-            *("--backbone", options.backbone, "--img-size", str(options.img_size), "--device", options.device),
-            *("--batch-size", str(options.batch_size), "--accumulation-steps", "1", "--num-workers", "0"),
-        ])  # fmt: skip
-        stage = run.stages[1]
-        run.state.model.train()
-        begin_stage(run, stage)
-        loader = training_loader(run.train_pairs, options.img_size, options.batch_size, 0, 0, pin_memory=False)
-        run.state.progress.epoch = stage.first_epoch
-        guard = BufferGuard(run.state.model)
-        window = next(epoch_windows(run, stage, loader, len(loader), guard))
-        set_learning_rates(run.state.optimizer, LR, 1.0)
-        step = gated(run, guard)
-        times: dict[str, list[float]] = {"on": [], "off": []}
-        for number in range(options.windows + 5):
-            for name, function in (("on", step), ("off", bare)) if number % 2 else (("off", bare), ("on", step)):
-                if name == "off":  # left set by the gate, the flag would be looked at again
-                    run.state.optimizer.found_inf = None  # type: ignore[attr-defined]
-                with timed(run.device, times[name]):
-                    function(run, window)
-        on, off = (sorted(times[name][5:]) for name in ("on", "off"))
-        ratio = statistics.median(on) / statistics.median(off)
-        print(
-            f"{options.backbone}, {options.img_size} px, batch {options.batch_size}, {run.precision.name}, {run.device}"
-        )
-        for name, values in (("on", on), ("off", off)):
-            quartiles = statistics.quantiles(values, n=4)
-            print(f"{name:>4}: median {1000 * quartiles[1]:.1f} ms, quartiles {1000 * quartiles[0]:.1f} to "
-                  f"{1000 * quartiles[2]:.1f}, {len(values)} windows")  # fmt: skip
-        pairs = [a / b for a, b in zip(times["on"][5:], times["off"][5:], strict=True)]
-        print(f"ratio of medians {ratio:.4f}; median of the ratios of neighbours {statistics.median(pairs):.4f}")
+        flags = ["--no-pretrained", "--ema-decay", "0", "--lr", str(2 * LR), "--grad-clip", str(GRAD_CLIP)]
+        run = prepared("synthetic", directory, *flags_of(options), *flags)
+        measure(run, options)
+
+
+def measure(run: Run, options: argparse.Namespace) -> None:
+    stage = begun(run)
+    loader = WatchedLoader(run, options.windows, bare_loop(run))
+    train_epoch(run, stage, loader)
+    assert run.state.epoch_stats.num_skipped == 0
+    precision, device = run.machine.precision.name, run.machine.device
+    print(f"{options.backbone}, {options.img_size} px, batch {options.batch_size}, {precision}, {device}")
+    gated, bare = zip(*loader.seconds, strict=True)
+    for name, seconds in (("train_epoch", gated), ("bare", bare)):
+        low, median, high = (1000 * quartile for quartile in statistics.quantiles(seconds, n=4))
+        print(f"{name:>11}: median {median:.1f} ms, quartiles {low:.1f} to {high:.1f}, {len(seconds)} windows")
+    if device.type == "cuda":
+        print(f"windows that waited for the device: {loader.num_waits}, a snapshot is every {SNAPSHOT_EVERY}th")
+        assert loader.num_waits <= options.windows // SNAPSHOT_EVERY + 1
+    ratio = statistics.median(gated) / statistics.median(bare)
+    neighbours = statistics.median(one / other for one, other in loader.seconds)
+    print(f"ratio of medians {ratio:.4f}; median of the ratios of neighbours {neighbours:.4f}")
 
 
 if __name__ == "__main__":
