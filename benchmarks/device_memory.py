@@ -1,26 +1,22 @@
-"""Memory of the README's presets for GPUs: measured on a CUDA device, else estimated.
+"""Memory of the README's presets for GPUs, measured on a CUDA device or else estimated.
 
     python benchmarks/device_memory.py [--device cpu|cuda]
 
-Measured: the peak of two optimizer steps, average of the weights included, and what the CUDA context takes. Estimated:
-the bytes that the forward pass of two images keeps for the backward pass, scaled to the batch, a fifth on top for what
-comes and goes, 20 bytes a parameter (weights, gradients, two moments, average), and 0.7 GB for the context. The cuDNN
-workspace is in neither.
+Measured: the peak of two optimizer steps with a weight average, and 0.7 GB for the CUDA context. Estimated: the bytes
+that the forward pass of two images keeps for the backward pass, scaled to the batch, a fifth more for temporary
+tensors, 20 bytes a parameter (weights, gradients, two moments, average), and the context. Neither includes the cuDNN
+workspace.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
 import torch
+from runs import settings_of
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from commands import cli
 from losses import deep_supervision_loss
-from runtime.machine import Precision
-from training import setup as builders
+from models import NetworkSettings, build_network
+from runtime.machine import Precision, on_device
 from training.batchnorm import BufferGuard
 from training.optim import Ema, build_optimizer
 
@@ -34,7 +30,7 @@ PRESETS = {
 
 
 def bytes_kept(network: torch.nn.Module, img_size: int, batch_size: int, precision: Precision) -> int:
-    """Of tensors that the forward pass and the loss keep, each storage once, parameters left out."""
+    """Return the bytes of all storages that forward pass and loss keep, without the parameters."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     sizes: dict[int, int] = {}
 
@@ -54,7 +50,7 @@ def bytes_kept(network: torch.nn.Module, img_size: int, batch_size: int, precisi
 
 
 def peak(network: torch.nn.Module, img_size: int, batch_size: int, precision: Precision) -> int:
-    """Of two steps on the device."""
+    """Return the most bytes that two steps reserve on the device."""
     torch.cuda.reset_peak_memory_stats()
     optimizer = build_optimizer(network, network.get_submodule("backbone"), 1e-4)
     average = Ema(network, 0.999)
@@ -77,16 +73,15 @@ def main() -> None:
     device = parser.parse_args().device
     precision = Precision("bf16", device)
     for name, flags in PRESETS.items():
-        args = cli.parse(["train", "--dataset-path", "x", "--no-pretrained", *flags.split()])
-        network = builders.on_device(
-            builders.build_network(args, load_weights=False), torch.device(device), torch.channels_last
-        ).train()
+        settings = settings_of("--dataset-path", "x", "--no-pretrained", *flags.split())
+        network = build_network(NetworkSettings.of(settings.to_dict()))
+        network = on_device(network, torch.device(device), torch.channels_last)
         parameters = sum(parameter.numel() for parameter in network.parameters())
         if device == "cuda":
-            total, how = peak(network, args.img_size, args.batch_size, precision) + CONTEXT, "measured"
+            total, how = peak(network, settings.img_size, settings.batch_size, precision) + CONTEXT, "measured"
         else:
-            kept = bytes_kept(network, args.img_size, 2, precision) / 2
-            total, how = 1.2 * kept * args.batch_size + 20 * parameters + CONTEXT, "estimated"
+            kept = bytes_kept(network, settings.img_size, 2, precision) / 2
+            total, how = 1.2 * kept * settings.batch_size + 20 * parameters + CONTEXT, "estimated"
         print(f"{name:6} {total / GB:5.1f} GB, {how}; {parameters / 1e6:.1f} M parameters: {flags}")
 
 

@@ -1,93 +1,78 @@
-"""Time from a checkpoint to the first window's gradient, for one written at 90 % of an epoch and one at its start.
+"""Time from a checkpoint to the first window's gradient, if it was written at the start or at 90 % of an epoch.
 
     python benchmarks/resume_time.py --dataset-path DIR [--rounds N]
 
-Three ways, alternating: ours, whose sampler begins in mid-epoch; the plain one, which reads the batches that are done
-and throws them away; PyTorch Lightning. All with the same network, images, batch size and one loader process. Told,
-too: whether the first window after the resume is the one that was due.
+Three ways, in turn: ours, whose sampler begins in mid-epoch; the plain one, which reads the batches that are done and
+drops them; PyTorch Lightning. All have the same network, images, batch size and one loader process. Also printed:
+whether the first window after the resume is the one that was due.
 """
 
 import argparse
-import contextlib
-import io
+import itertools
 import logging
 import statistics
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import lightning
+import torch
+from runs import flags_of, loader_of, parser_of, prepared
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.dataset import Batch, CamouflageDataset, collate
-from data.loading import training_loader
 from data.sampler import EpochBatchSampler, SampleKey
 from losses import deep_supervision_loss
-from training.batchnorm import BufferGuard
 from training.feed import epoch_windows
+from training.gate import StepGate
 from training.run import Run
-from training.setup import prepare
 from training.window import Window, accumulate_gradients
 
-IMG_SIZE, BATCH_SIZE = 224, 8
 Timing = tuple[float, bool]  # seconds, and whether the samples were those due
 
 
-def arguments(dataset: str, directory: str, *more: str) -> list[str]:
-    return [
-        *("train", "--dataset-path", dataset, "--checkpoint-dir", directory, "--no-pretrained", "--device", "cpu"),
-        *("--backbone", "tf_efficientnet_lite0", "--img-size", str(IMG_SIZE), "--batch-size", str(BATCH_SIZE)),
-        *("--accumulation-steps", "1", "--num-workers", "1", *more),
-    ]
-
-
-def loader_of(run: Run) -> DataLoader[Batch]:
-    return training_loader(run.train_pairs, IMG_SIZE, BATCH_SIZE, run.args.seed, 1, pin_memory=False)
-
-
 def due(run: Run, window: int) -> list[int]:
-    sampler = EpochBatchSampler(len(run.train_pairs), BATCH_SIZE, run.args.seed)
+    """Return the sample indices of a window of the first epoch."""
+    sampler = EpochBatchSampler(len(run.data.train_pairs), run.settings.batch_size, run.settings.seed)
     sampler.set_position(0, window)
     return [key.index for key in next(iter(sampler))]
 
 
-def windows_of(run: Run, loader: DataLoader[Batch]) -> Window:
-    return next(epoch_windows(run, run.stages[0], loader, len(loader), BufferGuard(run.state.model)))
+def next_window(run: Run, loader: DataLoader[Batch]) -> Window:
+    settings, state = run.settings, run.state
+    gate = StepGate(state.model, state.detector, settings.grad_clip, run.machine.ranks, run.signals.received)
+    return next(epoch_windows(run, run.stages[0], loader, gate))
 
 
-def ours(dataset: str, directory: str, checkpoint: Path, window: int) -> Timing:
+def ours(prepare: Callable[..., Run], checkpoint: Path, window: int) -> Timing:
     start = time.perf_counter()
-    run = prepare(arguments(dataset, directory, "--resume", str(checkpoint)))
-    first = windows_of(run, loader_of(run))
+    run = prepare("--resume", str(checkpoint))
+    first = next_window(run, loader_of(run))
     accumulate_gradients(run.state.model, first)
     return time.perf_counter() - start, first.sample_indices == due(run, window)
 
 
-def skipping(dataset: str, directory: str, checkpoint: Path, window: int) -> Timing:
+def skipping(prepare: Callable[..., Run], checkpoint: Path, window: int) -> Timing:
     start = time.perf_counter()
-    run = prepare(arguments(dataset, directory, "--resume", str(checkpoint)))
+    run = prepare("--resume", str(checkpoint))
     run.state.progress.window = 0
     loader = loader_of(run)
-    first = windows_of(run, loader)
-    batches = iter(loader)  # from the start of the epoch, as the sampler was left there
+    first = next_window(run, loader)
+    batches = iter(loader)  # from the start of the epoch: the sampler's position
     for _ in range(window):
         next(batches)
-    first = Window(**{**vars(first), "batches": [next(batches)]})
+    first = replace(first, batches=[next(batches)])
     accumulate_gradients(run.state.model, first)
     return time.perf_counter() - start, first.sample_indices == due(run, window)
 
 
 class Module(lightning.LightningModule):
-    """The same network, loss and data as a LightningModule; stops in its first batch, or saves after one."""
+    """LightningModule of the same network and loss, which saves after some batches or stops in the first one."""
 
     def __init__(self, run: Run, save_after: int | None, path: Path) -> None:
         super().__init__()
@@ -116,14 +101,18 @@ class Module(lightning.LightningModule):
 
 
 def lightning_loader(run: Run) -> DataLoader[Batch]:
-    """A shuffling loader as users write it; the order is drawn from a generator seeded alike in each process."""
-    pairs = run.train_pairs
-    keys = CamouflageDataset(pairs, IMG_SIZE, augmented=True, seed=run.args.seed)
+    """Return a shuffling loader as users write it; every process draws the same order."""
+    settings = run.settings
+    dataset = Indexed(CamouflageDataset(run.data.train_pairs, settings.img_size, augmented=True, seed=settings.seed))
     generator = torch.Generator().manual_seed(0)
-    return DataLoader(Indexed(keys), BATCH_SIZE, shuffle=True, num_workers=1, collate_fn=collate, generator=generator)
+    return DataLoader(
+        dataset, settings.batch_size, shuffle=True, num_workers=1, collate_fn=collate, generator=generator
+    )
 
 
 class Indexed(torch.utils.data.Dataset[Any]):
+    """Dataset indexed by number, as Lightning expects it."""
+
     def __init__(self, dataset: CamouflageDataset) -> None:
         self.dataset = dataset
 
@@ -143,46 +132,54 @@ def fit(run: Run, module: Module, checkpoint: Path | None, limit: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--dataset-path", required=True)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.set_defaults(device="cpu")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as _:
-        run = prepare(arguments(options.dataset_path, f"{folder}/first"))
-        num_windows = len(loader_of(run))
-        positions = {"start": 1, "90 %": round(0.9 * num_windows)}
-        run.state.progress.stage = 1
+    with tempfile.TemporaryDirectory() as folder:
+        compare(options, Path(folder))
+
+
+def compare(options: argparse.Namespace, folder: Path) -> None:
+    numbers = itertools.count()
+
+    def prepare(*more: str) -> Run:
+        flags = [*flags_of(options), "--no-pretrained", "--num-workers", "1", *more]
+        return prepared(options.dataset_path, folder / f"run-{next(numbers)}", *flags)
+
+    run = prepare()
+    num_windows = len(loader_of(run))
+    positions = {"start": 1, "90 %": round(0.9 * num_windows)}
+    run.state.progress.stage = run.stages[0].number
+    for name, window in positions.items():
+        run.state.progress.window = run.state.progress.global_window = window
+        path = run.folder.store.save_step(window, run.checkpoint())
+        run.folder.store.wait()
+        path.rename(folder / f"{name}.pth")
+        fit(run, Module(run, window, folder / f"{name}.ckpt"), None, window)
+    order = torch.randperm(len(run.data.train_pairs), generator=generator_of_shuffle()).tolist()
+
+    def with_lightning(name: str, window: int) -> Timing:
+        start = time.perf_counter()
+        fresh = prepare()
+        module = Module(fresh, None, folder / "unused.ckpt")
+        fit(fresh, module, folder / f"{name}.ckpt", num_windows)
+        expected = order[window * options.batch_size : (window + 1) * options.batch_size]
+        return module.done - start, module.seen == expected
+
+    ways: dict[str, Callable[[str, int], Timing]] = {
+        "ours": lambda name, window: ours(prepare, folder / f"{name}.pth", window),
+        "reading and skipping": lambda name, window: skipping(prepare, folder / f"{name}.pth", window),
+        "PyTorch Lightning": with_lightning,
+    }
+    timings: dict[tuple[str, str], list[Timing]] = {}
+    for _ in range(options.rounds):
         for name, window in positions.items():
-            run.state.progress.window = run.state.progress.global_window = window
-            run.store.save_step(window, run.checkpoint())
-            run.store.wait()
-            (Path(folder) / "first" / f"step_{window:08d}.pth").rename(Path(folder) / f"{name}.pth")
-            fit(run, Module(run, window, Path(folder) / f"{name}.ckpt"), None, window)
-        order = torch.randperm(len(run.train_pairs), generator=generator_of_shuffle()).tolist()
-        ways: dict[str, Callable[[str, int, str], Timing]] = {
-            "ours": lambda name, window, d: ours(options.dataset_path, d, Path(folder) / f"{name}.pth", window),
-            "reading and skipping": lambda name, window, d: skipping(
-                options.dataset_path, d, Path(folder) / f"{name}.pth", window
-            ),
-        }
-
-        def lightnings(name: str, window: int, directory: str) -> Timing:
-            start = time.perf_counter()
-            fresh = prepare(arguments(options.dataset_path, directory))
-            module = Module(fresh, None, Path(folder) / "unused.ckpt")
-            fit(fresh, module, Path(folder) / f"{name}.ckpt", num_windows)
-            expected = order[window * BATCH_SIZE : (window + 1) * BATCH_SIZE]
-            return module.done - start, module.seen == expected
-
-        ways["PyTorch Lightning"] = lightnings
-        timings: dict[tuple[str, str], list[Timing]] = {}
-        for number in range(options.rounds):
-            for name, window in positions.items():
-                for way, function in ways.items():
-                    directory = f"{folder}/{number}-{name}-{way}".replace(" ", "")
-                    timings.setdefault((way, name), []).append(function(name, window, directory))
+            for way, function in ways.items():
+                timings.setdefault((way, name), []).append(function(name, window))
     print(f"{num_windows} windows an epoch; median of {options.rounds} rounds, from the start of prepare()")
     for way in ways:
         start, late = (statistics.median(seconds for seconds, _ in timings[way, name]) for name in positions)
@@ -192,7 +189,7 @@ def main() -> None:
 
 
 def generator_of_shuffle() -> torch.Generator:
-    """Torch's RandomSampler draws its permutation from the loader's generator, after the loader's own base seed."""
+    """Return the generator as RandomSampler finds it: the loader has drawn its workers' base seed from it already."""
     generator = torch.Generator().manual_seed(0)
     torch.empty((), dtype=torch.int64).random_(generator=generator)
     return generator

@@ -1,88 +1,78 @@
-"""What training costs against image size, batch, backbone and data-set size: milliseconds an image, of whole epochs.
+"""Cost of training by image size, batch, backbone and size of the dataset: milliseconds per image of whole epochs.
 
     python benchmarks/scaling.py --dataset-path data/CAMO [--series NAME ...] [--images N] [--rounds N]
 
-An epoch is what ``run_stage`` makes of it: all weights trained, then validation, report and checkpoint. In each series
-one thing changes; its settings take turns, and medians over rounds are compared with the first of them. Links to the
-same photographs make up the larger data sets.
+An epoch trains all weights, validates, logs and saves, as in ``run_stage``. In each series one setting changes; its
+values take turns, and medians over rounds are compared with the first of them. Larger datasets are made of links to the
+same photographs.
 """
 
 import argparse
 import contextlib
 import io
 import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from memory import write_links
+from runs import begun, flags_of, loader_of, prepared, seconds_of
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from data.loading import validation_loader
+from train_ultimate import finish_epoch, train_epoch, validate
 
-from memory import write_links
-
-from data.loading import training_loader, validation_loader
-from train_ultimate import begin_stage, finish_epoch, train_epoch, validate
-from training.setup import prepare
-
-Settings = dict[str, str]
-BASE: Settings = {"backbone": "tf_efficientnet_lite0", "img-size": "224", "batch-size": "8"}
-SMALL: Settings = {"backbone": "resnet10t", "img-size": "96", "batch-size": "8"}  # where overheads would show
-SERIES: dict[str, list[Settings]] = {
-    "img-size": [{**BASE, "img-size": size} for size in ("160", "224", "320", "448")],
-    "batch-size": [{**BASE, "batch-size": size} for size in ("2", "4", "8", "16")],
+Case = dict[str, Any]
+BASE: Case = {"backbone": "tf_efficientnet_lite0", "img_size": 224, "batch_size": 8}
+SMALL: Case = {"backbone": "resnet10t", "img_size": 96, "batch_size": 8}  # overheads show most in small networks
+SERIES: dict[str, list[Case]] = {
+    "img-size": [{**BASE, "img_size": size} for size in (160, 224, 320, 448)],
+    "batch-size": [{**BASE, "batch_size": size} for size in (2, 4, 8, 16)],
     "backbone": [{**BASE, "backbone": name} for name in ("resnet10t", BASE["backbone"], "resnet26", "pvt_v2_b1")],
-    "images": [{**SMALL, "images": f"{factor}x"} for factor in (1, 3, 10)],
+    "images": [{**SMALL, "images": factor} for factor in (1, 3, 10)],
 }
 
 
-def epochs_of(settings: Settings, dataset: Path, directory: Path, device: str) -> tuple[Callable[[], float], str]:
-    """A function that trains an epoch and returns its seconds an image; and what the network amounts to."""
-    flags = [text for name, value in settings.items() if name != "images" for text in (f"--{name}", value)]
-    with contextlib.redirect_stdout(io.StringIO()):
-        run = prepare([
-            *("train", "--dataset-path", str(dataset), "--checkpoint-dir", str(directory), "--device", device),
-            *("--no-pretrained", "--accumulation-steps", "1", "--stage1-epochs", "0", "--num-workers", "1", *flags),
-        ])  # fmt: skip
-    (stage,) = run.stages
-    begin_stage(run, stage)
-    workers = {"num_workers": 1, "pin_memory": run.device.type == "cuda"}
-    loader = training_loader(run.train_pairs, run.args.img_size, stage.batch_size, 0, **workers)
-    val_loader = validation_loader(run.val_pairs, run.args.img_size, stage.batch_size, **workers)
+def epochs_of(case: Case, dataset: Path, directory: Path, device: str) -> tuple[Callable[[], float], str]:
+    """Return a function that trains an epoch and returns its seconds per image; and the network's size in words."""
+    flags = flags_of(argparse.Namespace(**case, device=device))
+    run = prepared(dataset, directory, *flags, "--no-pretrained", "--num-workers", "1")
+    stage, settings, device_in_use = begun(run), run.settings, run.machine.device
+    loader = loader_of(run)
+    val_loader = validation_loader(
+        run.data.val_pairs, settings.img_size, stage.batch_size, num_workers=1, pin_memory=device_in_use.type == "cuda"
+    )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run.state.model.eval()(torch.zeros(1, 3, run.args.img_size, run.args.img_size, device=run.device))
+        run.state.model.eval()(torch.zeros(1, 3, settings.img_size, settings.img_size, device=device_in_use))
     millions = sum(parameter.numel() for parameter in run.state.model.parameters()) / 1e6
-    about = f"{millions:.1f} M parameters, {counter.get_total_flops() / 2e9:.2f} GMACs an image"
+    size = f"{millions:.1f} M parameters, {counter.get_total_flops() / 2e9:.2f} GMACs per image"
 
-    def epoch() -> float:
-        start = time.perf_counter()
+    def epoch() -> None:
         train_epoch(run, stage, loader)
         finish_epoch(run, stage, validate(run, val_loader))
-        return (time.perf_counter() - start) / len(run.train_pairs)
 
-    return epoch, about
+    return lambda: seconds_of(epoch, device_in_use) / len(run.data.train_pairs), size
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset-path", type=Path, required=True)
     parser.add_argument("--series", nargs="+", choices=SERIES, default=list(SERIES))
-    parser.add_argument("--images", type=int, default=96, help="of the data set, a tenth of them to validate on")
+    parser.add_argument("--images", type=int, default=96, help="images of the dataset, a tenth of them to validate on")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     for name in options.series:
         with tempfile.TemporaryDirectory() as temporary:
             folder, cases = Path(temporary), []
-            for number, settings in enumerate(SERIES[name]):
-                images = options.images * int(settings.get("images", "1x")[:-1])
+            for number, case in enumerate(SERIES[name]):
+                images = options.images * case.get("images", 1)
                 dataset = folder / f"data-{images}"
                 if not dataset.exists():
                     write_links(options.dataset_path, dataset, images)
-                cases.append(epochs_of(settings, dataset, folder / f"run-{number}", options.device))
+                cases.append(epochs_of(case, dataset, folder / f"run-{number}", options.device))
             rows: list[list[float]] = [[] for _ in cases]
             for round_number in range(options.rounds + 1):
                 for row, (epoch, _) in zip(rows, cases, strict=True):
@@ -91,9 +81,10 @@ def main() -> None:
                     if round_number:  # the first is for warming up
                         row.append(1000 * seconds)
         print(f"{name}, {options.rounds} epochs of {options.images} images each:")
-        for settings, row, (_, about) in zip(SERIES[name], rows, cases, strict=True):
+        for case, row, (_, size) in zip(SERIES[name], rows, cases, strict=True):
             ratio = statistics.median(ours / first for ours, first in zip(row, rows[0], strict=True))
-            print(f"   {settings[name]:>22} {statistics.median(row):8.1f} ms an image, x {ratio:5.3f}   ({about})")
+            value, milliseconds = case[name.replace("-", "_")], statistics.median(row)
+            print(f"   {value:>22} {milliseconds:8.1f} ms per image, x {ratio:5.3f}   ({size})")
 
 
 if __name__ == "__main__":

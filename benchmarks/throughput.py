@@ -5,12 +5,12 @@
 - ours: ``train_epoch`` with gate, spike detector, weight average, recovery's bookkeeping and log, and a checkpoint
   after each epoch, written while the next one trains.
 - bare: the shortest loop that makes the same updates: forward, backward, clip, fused AdamW. Same precision and layout.
-- origin: as camouflage repositories have it: fp32, NCHW, the boundary weights anew for every side output with a 31 x 31
-  window, ``.item()`` after each batch.
-- Lightning, Accelerate: the bare loop's work in these trainers, their extras off.
+- origin: the loop of camouflage repositories: fp32, NCHW, boundary weights computed again for every side output with a
+  31 x 31 window, ``.item()`` after each batch.
+- lightning, accelerate: the bare loop's work in these trainers, with their extras off.
 
-All train every weight of the same network on the same loader's batches, all decode every epoch. A round is one epoch of
-each; rounds rotate the order; medians over rounds are compared.
+All train every weight of equal networks on the same batches, and decode them in every epoch. A round is one epoch of
+each, in an order of its own; medians over rounds are compared.
 """
 
 import argparse
@@ -19,71 +19,55 @@ import io
 import logging
 import random
 import statistics
-import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import accelerate
 import lightning
+import torch
+import torch.nn.functional as F
+from runs import begun, flags_of, loader_of, parser_of, prepared, seconds_of
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.dataset import Batch
-from data.loading import to_device, training_loader
+from data.loading import to_device
 from losses import deep_supervision_loss
-from train_ultimate import begin_stage, train_epoch
+from runtime.machine import resolve_device
+from train_ultimate import train_epoch
 from training.run import Run
-from training.setup import prepare
 from training.state import EpochStats
 
 LR, GRAD_CLIP = 1e-5, 0.5
 
 
 class Contest:
-    """One network, loader and optimizer for each way, so that none finds another's caches."""
+    """Contest of several ways, each with a network, loader and optimizer of its own."""
 
     def __init__(self, options: argparse.Namespace, directory: Path) -> None:
         self.options, self.directory = options, directory
 
     def fresh(self, name: str) -> tuple[Run, DataLoader[Batch]]:
         options = self.options
-        flags = [
-            *("train", "--dataset-path", options.dataset_path, "--checkpoint-dir", str(self.directory / name)),
-            *("--backbone", options.backbone, "--img-size", str(options.img_size)),
-            *(("--backbone-weights", options.backbone_weights) if options.backbone_weights else ("--no-pretrained",)),
-            *("--batch-size", str(options.batch_size), "--accumulation-steps", "1", "--stage1-epochs", "0"),
-            *("--lr", str(2 * LR), "--device", options.device, "--num-workers", str(options.num_workers)),
-        ]
-        with contextlib.redirect_stdout(io.StringIO()):
-            run = prepare(flags)
-        run.train_pairs = run.train_pairs[: options.images]
-        run.state.model.train()
-        begin_stage(run, run.stages[0])
-        pin = run.device.type == "cuda"
-        loader = training_loader(
-            run.train_pairs, options.img_size, options.batch_size, 0, options.num_workers, pin_memory=pin
-        )
-        return run, loader
+        weights = ["--backbone-weights", options.backbone_weights] if options.backbone_weights else ["--no-pretrained"]
+        flags = [*flags_of(options), *weights, "--lr", str(2 * LR), "--num-workers", str(options.num_workers)]
+        run = prepared(options.dataset_path, self.directory / name, *flags)
+        begun(run)
+        return run, loader_of(run, options.images)
 
     def ours(self) -> Callable[[], None]:
         run, loader = self.fresh("ours")
-        stage = run.stages[0]
+        (stage,) = run.stages
 
         def epoch() -> None:
             train_epoch(run, stage, loader)
             run.state.progress.epoch += 1
             run.state.progress.window = 0
             run.state.epoch_stats = EpochStats()
-            run.store.save_epoch(run.state.progress.epoch, run.checkpoint(), is_best=False)
+            run.folder.store.save_epoch(run.state.progress.epoch, run.checkpoint(), is_best=False)
 
         return epoch
 
@@ -95,8 +79,8 @@ class Contest:
 
         def epoch() -> None:
             for batch in loader:
-                images, masks = to_device(batch, run.device, run.memory_format)
-                with run.precision.autocast():
+                images, masks = to_device(batch, run.machine.device, run.machine.memory_format)
+                with run.machine.precision.autocast():
                     outputs = model(images)
                 deep_supervision_loss(outputs, masks, 0.5).backward()
                 torch.nn.utils.clip_grad_norm_(parameters, GRAD_CLIP, foreach=True)
@@ -107,15 +91,16 @@ class Contest:
 
     def origin(self) -> Callable[[], None]:
         run, loader = self.fresh("origin")
+        device = run.machine.device
         model = run.state.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         optimizer = torch.optim.AdamW(model.parameters(), lr=LR, foreach=False)
 
         def epoch() -> None:
             total = 0.0
             for batch in loader:
-                images = batch.images.to(run.device).float() / 255
-                masks = batch.masks.to(run.device).float()
-                loss = torch.zeros((), device=run.device)
+                images = batch.images.to(device).float() / 255
+                masks = batch.masks.to(device).float()
+                loss = torch.zeros((), device=device)
                 for logits in model(images):
                     logits = F.interpolate(logits, masks.shape[-2:], mode="bilinear", align_corners=False)
                     weights = 1 + 5 * (F.avg_pool2d(masks, 31, stride=1, padding=15) - masks).abs()
@@ -136,11 +121,11 @@ class Contest:
     def lightning(self) -> Callable[[], None]:
         run, loader = self.fresh("lightning")
         module = Module(run)
-        precision: Any = {"bf16": "bf16-mixed", "fp16": "16-mixed", "fp32": "32-true"}[run.precision.name]
+        precision: Any = {"bf16": "bf16-mixed", "fp16": "16-mixed", "fp32": "32-true"}[run.machine.precision.name]
 
         def epoch() -> None:
             trainer = lightning.Trainer(
-                max_epochs=1, accelerator="gpu" if run.device.type == "cuda" else "cpu", devices=1,
+                max_epochs=1, accelerator="gpu" if run.machine.device.type == "cuda" else "cpu", devices=1,
                 precision=precision, logger=False, enable_checkpointing=False,
                 enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
             )  # fmt: skip
@@ -150,14 +135,14 @@ class Contest:
 
     def accelerate(self) -> Callable[[], None]:
         run, loader = self.fresh("accelerate")
-        mixed = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}[run.precision.name]
-        accelerator = accelerate.Accelerator(mixed_precision=mixed, cpu=run.device.type == "cpu")
+        mixed = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}[run.machine.precision.name]
+        accelerator = accelerate.Accelerator(mixed_precision=mixed, cpu=run.machine.device.type == "cpu")
         optimizer: Any = torch.optim.AdamW(run.state.model.parameters(), lr=LR, fused=True)
         model, optimizer = accelerator.prepare(run.state.model, optimizer)
 
         def epoch() -> None:
             for batch in loader:
-                images, masks = to_device(batch, run.device, run.memory_format)
+                images, masks = to_device(batch, run.machine.device, run.machine.memory_format)
                 with accelerator.autocast():
                     outputs = model(images)
                 accelerator.backward(deep_supervision_loss(outputs, masks, 0.5))
@@ -169,9 +154,11 @@ class Contest:
 
 
 class Module(lightning.LightningModule):
+    """LightningModule of the run's network."""
+
     def __init__(self, run: Run) -> None:
         super().__init__()
-        self.model, self.memory_format = run.state.model, run.memory_format
+        self.model, self.memory_format = run.state.model, run.machine.memory_format
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Any:
         return to_device(batch, device, self.memory_format)
@@ -181,7 +168,7 @@ class Module(lightning.LightningModule):
         return deep_supervision_loss(self.model(images), masks, 0.5)
 
     def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
-        """Its own refuses a fused optimizer."""
+        """Clip: Lightning's own clipping refuses a fused optimizer."""
         torch.nn.utils.clip_grad_norm_(self.parameters(), GRAD_CLIP, foreach=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -189,16 +176,12 @@ class Module(lightning.LightningModule):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--dataset-path", required=True)
-    parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--backbone-weights", help="start from these, with frozen statistics (default: random ones)")
-    parser.add_argument("--img-size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--images", type=int, default=160, help="of the data set, an epoch")
+    parser.add_argument("--images", type=int, default=160, help="training images in an epoch")
     parser.add_argument("--num-workers", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--ways", nargs="+", default=["ours", "bare", "origin", "lightning", "accelerate"])
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -209,13 +192,10 @@ def main() -> None:
         seconds: dict[str, list[float]] = {way: [] for way in epochs}
         for number in range(options.rounds + 1):
             for way in random.Random(number).sample(list(epochs), len(epochs)):
-                start = time.perf_counter()
                 with contextlib.redirect_stderr(io.StringIO()):
-                    epochs[way]()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
+                    taken = seconds_of(epochs[way], resolve_device(options.device))
                 if number:  # the first is for warming up
-                    seconds[way].append(time.perf_counter() - start)
+                    seconds[way].append(taken)
     rate = {way: options.images / statistics.median(times) for way, times in seconds.items()}
     print(f"{options.backbone}, {options.img_size} px, batch {options.batch_size}, {options.images} images an epoch, "
           f"median of {options.rounds} rounds")  # fmt: skip
