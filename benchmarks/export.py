@@ -1,8 +1,8 @@
-"""Images per second of an exported network in onnxruntime, of its .pt2 and of the program's own on a CPU; in turn.
+"""Images per second of a network on a CPU: exported to onnxruntime, exported to .pt2, and in this program; in turn.
 
-python benchmarks/export.py [--backbone NAME ...] [--zoom FACTOR ...] [--img-size PX] [--batch-size N] [--threads N]
+    python benchmarks/export.py [--backbone NAME ...] [--zoom FACTOR ...] [--img-size PX] [--batch-size N] [--threads N]
 
-Weights are random: they do not change the time. Each format is what `train_ultimate.py export` writes.
+Weights are random, which does not change the time. Formats are those that `train_ultimate.py export` writes.
 """
 
 import argparse
@@ -20,27 +20,27 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from commands.export import ExportedNetwork, trace, write_onnx
 from data.processes import keep_freed_memory
-from models.network import build_model
+from models import NetworkSettings, build_network
+from runtime.machine import on_device
 
 
 def runners(
     name: str, img_size: int, zooms: list[float], images: torch.Tensor, threads: int
 ) -> dict[str, Callable[[], object]]:
-    """What is compared, each a forward pass of all images."""
-    model = build_model(name, 64, img_size, zooms=zooms).eval().requires_grad_(False)
+    """Return the functions to compare, by name: each runs a forward pass of all images."""
+    model = build_network(NetworkSettings(name, 64, img_size, tuple(zooms))).eval().requires_grad_(False)
     traced = trace(model, img_size, fixed_size=False)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.onnx"
         write_onnx(traced, path, {})
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        # Or its threads would turn in a loop, waiting for more, on the cores that the next one is to run on.
+        # Else its threads would spin between calls, on the cores that the next function needs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     program, pixels = traced.program.module(), images.numpy()
-    # As `evaluate` runs it.
-    network = ExportedNetwork(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    channels_last = images.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = on_device(ExportedNetwork(model), torch.device("cpu"), torch.channels_last)  # the layout of `evaluate`
+    channels_last = images.contiguous(memory_format=torch.channels_last)
     return {
         "torch": lambda: network(channels_last),
         ".pt2": lambda: program(images),
@@ -76,8 +76,8 @@ def main() -> None:
         rates = {label: options.batch_size / statistics.median(times[2:]) for label, times in seconds.items()}
         pairs = zip(seconds["torch"][2:], seconds["onnxruntime"][2:], strict=True)
         ratio = statistics.median(ours / theirs for ours, theirs in pairs)
-        told = ", ".join(f"{label} {rate:.1f}" for label, rate in rates.items())
-        print(f"{name:24} images/s: {told}; onnxruntime / torch x {ratio:.2f}")
+        listed = ", ".join(f"{label} {rate:.1f}" for label, rate in rates.items())
+        print(f"{name:24} images/s: {listed}; onnxruntime / torch x {ratio:.2f}")
 
 
 if __name__ == "__main__":
