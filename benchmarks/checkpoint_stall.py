@@ -1,10 +1,10 @@
-"""What a checkpoint costs training: in the background, against a synchronous torch.save of the same state.
+"""Cost of a checkpoint to training: written in the background, against a synchronous torch.save of the same state.
 
     python benchmarks/checkpoint_stall.py [--parameters 25e6] [--rounds N] [--directory DIR]
 
-The state is that of a network of so many parameters with its average and AdamW's moments. "Wait" is the time the loop
-is held up by ``CheckpointStore.save_step``; "slower" is what the windows during the write take longer than others,
-since both share the machine. Rounds alternate between the two ways; the medians are compared.
+The state is that of a network of ``--parameters`` parameters with its average and AdamW's moments. "Wait" is the time
+that the loop spends in ``CheckpointStore.save_step``; "slower" is the extra time of all windows during the write, which
+shares the machine with them. Rounds alternate between the two ways; medians are compared.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=float, default=25e6)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--directory", help="where to write (default: a temporary folder)")
+    parser.add_argument("--directory", help="folder to write to (default: a temporary one)")
     options = parser.parse_args()
     layers = max(1, round(options.parameters / 1024**2))
     model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(layers)))

@@ -1,9 +1,10 @@
-"""What the decoded cache is worth: images per second of the real loaders with it, against decoding in every epoch.
+"""Gain from the decoded cache: images per second of the real loaders with it, against decoding in every epoch.
 
     python benchmarks/loader_cache.py --dataset-path DIR [--img-size PX] [--num-workers N] [--batch-size N] [--rounds N]
 
-Training (shuffled, augmented) and validation (in order, as it is) are timed apart. The loaders keep their processes;
-the first epoch of each is not counted, and after it, epochs with the cache and without alternate. Medians are compared.
+Training (shuffled, augmented) and validation (in order, not augmented) are timed separately. The loaders keep their
+processes. The first epoch of each is not counted; after it, epochs with and without the cache alternate, and medians
+are compared.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--num-workers", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cache-dir", type=Path, help="where to build the cache (default: a temporary folder)")
+    parser.add_argument("--cache-dir", type=Path, help="folder to build the cache in (default: a temporary one)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     root = options.dataset_path

@@ -1,10 +1,10 @@
-"""Resident memory of a run, loader processes included: over epochs, and at ten times the images.
+"""Resident memory of a run with its loader processes, over epochs and at ten times the images.
 
     python benchmarks/memory.py --dataset-path data/CAMO [--epochs N] [--images N] [--img-size PX]
 
-Trains twice, on so many images and on ten times as many (links to them), and reads /proc meanwhile. Printed: the peak
-in each quarter of the first run, how peaks grow an epoch (least squares, with the standard error), and the second run's
-peak against the first's. Linux only.
+Trains twice, on ``--images`` images and on ten times as many (links to them), and reads /proc meanwhile. Printed: the
+peak in each quarter of the first run, the growth of peaks per epoch (least squares, with the standard error), and the
+second run's peak against the first's. Linux only.
 """
 
 import argparse
@@ -26,7 +26,7 @@ SCRIPT = Path(__file__).parents[1] / "train_ultimate.py"
 
 
 def write_links(root: Path, folder: Path, number: int) -> Path:
-    """``folder/TrainDataset/{Imgs,GT}`` with so many pairs, under names of their own."""
+    """Write ``number`` pairs of links, all with different names, to ``folder/TrainDataset/{Imgs,GT}``."""
     pairs = training_pairs(find_subsets(root), root)
     for name in ("Imgs", "GT"):
         (folder / "TrainDataset" / name).mkdir(parents=True)
@@ -39,20 +39,20 @@ def write_links(root: Path, folder: Path, number: int) -> Path:
 
 
 def resident_mb(pid: int) -> float:
-    """Of a process and its children: memory of their own, and shared memory once (by its proportional size)."""
+    """Return the memory of a process and its children, with shared memory counted once (proportional set size)."""
     total = 0.0
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     for process in (str(pid), *children):
         try:
             rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         total += next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) / 1024
     return total
 
 
 def train(dataset: Path, directory: Path, epochs: int, options: argparse.Namespace) -> list[float]:
-    """Peak of each epoch, MB."""
+    """Train, and return each epoch's peak in MB."""
     flags = [
         *("--dataset-path", str(dataset), "--checkpoint-dir", str(directory), "--no-pretrained"),
         *("--backbone", options.backbone, "--img-size", str(options.img_size), "--batch-size", "8"),
@@ -76,7 +76,7 @@ def train(dataset: Path, directory: Path, epochs: int, options: argparse.Namespa
 
 
 def growth(peaks: NDArray[np.float64]) -> tuple[float, float]:
-    """Least-squares slope, and its standard error, without the first quarter: snapshots and buffers are new there."""
+    """Return the least-squares slope and its standard error, without the first quarter, which allocates buffers."""
     peaks = peaks[len(peaks) // 4 :]
     values = peaks - peaks.mean()
     epochs = np.arange(len(values)) - (len(values) - 1) / 2

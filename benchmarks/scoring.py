@@ -1,10 +1,10 @@
-"""Scores against pysodmetrics: how much faster, in one process and in two, and how much memory many images take.
+"""Speed of scoring against pysodmetrics, in one process and in two, and the memory that many images take.
 
     python benchmarks/scoring.py --masks data/CAMO/TestDataset/GT
 
-Masks are scaled to 352 x 352 and to 768 x 1024; predictions are made from them, blurred, dimmed and noisy, so that few
-pixels are exactly 0. Both sides compute S, E, F, weighted F, MAE, IoU and Dice with their curves, in turn, image by
-image; then from PNG files, `evaluate --predictions` in two processes against a loop in one, in turn, three rounds.
+Masks are scaled to 352 x 352 and to 768 x 1024. Predictions are blurred, dimmed and noisy masks, so that few pixels are
+exactly 0. Both sides compute S, E, F, weighted F, MAE, IoU and Dice with their curves, in turn, image by image; then
+from PNG files, `evaluate --predictions` in two processes against a loop in one, in turn, three rounds.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def reference(prediction: ByteArray, mask: BoolArray) -> None:
 
 
 def write_pairs(masks: Path, folder: Path, size: tuple[int, int], number: int) -> None:
-    """``folder/{GT,predictions}/*.png``."""
+    """Write masks and predictions to ``folder/GT`` and ``folder/predictions``."""
     rng = np.random.default_rng(0)
     for name in ("GT", "predictions"):
         (folder / name).mkdir(parents=True)
@@ -84,7 +84,7 @@ def one_process(folder: Path) -> str:
         score_image(prediction, mask)
         theirs, ours = theirs + middle - start, ours + time.perf_counter() - middle
     per_image = [1000 * seconds / len(pairs) for seconds in (theirs, ours)]
-    return f"pysodmetrics {per_image[0]:.1f} ms, ours {per_image[1]:.1f} ms an image, ratio {theirs / ours:.2f}"
+    return f"pysodmetrics {per_image[0]:.1f} ms, ours {per_image[1]:.1f} ms per image, ratio {theirs / ours:.2f}"
 
 
 def two_processes(folder: Path) -> str:
@@ -100,7 +100,7 @@ def two_processes(folder: Path) -> str:
 
 
 def peak_memory(folder: Path, number: int, many: Path) -> float:
-    """MB that the main process of an evaluation of so many images takes at most; they are links to the folder's."""
+    """Return the peak memory in MB of the main process of `evaluate`, on ``number`` links to the folder's images."""
     for name in ("GT", "predictions"):
         originals = sorted((folder / name).iterdir())
         (many / name).mkdir(parents=True)
@@ -116,7 +116,7 @@ def peak_memory(folder: Path, number: int, many: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--masks", type=Path, required=True, help="a folder with masks")
     parser.add_argument("--images", type=int, default=200)
     args = parser.parse_args()

@@ -1,11 +1,11 @@
-"""Spike detectors on simulated gradient norms: how many spikes each catches, how many ordinary windows it condemns.
+"""Spike detectors on simulated gradient norms: the share of spikes that each finds, and its rate of false alarms.
 
     python benchmarks/spike_detection.py [--windows 20000] [--spikes 60] [--seeds 3]
 
-Norms are log-normal, with 0, 1 or 2 as the drift of their logarithm over the run; spikes are 20 times the norm that
-was due. All detectors see the same norms. Ours is the one that training uses; the others are written here after their
-descriptions: a window of the last 128 raw norms with a threshold of 6 deviations (OLMo), and ZClip (Kumar et al.,
-2025), an exponential mean and deviation of raw norms with a threshold of 2.5, which clips and does not skip.
+Norms are log-normal; their logarithm falls by 0, 1 or 2 over the run, and spikes multiply a norm by 20. All detectors
+see the same norms. Ours is the one that training uses; the others are written here after their descriptions: a window
+of the last 128 raw norms with a threshold of 6 deviations (OLMo), and ZClip (Kumar et al., 2025), an exponential mean
+and deviation of raw norms with a threshold of 2.5, which clips and does not skip.
 """
 
 import argparse
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from training.gate import SpikeDetector
 
-WARMUP = 200  # windows without spikes at the start, the same for all
+WARMUP = 200  # windows without spikes at the start
 
 
 def ours() -> Callable[[float], bool]:
@@ -65,6 +65,7 @@ def zclip(decay: float = 0.97, sigmas: float = 2.5, warmup: int = 25) -> Callabl
 
 
 def simulate(sigma: float, drift: float, windows: int, spikes: int, seed: int) -> tuple[list[float], set[int]]:
+    """Return norms with this deviation and drift of their logarithm, and the windows of the spikes among them."""
     generator = torch.Generator().manual_seed(seed)
     logs = torch.randn(windows, generator=generator) * sigma - torch.linspace(0, drift, windows)
     where = torch.randperm(windows - WARMUP, generator=generator)[:spikes] + WARMUP
@@ -73,7 +74,7 @@ def simulate(sigma: float, drift: float, windows: int, spikes: int, seed: int) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare spike detectors on simulated gradient norms.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", type=int, default=20_000)
     parser.add_argument("--spikes", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)

@@ -1,9 +1,9 @@
-"""From the command to the first window; beside it, what importing torch, torchvision and timm takes alone.
+"""Time from the command to the first window, and of only importing torch, torchvision and timm.
 
     python benchmarks/startup.py --dataset-path data/CAMO [--rounds N] [-- more flags of train]
 
-Each round starts new processes, in turn: ``--help``; a Python that imports torch, torchvision and timm; and ``train``,
-which is killed once its first window is in metrics.jsonl. Medians are printed.
+Each round starts three processes, one after the other: ``--help``; a Python that imports torch, torchvision and timm;
+and ``train``, which is killed once its first window is in metrics.jsonl. Medians are printed.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def seconds_of(*command: str) -> float:
 
 
 def first_window(flags: list[str]) -> tuple[float, float]:
-    """Seconds to the run_start event (imports, data, network, state) and to the first window's."""
+    """Return the seconds to the run_start event (imports, data, network, state) and to the first window's event."""
     with tempfile.TemporaryDirectory() as directory:
         start = time.time()
         command = [sys.executable, str(SCRIPT), "train", *flags, "--checkpoint-dir", f"{directory}/run"]
@@ -61,13 +61,13 @@ def main() -> None:
         windows.append(window)
     names = {
         "--help": helps,
-        "imports alone": imports,
+        "only imports": imports,
         "train, ready": ready,
         "train, first window": windows,
     }
     for name, values in names.items():
         print(f"{name:20} {statistics.median(values):6.2f} s")
-    print(f"first window / imports alone: {statistics.median(windows) / statistics.median(imports):.2f}")
+    print(f"first window / only imports: {statistics.median(windows) / statistics.median(imports):.2f}")
 
 
 if __name__ == "__main__":
