@@ -1,4 +1,4 @@
-"""The simulation of runs on many GPUs, against a walk through every window and against theory."""
+"""Simulation of runs on many GPUs, against a walk through every window and against theory."""
 
 import dataclasses
 import functools
@@ -27,13 +27,13 @@ SMALL = {"runs": 200, "seed": 3}
 
 
 def walk(cluster: Cluster, windows: int, interval: int, seed: int) -> float:
-    """Seconds that one run takes: its windows, copies and writes one by one, with the failures of ``simulate``."""
+    """Return the seconds of one run, walked window by window with the failures of ``simulate``."""
     random = np.random.default_rng(seed)
     total, durable, outage = 0.0, 0, 0.0
     while True:
         failure = random.exponential(1.0, 1)[0] * cluster.mtbf
         detection = cluster.silent if random.random(1)[0] < cluster.silent_share else cluster.prompt
-        clock, done, written = outage, durable, [(0.0, durable)]  # times at which writes end, windows in them
+        clock, done, written = outage, durable, [(0.0, durable)]  # (end of the write, windows in it)
         while done < windows and clock <= failure:
             clock, done = clock + cluster.window, done + 1
             if (done - durable) % interval == 0 and done < windows:
@@ -48,7 +48,7 @@ def walk(cluster: Cluster, windows: int, interval: int, seed: int) -> float:
 
 @pytest.mark.parametrize("interval", [1, 3, 7, 50, 1000])
 def test_going_from_failure_to_failure_takes_as_long_as_walking(interval: int) -> None:
-    """Intervals shorter than a write are among them, and one longer than the run."""
+    """Some intervals are shorter than a write, one is longer than the run."""
     for seed in range(30):
         for mtbf in (60.0, 400.0, math.inf):
             cluster = dataclasses.replace(CLUSTER, mtbf=mtbf)
@@ -72,14 +72,14 @@ def test_without_failures_goodput_is_the_share_of_computing() -> None:
     assert simulate(RELIABLE, 1000, 1000, **SMALL).goodput == pytest.approx(1 / 1.1, rel=1e-12)
 
 
-def test_a_save_waits_for_a_write_that_is_under_way() -> None:
+def test_a_save_waits_for_an_unfinished_write() -> None:
     loss = simulate(RELIABLE, 10, 1, **SMALL)  # a window takes 1.1 s, a write 6 s
     assert 10 / loss.goodput == pytest.approx(10 * 1.1 + 9 * 0.5 + 8 * (6 - 1.1))
 
 
 @pytest.mark.parametrize("mtbf", [200.0, 500.0, 2000.0])
-def test_what_is_lost_agrees_with_daly(mtbf: float) -> None:
-    """Against his formula for the whole, and where failures are rare against the sum that leads to Young's interval."""
+def test_losses_agree_with_daly(mtbf: float) -> None:
+    """If failures are rare, they also agree with the sum of losses that Young's interval minimises."""
     cluster = dataclasses.replace(CLUSTER, mtbf=mtbf)
     most = cluster.compute / cluster.window
     for factor in (0.5, 1, 2, 4):
@@ -92,7 +92,7 @@ def test_what_is_lost_agrees_with_daly(mtbf: float) -> None:
             assert 1 - loss.goodput / most == pytest.approx(first_order, rel=0.05)
 
 
-def test_the_best_interval_is_no_worse_than_half_and_double_of_it() -> None:
+def test_the_best_interval_is_no_worse_than_half_of_it_and_twice_it() -> None:
     interval, loss = best_interval(CLUSTER, 20_000, **SMALL)
     assert loss == simulate(CLUSTER, 20_000, interval, **SMALL)
     for other in (interval // 2, interval * 2):
@@ -100,7 +100,7 @@ def test_the_best_interval_is_no_worse_than_half_and_double_of_it() -> None:
     assert young(CLUSTER) / 2 < interval * CLUSTER.window < 2 * young(CLUSTER)
 
 
-def test_a_run_shorter_than_any_interval_worth_taking_has_one() -> None:
+def test_a_run_too_short_for_any_checkpoint_takes_its_length_as_interval() -> None:
     interval, loss = best_interval(dataclasses.replace(CLUSTER, mtbf=1e9), 10, **SMALL)
     assert interval == 10
     assert loss.goodput == pytest.approx(1 / 1.1)
@@ -120,16 +120,16 @@ def test_more_gpus_have_less_goodput() -> None:
 def test_failures_of_gpus_and_machines_add_up() -> None:
     cluster = cluster_of(parse(["--gpu-mtbf", "8000", "--silent-share", "0"]), 16, node_mtbf=500)
     assert cluster.mtbf / 3600 == pytest.approx(1 / (16 / 8000 + 2 / 500))
-    assert cluster.silent_share == pytest.approx(2 / 3)  # machines that are taken away say nothing
+    assert cluster.silent_share == pytest.approx(2 / 3)  # that of machines taken away
 
 
-def test_a_seed_repeats_itself_and_another_does_not() -> None:
+def test_the_seed_decides_the_failures() -> None:
     first, again = (simulate(CLUSTER, 5000, 40, **SMALL) for _ in range(2))
     assert first == again
     assert simulate(CLUSTER, 5000, 40, runs=200, seed=4) != first
 
 
-def test_all_reduce_is_hidden_but_for_the_last_bucket() -> None:
+def test_all_reduce_is_hidden_except_for_the_last_bucket() -> None:
     exposed = functools.partial(
         all_reduce_exposed, num_bytes=400, bucket_bytes=100, gpus_per_node=8, bandwidth_inside=100,
         bandwidth_between=10, latency_inside=0, latency_between=0,
@@ -150,10 +150,10 @@ def test_latency_grows_with_the_number_of_machines() -> None:
         for num_gpus in (16, 64, 512, 4096)
     ]  # fmt: skip
     assert times == sorted(times)
-    assert times[-1] < 2 * times[0]  # a tree's: a ring's would be far more than that
+    assert times[-1] < 2 * times[0]  # by a tree; a ring would take far longer
 
 
-def test_the_tables_begin_with_what_they_assume(
+def test_the_tables_begin_with_their_assumptions(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = ["--preset", "large", "--gpus", "8", "16", "--failures", "50", "--windows", "10000"]
