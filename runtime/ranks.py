@@ -142,7 +142,7 @@ class Ranks:
         if self.size == 1 or self.shards:
             return module
         devices = [device.index] if device.type == "cuda" else None
-        with warnings.catch_warnings():  # torch 2.15 renames the option; what takes its place is not in 2.9
+        with warnings.catch_warnings():  # torch 2.15 renames an option; torch 2.9 does not know the new name
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(
                 module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
@@ -175,7 +175,7 @@ def join(device_type: str, patience: float) -> Ranks:
         patience: seconds of a rank's silence after which all others end.
 
     Raises:
-        ValueError: Not all of them came together.
+        ValueError: Some processes did not come, or they do not compute on the same kind of device.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
