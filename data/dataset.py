@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.cache import DecodedCache
 from data.decoding import decode_message, fixed_size_image, fixed_size_mask
 from data.layouts import Pair
+from data.opening import open_picture
 from data.sampler import SampleKey, derive_seed
 from data.transforms import Augmentation, augment, draw_augmentation, to_rows
 
@@ -170,7 +170,7 @@ def header_problems(pairs: Sequence[Pair]) -> dict[int, str]:
 def _header_problem(pair: Pair) -> str:
     for path in (pair.image, pair.mask):
         try:
-            with Image.open(path):
+            with open_picture(path):
                 pass
         except Exception as error:
             return decode_message(path, error)

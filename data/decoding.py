@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from data.opening import open_picture
+
 BoolArray = NDArray[np.bool_]
 UInt8Array = NDArray[np.uint8]
 
@@ -27,8 +29,10 @@ def decode_image(path: Path) -> Image.Image:
         ValueError: the file cannot be decoded.
     """
     try:
-        with Image.open(path) as file:
-            return upright_rgb(file)
+        with open_picture(path) as file:
+            file.load()
+            ImageOps.exif_transpose(file, in_place=True)  # a copy of a large photograph takes as much memory again
+            return file if file.mode == "RGB" else to_rgb(file)
     except Exception as error:  # Pillow's plug-ins raise anything for a damaged file, TypeError included
         raise ValueError(decode_message(path, error)) from error
 
@@ -78,7 +82,7 @@ def image_size(path: Path) -> tuple[int, int]:
         ValueError: the file is not an image.
     """
     try:
-        with Image.open(path) as file:
+        with open_picture(path) as file:
             width, height = file.size
             turned = file.getexif().get(_ORIENTATION, 1) >= 5
     except Exception as error:
@@ -122,7 +126,7 @@ def decode_mask_values(path: Path) -> tuple[NDArray[Any], bool]:
         ValueError: the file cannot be decoded.
     """
     try:
-        with Image.open(path) as file:
+        with open_picture(path) as file:
             return mask_values(ImageOps.exif_transpose(file)), file.format == "JPEG"
     except Exception as error:
         raise ValueError(decode_message(path, error)) from error

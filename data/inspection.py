@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from data.decoding import binary_mask, decode_reason, mask_threshold, mask_values, to_rgb
 from data.duplicates import THUMBNAIL_SIDE, Likeness, find_alike, thumbnail
 from data.layouts import NONCAM_PREFIX, Pair, Split, Subset, each_once
+from data.opening import open_picture
 from data.processes import process_pool
 
 # Kinds of findings in the order of the report, the most serious first.
@@ -186,7 +187,7 @@ def _load(path: Path, in_mask: bool, problems: list[Problem]) -> tuple[Image.Ima
         fail("unreadable", f"cannot be opened ({error.strerror})")
         return None, b""
     try:
-        image = Image.open(io.BytesIO(data))
+        image = open_picture(io.BytesIO(data))
     except Exception as error:  # Pillow's plug-ins raise anything for a damaged file
         fail("unreadable", _not_an_image(data, error))
         return None, data
@@ -236,7 +237,7 @@ def _size_mismatch(image_data: bytes, image_size: tuple[int, int], mask_size: tu
     reason = f"the image is {width} x {height}, its mask {mask_width} x {mask_height}"
     if abs(width * mask_height / (height * mask_width) - 1) <= _ASPECT_TOLERANCE:
         return Problem("size-mismatch", False, f"{reason}; the aspect ratio is the same, and training resizes both")
-    with Image.open(io.BytesIO(image_data)) as stored:
+    with open_picture(io.BytesIO(image_data)) as stored:
         if stored.size == mask_size:
             reason += "; the mask fits the image as stored, not as its EXIF orientation turns it"
     return Problem("size-mismatch", False, reason, spoils_training=True)
