@@ -2,12 +2,16 @@
 
 import copy
 import math
+from collections import Counter
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+from conftest import Argv, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launching import read_events
 from torch import nn
 
 from runtime.machine import Precision, ScalerSettings
@@ -258,3 +262,20 @@ def test_spikes_of_twenty_times_are_caught_and_false_alarms_are_rare(sigma: floa
     spikes = set(where.tolist())
     assert len(found & spikes) / 60 >= least_caught
     assert len(found - spikes) / 20_000 <= 0.0005
+
+
+def test_the_log_has_the_limit_that_each_window_was_judged_by(tiny_argv: Argv, tmp_path: Path) -> None:
+    """Recompute limits and verdicts from the logged norms, over both stages, a spike and a rerun."""
+    drills = ("--drill", "spike@8", "--drill", "nan-loss@15")
+    assert train(tiny_argv("--accumulation-steps", "1", "--epochs", "2", "--stage1-epochs", "1", *drills)) == 0
+    windows = read_events(tmp_path / "run", "window")
+    for stage in (1, 2):
+        detector = SpikeDetector("skip", torch.device("cpu"))
+        for window in (window for window in windows if window["stage"] == stage):
+            loss, norm, logged = (float(window[name]) for name in ("loss", "grad_norm", "spike_limit"))
+            spike, _, limit = examine(detector, norm, loss)
+            assert logged == limit
+            assert (window["verdict"] == "spike") == spike == (norm > limit)
+    verdicts = Counter(window["verdict"] for window in windows)
+    assert verdicts == {"applied": 19, "spike": 1, "nonfinite_loss": 1}
+    assert sum(math.isfinite(float(window["spike_limit"])) for window in windows) == 21 - 2 * SpikeDetector.LEAST_WINDOWS

@@ -1,4 +1,4 @@
-"""Interrupted in every way, a run goes on to the same weights, bit for bit, from a checkpoint that is always there."""
+"""Runs interrupted in every way: there is always a checkpoint, and they end in the same weights, bit for bit."""
 
 import contextlib
 import os
@@ -16,28 +16,29 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Argv, SignalAt, differing_tensors, tiny_arguments
+from conftest import (
+    Argv,
+    differing_tensors,
+    failing,
+    prepare_run,
+    signal_at_step,
+    tiny_arguments,
+    train,
+)
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from launching import read_events
 from torch import Tensor, nn
 
 import train_ultimate
-import training.window as window_module
-from models import network
-from models.network import CamouflageSegmenter
+from losses import deep_supervision_loss
+from models.network import CamouflageSegmenter, build_network
 from runtime.checkpoint import CheckpointStore, read_checkpoint
-from runtime.folder import unlock_directory
-from runtime.signals import StopRequest
-from train_ultimate import main
-from training import setup as builders
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("undisturbed")
-    assert main(tiny_arguments(tiny_dataset, directory)) == 0
-    return directory
+from runtime.log import Listener
+from runtime.signals import Signals
+from train_ultimate import validate
+from training.run import Run
+from training.window import Loss
 
 
 def final(directory: Path) -> dict[str, Any]:
@@ -45,25 +46,23 @@ def final(directory: Path) -> dict[str, Any]:
     return {key: state[key] for key in ("model", "ema", "optimizer", "scaler", "detector")}
 
 
-def resume(directory: Path, *flags: str) -> int:
-    return main(["train", "--resume", "auto", "--checkpoint-dir", str(directory), *flags])
+def resume(directory: Path, *flags: str, **parts: Any) -> int:
+    return train(["train", "--resume", "auto", "--checkpoint-dir", str(directory), *flags], **parts)
 
 
-@pytest.fixture
-def dropout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks with dropout in the decoder and stochastic depth in the backbone."""
-    original = network.build_model
-
-    def build(backbone: str, *args: Any, **options: Any) -> CamouflageSegmenter:
-        model = original(backbone, *args, **options)
-        model.decoder.context.fuse.append(nn.Dropout(0.3))
-        model.backbone.body.blocks.append(DropPath()) if hasattr(model.backbone.body, "blocks") else None
-        return model
-
-    monkeypatch.setattr(network, "build_model", build)
+def with_dropout(*args: Any) -> CamouflageSegmenter:
+    """Build a network with dropout in the decoder and stochastic depth in the backbone."""
+    model = build_network(*args)
+    for name, layer in (("decoder.context.fuse", nn.Dropout(0.3)), ("backbone.body.blocks", DropPath())):
+        layers = model.get_submodule(name)
+        assert isinstance(layers, nn.Sequential)
+        layers.append(layer)
+    return model
 
 
 class DropPath(nn.Module):
+    """Stochastic depth."""
+
     def forward(self, features: Tensor) -> Tensor:
         return (
             features * torch.bernoulli(torch.full((len(features), 1, 1, 1), 0.8)) / 0.8 if self.training else features
@@ -75,7 +74,6 @@ def whole_runs(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return {}
 
 
-@pytest.mark.usefixtures("dropout")
 @settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(
     stops=st.lists(st.integers(1, 16), min_size=1, max_size=3, unique=True),
@@ -90,115 +88,193 @@ def test_stopped_at_random_windows_several_times_the_final_state_is_bitwise_the_
     workers: list[int],
     precision: str,
 ) -> None:
-    """Accumulation 3 with a short last window; dropout and drop-path; worker counts mixed."""
+    """Mix worker counts, with accumulation 3, a short last window, dropout and stochastic depth."""
+    parts: dict[str, Any] = {"build_network": with_dropout}
     if precision not in whole_runs:
         whole_runs[precision] = tmp_path_factory.mktemp("whole")
-        assert main(tiny_arguments(tiny_dataset, whole_runs[precision], "--precision", precision)) == 0
+        assert train(tiny_arguments(tiny_dataset, whole_runs[precision], "--precision", precision), **parts) == 0
     directory = tmp_path_factory.mktemp("stopped")
-    with pytest.MonkeyPatch.context() as patch:
-        SignalAt(patch, "gated_step", *stops)
-        exit_code = main(tiny_arguments(tiny_dataset, directory, "--precision", precision))
+    with signal_at_step(*stops):
+        exit_code = train(tiny_arguments(tiny_dataset, directory, "--precision", precision), **parts)
         for number in workers[: len(stops)]:
             assert exit_code == 143
-            exit_code = resume(directory, "--num-workers", str(number))
+            exit_code = resume(directory, "--num-workers", str(number), **parts)
     assert exit_code == 0
     assert differing_tensors(final(directory), final(whole_runs[precision])) == []
 
 
-@pytest.mark.usefixtures("dropout")
-def test_dropout_is_active_in_these_tests(tiny_argv: Argv, tmp_path: Path, undisturbed: Path) -> None:
-    assert main(tiny_argv()) == 0
-    assert differing_tensors(final(tmp_path / "run"), final(undisturbed)) != []
+def test_dropout_is_active_in_these_tests(tiny_argv: Argv, tmp_path: Path, finished: Path) -> None:
+    assert train(tiny_argv(), build_network=with_dropout) == 0
+    assert differing_tensors(final(tmp_path / "run"), final(finished)) != []
 
 
 def test_every_mid_epoch_checkpoint_resumes_to_bitwise_the_same_weights(
-    undisturbed: Path, tiny_argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, tiny_argv: Argv, tmp_path: Path
 ) -> None:
     kept = tmp_path / "kept"
     kept.mkdir()
-    original = CheckpointStore._remove_outdated
 
-    def keep(self: CheckpointStore, written: Path) -> None:
-        if written.name.startswith("step_"):
-            shutil.copy(written, kept)
-        original(self, written)
+    def keeping(run: Run) -> list[Listener]:
+        def keep(*_: Any) -> None:
+            run.folder.store.wait()
+            for saved in run.folder.path.glob("step_*.pth"):
+                shutil.copy(saved, kept)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(CheckpointStore, "_remove_outdated", keep)
-        assert main(tiny_argv("--checkpoint-every", "3")) == 0
-    assert differing_tensors(final(tmp_path / "run"), final(undisturbed)) == []
+        run.state.optimizer.register_step_pre_hook(keep)
+        return []
+
+    assert train(tiny_argv("--checkpoint-every", "3"), listeners_of=keeping) == 0
+    assert differing_tensors(final(tmp_path / "run"), final(finished)) == []
     steps = sorted(path.name for path in kept.iterdir())
-    assert steps == [f"step_{window:08d}.pth" for window in (3, 7, 11, 15)]  # an epoch's file counts, too
+    assert steps == [f"step_{window:08d}.pth" for window in (3, 7, 11, 15)]  # counted from an epoch's file, too
     for name in steps:
         directory = tmp_path / name[:-4]
         directory.mkdir()
         shutil.copy(kept / name, directory)
         assert resume(directory) == 0
-        assert differing_tensors(final(directory), final(undisturbed)) == []
+        assert differing_tensors(final(directory), final(finished)) == []
 
 
-def test_sigusr1_saves_and_training_goes_on(undisturbed: Path, tiny_argv: Argv, tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        SignalAt(patch, "gated_step", 6, signal_number=signal.SIGUSR1)
-        assert main(tiny_argv()) == 0
+def test_sigusr1_saves_and_training_goes_on(finished: Path, tiny_argv: Argv, tmp_path: Path) -> None:
+    with signal_at_step(6, signal_number=signal.SIGUSR1):
+        assert train(tiny_argv()) == 0
     saved = [event["file"] for event in read_events(tmp_path / "run", "checkpoint")]
     assert "step_00000006.pth" in saved
-    assert differing_tensors(final(tmp_path / "run"), final(undisturbed)) == []
+    assert differing_tensors(final(tmp_path / "run"), final(finished)) == []
 
 
-@pytest.mark.parametrize(("name", "call"), [("accumulate_gradients", 7), ("accumulate_gradients", 14), ("validate", 3)])
+# Errors
+
+
+def acting_loss(call: int, act: Callable[[], object]) -> Loss:
+    """Return the loss, with something that happens at its nth call: once a batch, reruns for diagnosis included."""
+    calls = 0
+
+    def loss(*args: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            act()
+        return deep_supervision_loss(*args)
+
+    return loss
+
+
+def fail() -> None:
+    raise ZeroDivisionError("a bug")
+
+
+def last_batch(window: int) -> int:
+    """Return the number of a window's last batch in an undisturbed run; an epoch's windows have 3, 3, 3 and 1."""
+    epochs, position = divmod(window - 1, 4)
+    return 10 * epochs + min(3 * (position + 1), 10)
+
+
+@pytest.mark.parametrize(("place", "number"), [("window", 7), ("window", 14), ("validation", 3)])
 def test_uncaught_error_costs_no_window(
-    undisturbed: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, call: int
+    finished: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, number: int
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        module = train_ultimate if name == "validate" else window_module
-        original, calls = getattr(module, name), 0
+    """It strikes in a window's last batch, with marks left on gradients and statistics, or after an epoch."""
+    validations = 0
 
-        def broken(*args: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == call:
-                original(*args)  # its marks on gradients and statistics included
-                raise ZeroDivisionError("a bug")
-            return original(*args)
+    def broken(*args: Any) -> dict[str, float]:
+        nonlocal validations
+        validations += 1
+        scores = validate(*args)
+        if validations == number:
+            fail()
+        return scores
 
-        patch.setattr(module, name, broken)
-        assert main(tiny_argv()) == 1
+    parts = {"loss": acting_loss(last_batch(number), fail)} if place == "window" else {"validate": broken}
+    assert train(tiny_argv(), **parts) == 1
     error = capsys.readouterr().err
     assert "ZeroDivisionError" in error
     (saved,) = (tmp_path / "run").glob("step_*.pth")
     assert f"(saved {saved})" in error
-    assert saved.name == f"step_{call - 1 if name == 'accumulate_gradients' else 12:08d}.pth"
+    done = number - 1 if place == "window" else 12
+    assert saved.name == f"step_{done:08d}.pth"
+    assert read_checkpoint(saved)["ladder"]["num_applied"] == done
+    assert read_checkpoint(saved)["epoch_stats"]["num_applied"] == (done % 4 or 4)
     assert resume(tmp_path / "run") == 0
-    assert differing_tensors(final(tmp_path / "run"), final(undisturbed)) == []
+    assert differing_tensors(final(tmp_path / "run"), final(finished)) == []
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_again_with_its_settings(
-    undisturbed: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("fault", "counted"), [("nan-loss@6", False), ("inf-grad@14", False), ("spike@6", True), ("spike@14", True)]
+)
+def test_an_error_while_a_fault_is_pending_leaves_the_weights_of_a_run_that_met_the_fault_alone(
+    tiny_argv: Argv, tmp_path: Path, fault: str, counted: bool
+) -> None:
+    """The error strikes in the next window. A spike is skipped for good; other faults are rerun by the resumed run."""
+    window = int(fault.split("@")[1])
+    assert train(tiny_argv("--drill", fault, checkpoint_dir=tmp_path / "alone")) == 0
+    error_after = acting_loss(last_batch(window + 1), fail)
+    assert train(tiny_argv("--drill", fault), loss=error_after) == 1
+    (saved,) = (tmp_path / "run").glob("step_*.pth")
+    assert saved.name == f"step_{window if counted else window - 1:08d}.pth"
+    state = read_checkpoint(saved)
+    assert state["ladder"]["skipped"] == ({"spike": 1} if counted else {})
+    assert state["ladder"]["num_applied"] == window - 1
+    assert state["epoch_stats"]["num_skipped"] == int(counted)
+    assert resume(tmp_path / "run") == 0
+    assert differing_tensors(final(tmp_path / "run"), final(tmp_path / "alone")) == []
+
+
+def test_an_error_during_a_rerun_leaves_the_window_for_the_resumed_run(
+    finished: Path, tiny_argv: Argv, tmp_path: Path
+) -> None:
+    rerun = last_batch(7) + 3 + 1  # three batches are run for diagnosis
+    assert train(tiny_argv("--drill", "nan-loss@6"), loss=acting_loss(rerun, fail)) == 1
+    (saved,) = (tmp_path / "run").glob("step_*.pth")
+    assert saved.name == "step_00000005.pth"
+    assert resume(tmp_path / "run") == 0
+    assert differing_tensors(final(tmp_path / "run"), final(finished)) == []
+
+
+def test_data_that_disappears_costs_no_window(
+    tiny_dataset: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk is gone when window 12 is read, before the verdict on window 11 is; BatchNorm learns in this stage."""
+    root, gone = tmp_path / "data", tmp_path / "gone"
+    shutil.copytree(tiny_dataset, root)
+    disappears = acting_loss(last_batch(11), lambda: root.rename(gone))
+    assert train(tiny_arguments(root, tmp_path / "run"), loss=disappears) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    (saved,) = (tmp_path / "run").glob("step_*.pth")
+    assert f"(saved {saved})" in error
+    assert saved.name == "step_00000011.pth"
+    shutil.move(gone, root)
+    assert resume(tmp_path / "run") == 0
+    assert differing_tensors(final(tmp_path / "run"), final(finished)) == []
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again_with_its_settings(
+    finished: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [sys.executable, train_ultimate.__file__, *tiny_argv("--drill", "kill@1")]
     assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
     assert not list((tmp_path / "run").glob("*.pth"))
     assert resume(tmp_path / "run") == 0
-    assert "what is not given is as in the run that was begun here" in capsys.readouterr().out
-    assert differing_tensors(final(tmp_path / "run"), final(undisturbed)) == []
+    assert "settings that are not given are those of the run begun here" in capsys.readouterr().out
+    assert differing_tensors(final(tmp_path / "run"), final(finished)) == []
 
 
 def test_under_a_launcher_a_second_signal_changes_nothing() -> None:
-    """It passes on what the process has received by itself."""
-    with StopRequest(launched=True) as stop:
+    """The launcher forwards signals that the process has already received itself."""
+    with Signals(launched=True) as signals:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.signal_number == signal.SIGTERM
+        assert signals.signal_number == signal.SIGTERM
 
 
 @pytest.mark.parametrize("kind", ["a file", "below a file"])
-def test_a_checkpoint_folder_that_cannot_be_made_is_told_before_the_data_is_read(
+def test_a_checkpoint_folder_that_cannot_be_created_is_reported_before_the_data_is_read(
     tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" if kind == "a file" else tmp_path / "file" / "run"
-    assert main(tiny_argv(checkpoint_dir=path)) == 2
+    assert train(tiny_argv(checkpoint_dir=path)) == 2
     printed = capsys.readouterr()
     assert f"--checkpoint-dir {path}: " in printed.err
     assert "Data:" not in printed.out
@@ -207,28 +283,30 @@ def test_a_checkpoint_folder_that_cannot_be_made_is_told_before_the_data_is_read
 def test_second_run_in_the_same_directory_is_refused(
     tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = builders.prepare(tiny_argv())
-    assert main(tiny_argv()) == 2
-    assert "another run is writing there" in capsys.readouterr().err
-    assert run.lock is not None
-    unlock_directory(run.lock)
-    assert main(tiny_argv("--epochs", "1", "--stage1-epochs", "1")) == 0
+    run = prepare_run(tiny_argv())
+    assert "another run is writing there" in failing(tiny_argv(), capsys)
+    run.folder.release()
+    assert train(tiny_argv("--epochs", "1", "--stage1-epochs", "1")) == 0
 
 
-def test_bare_weights_are_taken_with_a_warning(
-    undisturbed: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_bare_weights_are_used_with_a_warning(
+    finished: Path,
+    tiny_argv: Argv,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    weights = read_checkpoint(undisturbed / "epoch_0004.pth")["model"]
+    weights = read_checkpoint(finished / "epoch_0004.pth")["model"]
     torch.save(weights, tmp_path / "weights.pth")
-    run = builders.prepare(tiny_argv("--resume", str(tmp_path / "weights.pth")))
-    assert "holds weights alone" in capsys.readouterr().out
+    run = prepare_run(tiny_argv("--resume", str(tmp_path / "weights.pth")))
+    assert "holds only weights" in caplog.text
     assert differing_tensors(run.state.model.state_dict(), weights) == []
     assert run.state.ema is not None
     assert differing_tensors(run.state.ema.module.state_dict(), weights) == []
     assert run.state.progress.epoch == 0
     torch.save({"weight": torch.ones(3)}, tmp_path / "other.pth")
-    assert main(tiny_argv("--resume", str(tmp_path / "other.pth"), checkpoint_dir=tmp_path / "other")) == 2
-    assert "do not fit this network" in capsys.readouterr().err
+    other = tiny_argv("--resume", str(tmp_path / "other.pth"), checkpoint_dir=tmp_path / "other")
+    assert "do not fit this network" in failing(other, capsys)
 
 
 def test_checkpoint_that_would_run_code_is_refused(
@@ -239,17 +317,15 @@ def test_checkpoint_that_would_run_code_is_refused(
             return (os.mkdir, (str(tmp_path / "executed"),))
 
     torch.save({"format": "train_ultimate/2", "model": Payload()}, tmp_path / "evil.pth")
-    assert main(tiny_argv("--resume", str(tmp_path / "evil.pth"))) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "evil.pth: refused" in line
+    assert "evil.pth: refused" in failing(tiny_argv("--resume", str(tmp_path / "evil.pth")), capsys)
     assert not (tmp_path / "executed").exists()
 
 
-# Full disk, kill -9
+# Full disks, Ctrl-C, kill -9
 
 
 def forked(function: Callable[[], int]) -> int:
-    """Process id of a child that runs the function. Forked, so that it need not import torch again."""
+    """Fork a child that runs the function, without importing torch again. Return its process id."""
     child = os.fork()
     if child == 0:
         os.setsid()
@@ -260,8 +336,8 @@ def forked(function: Callable[[], int]) -> int:
     return child
 
 
-def test_full_disk_costs_warnings_and_no_training(undisturbed: Path, tiny_argv: Argv, tmp_path: Path) -> None:
-    """Files are limited to 100 kB, which no checkpoint fits in: the run trains to its end and exits with 1."""
+def test_full_disk_costs_warnings_and_no_training(finished: Path, tiny_argv: Argv, tmp_path: Path) -> None:
+    """Files are limited to 100 kB, too little for any checkpoint: the run trains to its end and exits with 1."""
     script = [sys.executable, train_ultimate.__file__]
     full = subprocess.run(
         [*script, *tiny_argv()],
@@ -281,33 +357,31 @@ def test_full_disk_costs_warnings_and_no_training(undisturbed: Path, tiny_argv: 
 
 
 def test_when_there_is_room_again_saving_goes_on_and_nothing_is_lost(
-    undisturbed: Path, tiny_argv: Argv, tmp_path: Path
+    finished: Path, tiny_argv: Argv, tmp_path: Path
 ) -> None:
-    """No file may grow beyond 100 kB during epochs 2 and 3. Killed after that, the run has all but those two files."""
-    finish_epoch = train_ultimate.finish_epoch
+    """No file may grow beyond 100 kB at the end of epochs 2 and 3: all other files are there."""
 
     def life() -> int:
-        def limited(run: builders.Run, *rest: Any) -> None:
+        def limited(run: Run, *rest: Any) -> dict[str, float]:
             full = run.state.progress.epoch in (1, 2)
             unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-            run.store.wait()
+            run.folder.store.wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if full else unlimited, unlimited))
-            finish_epoch(run, *rest)
+            return validate(run, *rest)
 
-        train_ultimate.finish_epoch = limited
-        return main(tiny_argv())
+        return train(tiny_argv(), validate=limited)
 
     _, status = os.waitpid(forked(life), 0)
     assert os.waitstatus_to_exitcode(status) == 0
     saved = [event["file"] for event in read_events(tmp_path / "run", "checkpoint")]
     assert [name for name in saved if name.startswith("epoch")] == ["epoch_0001.pth", "epoch_0004.pth"]
-    assert differing_tensors(final(tmp_path / "run"), final(undisturbed)) == []
+    assert differing_tensors(final(tmp_path / "run"), final(finished)) == []
 
 
 def test_ctrl_c_on_a_terminal_saves_and_the_resumed_run_is_bitwise_the_same(
-    undisturbed: Path, tiny_argv: Argv, tmp_path: Path
+    finished: Path, tiny_argv: Argv, tmp_path: Path
 ) -> None:
-    """A real terminal, which sends SIGINT to the loader's worker, too."""
+    """A real terminal sends SIGINT to the loader's worker, too."""
     directory = tmp_path / "run"
     child, terminal = pty.fork()
     if child == 0:
@@ -325,14 +399,14 @@ def test_ctrl_c_on_a_terminal_saves_and_the_resumed_run_is_bitwise_the_same(
     assert b"Go on with: python" in output
     assert len(list(directory.glob("step_*.pth"))) == 1
     assert resume(directory) == 0
-    assert differing_tensors(final(directory), final(undisturbed)) == []
+    assert differing_tensors(final(directory), final(finished)) == []
 
 
 @pytest.mark.slow
 def test_killed_at_a_hundred_random_instants_the_run_ends_in_the_same_weights(
-    undisturbed: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """SIGKILL, many of them while a file is being written, which is made slow. Work lost: one interval at most."""
+    """Writing is slowed down, so that many kills strike during a write. At most one interval of work is lost."""
     directory = tmp_path / "run"
     instants = random.Random(11)
     kills = kills_in_writes = 0
@@ -346,7 +420,7 @@ def test_killed_at_a_hundred_random_instants_the_run_ends_in_the_same_weights(
     def life() -> int:
         torch.set_num_threads(1)
         os.fsync = slow_fsync
-        return main(tiny_argv("--resume", "auto", "--checkpoint-every", "1"))
+        return train(tiny_argv("--resume", "auto", "--checkpoint-every", "1"))
 
     while kills < 100:
         shutil.rmtree(directory, ignore_errors=True)
@@ -371,8 +445,8 @@ def test_killed_at_a_hundred_random_instants_the_run_ends_in_the_same_weights(
             assert os.waitstatus_to_exitcode(os.waitpid(forked(life), 0)[1]) == 0
         else:
             assert exit_code == 0
-        assert differing_tensors(final(directory), final(undisturbed)) == []
+        assert differing_tensors(final(directory), final(finished)) == []
     with capsys.disabled():
         print(f"{kills} kills, {kills_in_writes} of them during a write; at most {most_lost} windows trained again")
     assert kills_in_writes >= 30
-    assert most_lost <= 2  # the interval is one window, and one write may be under way
+    assert most_lost <= 2  # the interval is one window, and a write may be unfinished
