@@ -78,7 +78,15 @@ class DecodedCache:
 
 
 def default_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "train_ultimate"
+    """Return the folder of caches in the user's folder for such files.
+
+    Raises:
+        ValueError: the user has no home folder, as in a container that runs with any user's number.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "train_ultimate"
+    except RuntimeError as error:
+        raise ValueError("--cache: this user has no home folder to put it in; name one with --cache-dir") from error
 
 
 def open_cache(pairs: Sequence[Pair], root: Path, img_size: int, directory: Path, num_workers: int) -> DecodedCache:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import pwd
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Argv, differing_tensors, tiny_arguments
+from conftest import Argv, differing_tensors, failing, tiny_arguments
 from PIL import Image
 
 import train_ultimate
@@ -295,6 +296,18 @@ def test_the_default_folder_is_the_users_cache_folder(monkeypatch: pytest.Monkey
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert default_directory() == tmp_path / "home" / ".cache" / "train_ultimate"
+
+
+def test_without_a_home_folder_the_error_names_the_flag_for_another(
+    tiny_argv: Argv, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unknown_user(_: int) -> None:
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown_user)
+    assert "--cache-dir" in failing(tiny_argv("--cache"), capsys)
 
 
 def test_cache_and_its_folder_are_settings_of_the_run() -> None:

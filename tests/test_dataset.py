@@ -94,7 +94,7 @@ def test_empty_masks_stay_empty_even_with_compression_noise(tmp_path: Path) -> N
 def test_whatever_pillow_raises_becomes_an_error_with_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Damaged EXIF data, for example, raises a TypeError deep inside Pillow."""
 
-    def damaged(_: Image.Image) -> Image.Image:
+    def damaged(_: Image.Image, **_options: object) -> Image.Image:
         raise TypeError("unsupported operand")
 
     half_red("RGB").save(tmp_path / "a.png")
