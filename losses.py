@@ -1,7 +1,9 @@
 """Losses for camouflaged-object segmentation.
 
-Shapes: B batch, H W height and width. Logits are unbounded scores before the sigmoid; masks are 0 or 1. Every loss is
-computed in float32 with autocast off: sums over H*W pixels exceed fp16's maximum of 65,504.
+Shapes: B batch, H W height and width. Logits are unbounded scores before the sigmoid. Masks are 0 for background, 1 for
+object, and 2 for pixels that do not count: their weight is 0. Without such pixels, all losses are bitwise those of
+masks of 0 and 1. Every loss is computed in float32 with autocast off: sums over H*W pixels exceed fp16's maximum of
+65,504.
 """
 
 from collections.abc import Sequence
@@ -36,7 +38,7 @@ def structure_loss(logits: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
     term defined, with a usable gradient, if a mask is empty.
 
     Shape:
-        logits, masks, weights: (B, 1, H, W)
+        logits, masks of 0 and 1, weights (0 for pixels that do not count): (B, 1, H, W)
 
     Returns:
         scalar, >= 0
@@ -44,7 +46,8 @@ def structure_loss(logits: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
     logits, masks, weights = logits.flatten(1), masks.flatten(1), weights.flatten(1)
     weighted_masks = weights * masks
     pixelwise = F.binary_cross_entropy_with_logits(logits, masks, reduction="none")
-    cross_entropy = torch.linalg.vecdot(weights, pixelwise) / weights.sum(dim=1)
+    total_weight = weights.sum(dim=1).clamp(min=torch.finfo(weights.dtype).tiny)  # 0 if no pixel of an image counts
+    cross_entropy = torch.linalg.vecdot(weights, pixelwise) / total_weight
     probabilities = logits.sigmoid()
     intersection = torch.linalg.vecdot(probabilities, weighted_masks)
     total = torch.linalg.vecdot(probabilities, weights) + weighted_masks.sum(dim=1)
@@ -52,16 +55,16 @@ def structure_loss(logits: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
     return (cross_entropy + 1 - soft_iou).mean()
 
 
-def uncertainty_loss(logits: Tensor) -> Tensor:
+def uncertainty_loss(logits: Tensor, weights: Tensor | float = 1.0) -> Tensor:
     """Return 1 - |2p - 1|^2 averaged over pixels: 1 if all p are 0.5, 0 if all are 0 or 1 (Pang et al., CVPR 2022).
 
     Shape:
-        logits (B, 1, H, W)
+        logits, weights: (B, 1, H, W)
 
     Returns:
-        scalar in [0, 1]
+        scalar in [0, 1], if the weights are 1 on average
     """
-    return (1 - (2 * logits.sigmoid() - 1).square()).mean()
+    return ((1 - (2 * logits.sigmoid() - 1).square()) * weights).mean()
 
 
 def deep_supervision_loss(side_logits: Sequence[Tensor], masks: Tensor, uncertainty_weight: float | Tensor) -> Tensor:
@@ -71,7 +74,7 @@ def deep_supervision_loss(side_logits: Sequence[Tensor], masks: Tensor, uncertai
 
     Args:
         side_logits: coarse to fine, each (B, 1, h, w) of any float type and size.
-        masks: (B, 1, H, W) float, 0 or 1.
+        masks: (B, 1, H, W), 0, 1 or 2.
         uncertainty_weight: factor of the uncertainty loss, meant to rise from 0 to 1 during training: early on, pushing
             probabilities to the extremes would harden guesses.
 
@@ -79,12 +82,16 @@ def deep_supervision_loss(side_logits: Sequence[Tensor], masks: Tensor, uncertai
         scalar, float32
     """
     with torch.autocast(masks.device.type, enabled=False):
-        masks = masks.float()
-        weights = boundary_weights(masks)
+        counts = masks < 2
+        masks = masks.float() * counts
+        weights = boundary_weights(masks) * counts
+        num_counting = counts.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
+        # Exactly 1 if all pixels count. A division of tensors: of a number by a tensor, torch makes a product.
+        mean_weights = counts * (torch.full_like(num_counting, counts[0].numel()) / num_counting)
         loss = torch.zeros((), device=masks.device)
         for level, logits in enumerate(reversed(side_logits)):
             full_size = F.interpolate(logits.float(), size=masks.shape[-2:], mode="bilinear", align_corners=False)
             loss = loss + structure_loss(full_size, masks, weights) / 2**level
             if level == 0:
-                loss = loss + uncertainty_weight * uncertainty_loss(full_size)
+                loss = loss + uncertainty_weight * uncertainty_loss(full_size, mean_weights)
     return loss

@@ -1,8 +1,8 @@
 """Scores of a prediction against a mask, by the protocol of the field.
 
-A prediction is an 8-bit grey image, stretched to its full range before scoring; a mask is boolean; the score of a
-dataset is the mean over its images. The numbers equal those of pysodmetrics 1.6.2 and of the papers' MATLAB code within
-1e-6.
+A prediction is an 8-bit grey image, stretched to its full range before scoring; the score of a dataset is the mean over
+its images. The numbers equal those of pysodmetrics 1.6.2 and of the papers' MATLAB code within 1e-6. Masks may mark
+pixels as ignored, which the field's code does not know: these count nowhere, not even for the stretch.
 
 One pass over the pixels suffices for all scores but weighted F: they are functions of how many pixels there are of each
 grey level, inside and outside the mask, in the four regions that meet at the mask's centroid.
@@ -11,6 +11,7 @@ grey level, inside and outside the mask, in the four regions that meet at the ma
 import math
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,17 +89,18 @@ class MeanScores:
         return {**means, "max_e": float(e_curve.max()), "max_f": float(f_curve.max())}
 
 
-def score_image(prediction: ByteArray, mask: BoolArray) -> ImageScores:
+def score_image(prediction: ByteArray, mask: BoolArray | ByteArray, stretch: bool = True) -> ImageScores:
     """Return every score of one image.
 
     Args:
-        prediction: (H, W), 0 background to 255 object; stretched to its full range unless all pixels are equal.
-        mask: (H, W), True on the object.
+        prediction: (H, W), 0 background to 255 object.
+        mask: (H, W), True on the object; or 0 for background, 1 for object, and more for pixels that do not count.
+        stretch: stretch the prediction to its full range, unless all pixels are equal.
 
     Raises:
-        ValueError: their sizes differ, or they have no pixel.
+        ValueError: their sizes differ, or they have no pixel that counts.
     """
-    counts = _Counts(prediction, mask, stretch=True)
+    counts = _Counts(prediction, mask, stretch)
     levels = counts.levels
     hits, alarms = counts.at_least(np.arange(256), (levels * 255).astype(np.uint8))
     threshold_mask = levels >= counts.adaptive_threshold()
@@ -109,7 +111,7 @@ def score_image(prediction: ByteArray, mask: BoolArray) -> ImageScores:
     adaptive_recall = adaptive_hits / max(counts.num_inside, 1)
     return ImageScores(
         s_measure=counts.s_measure(),
-        weighted_f=_weighted_f(prediction, mask, counts),
+        weighted_f=_weighted_f(counts),
         mae=counts.mae(),
         iou=counts.iou(),
         dice=counts.dice(),
@@ -122,10 +124,13 @@ def score_image(prediction: ByteArray, mask: BoolArray) -> ImageScores:
     )
 
 
-def quick_scores(prediction: ByteArray, mask: BoolArray) -> dict[str, float]:
+def quick_scores(prediction: ByteArray, mask: BoolArray | ByteArray) -> dict[str, float]:
     """Return IoU, Dice, MAE and S-measure of one image, not stretched: for validation during training.
 
     If a network finds nothing yet, stretching would score its noise as if it were a prediction.
+
+    Args:
+        prediction, mask: see ``score_image``.
     """
     counts = _Counts(prediction, mask, stretch=False)
     return {"iou": counts.iou(), "dice": counts.dice(), "mae": counts.mae(), "s_measure": counts.s_measure()}
@@ -134,27 +139,41 @@ def quick_scores(prediction: ByteArray, mask: BoolArray) -> dict[str, float]:
 class _Counts:
     """Numbers of pixels of each grey level, by region, inside and outside the mask."""
 
-    def __init__(self, prediction: ByteArray, mask: BoolArray, stretch: bool) -> None:
+    def __init__(self, prediction: ByteArray, mask: BoolArray | ByteArray, stretch: bool) -> None:
         if prediction.shape != mask.shape or prediction.ndim != 2 or not prediction.size:
             raise ValueError(f"a prediction of {prediction.shape} pixels and a mask of {mask.shape} cannot be compared")
-        self.prediction, self.size = prediction, prediction.size
+        self.prediction, self.mask = prediction, mask == 1
+        self.counted: BoolArray | None = mask < 2 if mask.max() > 1 else None  # None: every pixel
+        pixels = self.among_counted(prediction)
+        if not pixels.size:
+            raise ValueError("the mask has no pixel that counts")
+        self.size = pixels.size
         self.levels = np.arange(256) / 255  # value of each grey level, in [0, 1]
-        low, high = self.levels[prediction.min()], self.levels[prediction.max()]
+        low, high = self.levels[pixels.min()], self.levels[pixels.max()]
         if stretch and low != high:  # in the reference's steps, so that ties break the same way
             self.levels = (self.levels - low) / (high - low)
         joint = mask.astype(np.uint16)
+        if self.counted is not None:
+            np.minimum(joint, 2, out=joint)
         joint <<= 8
         joint |= prediction
-        row, column = _centroid(mask)
+        row, column = _centroid(self.mask)
         self.regions: list[tuple[slice, slice]] = []
         self.region_counts: list[IntArray] = []  # (2, 256) each: outside and inside the mask
+        num_kinds = 2 if self.counted is None else 3
         for rows in (slice(0, row), slice(row, None)):
             for columns in (slice(0, column), slice(column, None)):
                 self.regions.append((rows, columns))
-                pixels = joint[rows, columns].ravel()
-                self.region_counts.append(np.bincount(pixels, minlength=512).reshape(2, 256))
+                of_region = np.bincount(joint[rows, columns].ravel(), minlength=num_kinds * 256)
+                self.region_counts.append(of_region.reshape(num_kinds, 256)[:2])
         self.outside, self.inside = np.sum(self.region_counts, axis=0)
         self.num_inside = int(self.inside.sum())
+
+    def among_counted(
+        self, values: NDArray[Any], region: tuple[slice, slice] = (slice(None), slice(None))
+    ) -> NDArray[Any]:
+        """Return an image's values, or a region's, without those of pixels that do not count."""
+        return values[region] if self.counted is None else values[region][self.counted[region]]
 
     def at_least(self, thresholds: NDArray[np.int_], bins: ByteArray) -> tuple[IntArray, IntArray]:
         """Return how many pixels inside and outside the mask have a bin at or above each threshold.
@@ -176,7 +195,7 @@ class _Counts:
         """
         threshold = 2 * float((self.inside + self.outside) @ self.levels) / self.size
         if np.abs(self.levels - threshold).min() < 1e-9:
-            threshold = 2 * float(self.levels[self.prediction].mean())
+            threshold = 2 * float(self.among_counted(self.levels[self.prediction]).mean())
         return min(threshold, 1.0)
 
     def mae(self) -> float:
@@ -251,7 +270,9 @@ class _Counts:
         """
         if np.count_nonzero(counts) == 1:
             value = float(self.levels[counts.argmax()])
-            return value if value in (0, 1) else float(self.levels[self.prediction][self.regions[region]].mean())
+            if value in (0, 1):
+                return value
+            return float(self.among_counted(self.levels[self.prediction], self.regions[region]).mean())
         return float(counts @ self.levels) / number
 
     def _above_half(self) -> tuple[int, int]:
@@ -281,7 +302,7 @@ def _f_measure(precision: FloatArray, recall: FloatArray) -> FloatArray:
     return (1 + _BETA_SQUARED) * precision * recall / np.where(weighted == 0, 1, weighted)
 
 
-def _weighted_f(prediction: ByteArray, mask: BoolArray, counts: _Counts) -> float:
+def _weighted_f(counts: _Counts) -> float:
     """Return the weighted F-measure (Margolin et al., CVPR 2014); 0 for an empty mask.
 
     An error inside the object is averaged with its neighbours' if that makes it smaller. An error outside weighs more
@@ -289,12 +310,15 @@ def _weighted_f(prediction: ByteArray, mask: BoolArray, counts: _Counts) -> floa
     """
     if not counts.num_inside:
         return 0.0
-    rows, columns = _bounding_box(mask, margin=_REACH)
-    prediction, mask, levels = prediction[rows, columns], mask[rows, columns], counts.levels
+    rows, columns = _bounding_box(counts.mask, margin=_REACH)
+    prediction, mask, levels = counts.prediction[rows, columns], counts.mask[rows, columns], counts.levels
     distances = _squared_distances(mask)
     error_inside = _error_inside(prediction, mask, levels, distances)
+    relief_map = _distance_relief().take(distances)
+    if counts.counted is not None:
+        relief_map[~counts.counted[rows, columns]] = 0
     # Not a dot product: BLAS would start threads for it in each scoring process.
-    relief = float((levels.take(prediction) * _distance_relief().take(distances)).sum())
+    relief = float((levels.take(prediction) * relief_map).sum())
     error_outside = 2 * float(counts.outside @ levels) - relief
     hits = counts.num_inside - error_inside
     recall = 1 - error_inside / counts.num_inside

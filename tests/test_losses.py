@@ -104,3 +104,69 @@ def test_uncertainty_loss_is_one_at_a_half_and_zero_at_certainty() -> None:
     levels, masks = [torch.zeros(2, 1, 32, 32)], square_mask(32)
     without, fully = (deep_supervision_loss(levels, masks, weight) for weight in (0.0, 1.0))
     torch.testing.assert_close(fully - without, torch.tensor(1.0))
+
+
+def marked(masks: torch.Tensor) -> torch.Tensor:
+    """Mark the lower quarter of each mask, and the outline of its object, as pixels that do not count."""
+    marked = masks.clone()
+    marked[:, :, -16:] = 2
+    marked[:, :, 18:46, 18:22] = 2
+    return marked
+
+
+def test_pixels_that_do_not_count_change_no_loss_and_get_no_gradient() -> None:
+    masks = marked(square_mask())
+    losses, gradients = [], []
+    for noise in (0.0, 5.0):
+        torch.manual_seed(0)
+        logits = (torch.randn(2, 1, 64, 64) + noise * (masks == 2)).requires_grad_()
+        loss = deep_supervision_loss([logits * 0.5, logits], masks, 0.7)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        losses.append(loss)
+        gradients.append(gradient)
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(gradients[0], gradients[1])
+    assert (gradients[0][masks == 2] == 0).all()
+    assert (gradients[0][masks != 2] != 0).all()
+
+
+def test_loss_of_an_image_is_averaged_over_the_pixels_that_count() -> None:
+    """The mean loss stays, however many pixels count: for a constant logit and an empty mask it is the same."""
+    logits, masks = torch.full((1, 1, 64, 64), -1.0), torch.zeros(1, 1, 64, 64)
+    half = masks.clone()
+    half[..., 32:] = 2
+    torch.testing.assert_close(
+        uncertainty_loss(logits),
+        deep_supervision_loss([logits], masks, 1.0) - deep_supervision_loss([logits], masks, 0.0),
+    )
+    torch.testing.assert_close(
+        uncertainty_loss(logits),
+        deep_supervision_loss([logits], half, 1.0) - deep_supervision_loss([logits], half, 0.0),
+    )
+
+
+def test_an_image_without_a_pixel_that_counts_has_no_loss_and_no_gradient() -> None:
+    logits = torch.randn(1, 1, 32, 32, requires_grad=True)
+    loss = deep_supervision_loss([logits], torch.full((1, 1, 32, 32), 2.0), 1.0)
+    loss.backward()
+    assert loss == 0
+    assert logits.grad is not None
+    assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("size", [64, 352])
+def test_without_marked_pixels_loss_and_gradient_are_bitwise_those_of_the_plain_formula(size: int) -> None:
+    torch.manual_seed(0)
+    masks = (torch.rand(2, 1, size, size) > 0.7).float()
+    coarse, fine = (torch.randn(2, 1, size // side, size // side, requires_grad=True) for side in (8, 4))
+    loss = deep_supervision_loss([coarse, fine], masks, 0.3)
+    weights, plain = boundary_weights(masks), torch.zeros(())
+    for level, logits in enumerate((fine, coarse)):
+        full_size = F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)
+        plain = plain + structure_loss(full_size, masks, weights) / 2**level
+        if level == 0:
+            plain = plain + 0.3 * (1 - (2 * full_size.sigmoid() - 1).square()).mean()
+    assert torch.equal(loss, plain)
+    expected = torch.autograd.grad(plain, [coarse, fine])
+    for gradient, other in zip(torch.autograd.grad(loss, [coarse, fine]), expected, strict=True):
+        assert torch.equal(gradient, other)

@@ -163,3 +163,57 @@ def test_means_over_a_set_equal_the_reference() -> None:
         assert means[f"mean_{name}"] == pytest.approx(curve.mean())
     with pytest.raises(ValueError, match="no image"):
         MeanScores().means()
+
+
+def all_scores(prediction: ByteArray, mask: BoolArray | ByteArray) -> dict[str, Any]:
+    scores = score_image(prediction, mask)
+    return {**quick_scores(prediction, mask), **scores.numbers(), **{name: getattr(scores, name) for name in CURVES}}
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.integers(0, 2**32 - 1))
+def test_ignored_pixels_change_no_score(case: tuple[ByteArray, BoolArray], seed: int) -> None:
+    prediction, mask = case
+    rng = np.random.default_rng(seed)
+    is_ignored = rng.random(mask.shape) < 0.3
+    is_ignored[-1, -1] = False
+    labels = np.where(is_ignored, 2, mask).astype(np.uint8)
+    other = np.where(is_ignored, rng.integers(0, 256, mask.shape), prediction).astype(np.uint8)
+    first, second = all_scores(prediction, labels), all_scores(other, labels)
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name], err_msg=name)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_masks_of_zero_and_one_have_bitwise_the_scores_of_boolean_ones(case: tuple[ByteArray, BoolArray]) -> None:
+    prediction, mask = case
+    first, second = all_scores(prediction, mask), all_scores(prediction, mask.astype(np.uint8))
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name], err_msg=name)
+
+
+def test_scores_are_those_of_the_image_without_its_ignored_margin() -> None:
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:120, :160]
+    mask = np.hypot(y - 50, x - 60) < 25
+    prediction = (200 * (np.hypot(y - 52, x - 66) < 27) + rng.integers(0, 55, mask.shape)).astype(np.uint8)
+    labels = mask.astype(np.uint8)
+    labels[100:], labels[:, 140:] = 2, 2
+    whole, cut = all_scores(prediction, labels), all_scores(prediction[:100, :140], mask[:100, :140])
+    for name, value in whole.items():
+        np.testing.assert_allclose(value, cut[name], rtol=1e-12, err_msg=name)
+
+
+def test_a_mask_without_a_pixel_that_counts_is_refused() -> None:
+    with pytest.raises(ValueError, match="no pixel that counts"):
+        score_image(np.zeros((4, 4), dtype=np.uint8), np.full((4, 4), 2, dtype=np.uint8))
+
+
+def test_without_the_stretch_a_faint_prediction_is_scored_as_it_is() -> None:
+    mask = np.zeros((20, 20), dtype=np.bool_)
+    mask[5:15, 5:15] = True
+    faint = np.where(mask, 60, 20).astype(np.uint8)
+    assert score_image(faint, mask, stretch=False).iou == 0
+    assert score_image(faint, mask, stretch=False).mae == pytest.approx(quick_scores(faint, mask)["mae"])
+    assert score_image(faint, mask).iou == 1
