@@ -1,4 +1,4 @@
-"""Test scores of our network and of segmentation_models.pytorch's, trained alike: same weights, data, everything.
+"""Test scores of our network and of segmentation_models.pytorch's, trained by the same command on the same weights.
 
     python benchmarks/accuracy.py --dataset-path data/CAMO --backbone-weights FILE --out DIR --seeds 1 2 3 \
         --models ours unet fpn deeplabv3plus upernet segformer [--epochs N] [--img-size PX] [-- flags of train]
@@ -6,15 +6,14 @@
 
 A model may bring flags of its own: --models "ours --zoom 1.25" ours.
 
-Every one goes through ``train`` itself: same order of the same augmented images, same loss, optimizer, average, number
-of epochs and validation images, by which the best epoch is chosen. Rivals have one output, so one loss; ours has its
-side outputs. Then ``evaluate`` on the test set; with --validation-only, on the images held out to validate on, and the
-test set is not looked at: that is for choosing, and for ours without one of its parts. What is done already in DIR is
-not done again, and a run that was interrupted is resumed: a long table can be made in pieces. Without --seeds, the
-table of what there is.
+All go through ``train``: same order of the same augmented images, same loss, optimizer, average, number of epochs and
+validation images, which choose the best epoch. Rivals have one output, so one loss; ours has its side outputs. Then
+they are scored on the test set; with --validation-only, which is for choosing between models and for ours without one
+of its parts, on the validation images, and no test image is read. Results that DIR holds already are kept, and an
+interrupted run is resumed, so a long table can be made in pieces. Without --seeds, only the table is printed.
 
-Speed is measured apart: each model in a process of its own, as in training (in one process, they lose each other's
-memory), taking turns at forward and backward pass on one batch, in an order of its own each round.
+Speed is measured separately: each model in a process of its own, as in training (in one process they would compete for
+cached memory). They take turns at forward and backward pass on one batch, in another order each round.
 """
 
 import argparse
@@ -23,41 +22,42 @@ import json
 import multiprocessing
 import random
 import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from runs import seconds_of, settings_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from commands import cli
-from data.layouts import find_subsets
-from data.processes import keep_freed_memory
-from evaluation import trained
+from commands.evaluate import Case, SetReport, scored_cases
+from data.layouts import Pair, find_subsets, named_pairs, training_pairs
+from data.processes import keep_freed_memory, num_cores
 from evaluation.figures import contact_sheet, thumbnail
+from evaluation.predictor import TrainedNetwork, predict_pairs
 from losses import deep_supervision_loss
+from models import CamouflageSegmenter, NetworkSettings, build_network
 from models.backbone import speed_up_depthwise
-from models.network import CamouflageSegmenter
 from models.zoom import resized
-from runtime.machine import Precision, resolve_precision
+from runtime.checkpoint import read_checkpoint
+from runtime.files import write_json
+from runtime.machine import Machine
+from runtime.ranks import Ranks
+from train_ultimate import ScriptParts
 from train_ultimate import main as command
-from training import setup as builders
+from training.setup import NetworkBuilder
 
 RIVALS = ("unet", "fpn", "deeplabv3plus", "upernet", "segformer")
 ABLATIONS = tuple(f"without-{part}" for part in ("context", "estimate", "mix", "gate", "side-losses"))
 MODELS = ("ours", *ABLATIONS, *RIVALS)
 SCORES = {"s_measure": "S", "weighted_f": "wF", "mae": "MAE", "mean_e": "mean E", "iou": "IoU"}
-# The recipe that the baseline was measured with, as far as the flags of train go.
+# Flags of the recipe that the baseline was measured with.
 RECIPE = [
     *("--batch-size", "8", "--accumulation-steps", "1", "--stage1-epochs", "0", "--keep-checkpoints", "1"),
     *("--lr", "0.001", "--stage2-lr-scale", "1", "--backbone-lr-scale", "0.1", "--grad-clip", "1"),
@@ -65,13 +65,13 @@ RECIPE = [
 
 
 class Rival(CamouflageSegmenter):
-    """A decoder of segmentation_models.pytorch, in the place of ours, on a backbone with the same weights."""
+    """Network with a decoder of segmentation_models.pytorch instead of ours, on a backbone with the same weights."""
 
     def __init__(self, name: str, ours: CamouflageSegmenter, backbone_name: str) -> None:
         nn.Module.__init__(self)
         network: Any = smp.create_model(name, f"tu-{backbone_name}", encoder_weights=None)
         network.encoder.model.load_state_dict(ours.backbone.body.state_dict())
-        speed_up_depthwise(network.encoder)  # as ours: what is compared are decoders
+        speed_up_depthwise(network.encoder)  # as in ours: the comparison is between decoders
         self.backbone = network.encoder
         self.decoder = nn.ModuleList([network.decoder, network.segmentation_head])  # type: ignore[assignment]
         self.freeze_norm_statistics = ours.freeze_norm_statistics
@@ -87,14 +87,14 @@ class Rival(CamouflageSegmenter):
 
 
 class Ones(nn.Module):
-    """Where a gate was."""
+    """Constant of ones in the place of a gate."""
 
     def forward(self, values: Tensor) -> Tensor:
         return torch.ones_like(values)
 
 
 class NoEstimate(nn.Module):
-    """A refinement block that is told nothing: half foreground, half background, everywhere."""
+    """Refinement block without an estimate: half foreground, half background, everywhere."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class NoEstimate(nn.Module):
 
 
 class FinestOnly(nn.Module):
-    """A decoder whose other side outputs get no loss."""
+    """Decoder that returns only its finest output, so that the others get no loss."""
 
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
@@ -116,6 +116,7 @@ class FinestOnly(nn.Module):
 
 
 def remove(part: str, network: CamouflageSegmenter) -> None:
+    """Take a part out of the decoder, for an ablation."""
     decoder, blocks = network.decoder, network.decoder.blocks
     if part == "context":
         decoder.context = decoder.context.reduce  # type: ignore[assignment]
@@ -131,35 +132,27 @@ def remove(part: str, network: CamouflageSegmenter) -> None:
         network.decoder = FinestOnly(decoder)  # type: ignore[assignment]
 
 
-def builder_of(model: str) -> Callable[[argparse.Namespace, bool], CamouflageSegmenter]:
-    build = builders.build_network
+def builder_of(model: str, seed: int) -> NetworkBuilder:
+    """Return the function that builds a model; rivals draw their decoder's weights from the seed."""
 
-    def build_other(args: argparse.Namespace, load_weights: bool) -> CamouflageSegmenter:
-        ours = build(args, load_weights)
-        torch.manual_seed(args.seed)
+    def build(
+        settings: NetworkSettings, pretrained: bool = False, backbone_weights: Path | None = None
+    ) -> CamouflageSegmenter:
+        ours = build_network(settings, pretrained, backbone_weights)
+        if model == "ours":
+            return ours
+        torch.manual_seed(seed)
         if model in RIVALS:
-            return Rival(model, ours, args.backbone)
+            return Rival(model, ours, settings.backbone)
         remove(model.removeprefix("without-"), ours)
         return ours
 
-    return build if model == "ours" else build_other
+    return build
 
 
-@contextlib.contextmanager
-def in_place_of_ours(model: str) -> Iterator[None]:
-    build = builder_of(model)
-
-    def build_trained(settings: Mapping[str, Any], img_size: int) -> CamouflageSegmenter:
-        return build(builders.settings_of({**settings, "img_size": img_size}), False)
-
-    train, use = (builders, "build_network", build), (trained, "build_as_trained", build_trained)
-    with mock.patch.object(*train), mock.patch.object(*use):
-        yield
-
-
-def train_and_evaluate(model: str, seed: int, options: argparse.Namespace) -> None:
+def train_and_score(model: str, seed: int, options: argparse.Namespace) -> None:
     name, *own_flags = model.split()
-    directory = directory_of(model, seed, options)
+    directory, build = directory_of(model, seed, options), builder_of(name, seed)
     done = directory / scores_file(options)
     if done.exists():
         return
@@ -169,19 +162,55 @@ def train_and_evaluate(model: str, seed: int, options: argparse.Namespace) -> No
         *("--backbone-weights", options.backbone_weights, "--epochs", str(options.epochs), "--seed", str(seed)),
         *("--checkpoint-dir", str(directory), "--resume", "auto", *RECIPE, *options.more, *own_flags),
     ]
-    with in_place_of_ours(name):
-        if (code := command(["train", *flags])) != 0:
-            raise SystemExit(code)
-        checkpoint, result = str(directory / "best_model.pth"), directory / "unfinished.json"
-        flags = ["--checkpoint", checkpoint, "--dataset-path", options.dataset_path, "--json", str(result)]
-        flags += ["--tta"] if options.tta else []
-        if options.validation_only:
-            flags += ["--held-out"]
-        elif not options.tta:
-            flags += ["--save-predictions", str(directory / "predictions")]
-        if (code := command(["evaluate", *flags])) != 0:
-            raise SystemExit(code)
-    result.rename(done)
+    if (code := command(["train", *flags], ScriptParts(build_network=build))) != 0:
+        raise SystemExit(code)
+    network = load(directory / "best_model.pth", build, options.tta)
+    save_to = None if options.validation_only or options.tta else directory / "predictions"
+    set_name, pairs = pairs_to_score(Path(options.dataset_path), network.held_out if options.validation_only else None)
+    report = score(network, set_name, pairs, save_to)
+    write_json(done, {"sets": {set_name: report.to_json()}})
+
+
+def load(path: Path, build: NetworkBuilder, tta: bool) -> TrainedNetwork:
+    """Load a trained model with its averaged weights, as ``evaluate`` does with ours."""
+    checkpoint = read_checkpoint(path)
+    config = checkpoint["config"]
+    settings = NetworkSettings.of(config["settings"])
+    model = build(replace(settings, scales=(1.0,), frozen_levels=0), False, None)
+    model.load_state_dict(checkpoint["model"] if checkpoint["ema"] is None else checkpoint["ema"]["model"])
+    machine = Machine.of("auto", "auto", channels_last=True, shard=False, ranks=Ranks())
+    model, device = machine.place(model.eval()), machine.device
+    held_out = tuple(config["validation"])
+    return TrainedNetwork(model, settings.img_size, device, machine.precision, machine.memory_format, tta, held_out)
+
+
+def pairs_to_score(root: Path, held_out: tuple[str, ...] | None) -> tuple[str, list[Pair]]:
+    """Return name and pairs of the dataset's test set, or of the images that were held out to validate on."""
+    if held_out is not None:
+        return "held-out", named_pairs(training_pairs(find_subsets(root, include_noncam=True), root), root, held_out)
+    return root.resolve().name, [
+        pair for subset in find_subsets(root) if subset.split == "test" for pair in subset.pairs
+    ]
+
+
+def score(network: TrainedNetwork, set_name: str, pairs: list[Pair], save_to: Path | None) -> SetReport:
+    """Return the scores of ``evaluate``, and save predictions as it does."""
+    folder = None if save_to is None else save_to / set_name
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def cases() -> Iterator[Case | str]:
+        for index, prediction in predict_pairs(network, pairs, batch_size=8, num_workers=1):
+            pair = pairs[index]
+            save_as = None if folder is None else folder / f"{pair.mask.stem}.png"
+            yield prediction if isinstance(prediction, str) else Case(set_name, pair.mask, None, prediction, save_as)
+
+    report = SetReport()
+    for result in scored_cases(cases(), num_cores()):
+        if isinstance(result, str):
+            raise SystemExit(f"not scored: {result}")
+        report.add(*result)
+    return report
 
 
 def directory_of(model: str, seed: int, options: argparse.Namespace) -> Path:
@@ -193,13 +222,12 @@ def scores_file(options: argparse.Namespace) -> str:
 
 
 def side_by_side(options: argparse.Namespace) -> Image.Image:
-    """The predictions of the first seed's models on twelve test images, evenly spaced in the order of their names."""
+    """Return a picture of the first seed's predictions on twelve test images, evenly spaced in the order of names."""
     directories = [directory_of(model, options.seeds[0], options) for model in options.models]
     reports = [json.loads((directory / "test.json").read_text())["sets"] for directory in directories]
     (test_set,) = reports[0]
     scores = [{image["name"]: image["s_measure"] for image in report[test_set]["images"]} for report in reports]
-    subsets = find_subsets(Path(options.dataset_path))
-    pairs = [pair for subset in subsets if subset.split == "test" for pair in subset.pairs]
+    _, pairs = pairs_to_score(Path(options.dataset_path), held_out=None)
     rows = []
     for pair in sorted(pairs, key=lambda pair: pair.mask.name)[len(pairs) // 24 :: len(pairs) // 12][:12]:
         caption = " / ".join(f"S {score[pair.mask.name]:.3f}" for score in scores)
@@ -209,7 +237,7 @@ def side_by_side(options: argparse.Namespace) -> Image.Image:
 
 
 def results(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    """Model -> scores of each seed."""
+    """Return the scores of each seed by model."""
     found: dict[str, list[dict[str, float]]] = {}
     for path in sorted(options.out.glob(f"*/{scores_file(options)}")):
         (scored,) = json.loads(path.read_text())["sets"].values()
@@ -218,13 +246,14 @@ def results(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
 
 
 def measure(models: list[str], options: argparse.Namespace) -> dict[str, tuple[float, float, float]]:
-    """Model -> images a second in training, millions of parameters, GMACs of an image."""
+    """Return images per second in training, millions of parameters and GMACs per image, by model."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     amounts: dict[str, tuple[int, float, float]] = {}
     for model in models:
         pipes[model], theirs = context.Pipe()
         context.Process(target=take_steps, args=(model, options, theirs), daemon=True).start()
+        theirs.close()  # so that recv() raises EOFError if the process has died
         amounts[model] = pipes[model].recv()
     seconds: dict[str, list[float]] = {model: [] for model in models}
     for round_number in range(options.speed_rounds + 2):
@@ -240,37 +269,33 @@ def measure(models: list[str], options: argparse.Namespace) -> dict[str, tuple[f
 
 
 def take_steps(model: str, options: argparse.Namespace, pipe: Connection) -> None:
-    """One model's process: tells how large it is, then, whenever it is asked, the mean seconds of a step."""
+    """Send a model's batch size, parameters and GMACs; then, on each request, the mean seconds of a step."""
     keep_freed_memory()
     name, *own_flags = model.split()
     flags = ["--dataset-path", "x", "--backbone", options.backbone, "--no-pretrained", *RECIPE, *options.more]
-    args = cli.parse(["train", *flags, "--img-size", str(options.img_size), *own_flags])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = resolve_precision(args.precision, device)
-    images = torch.rand(args.batch_size, 3, args.img_size, args.img_size, device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    masks = (torch.rand(args.batch_size, 1, args.img_size, args.img_size, device=device) > 0.5).float()
-    network = builders.on_device(builder_of(name)(args, False), device, torch.channels_last)
+    settings = settings_of(*flags, "--img-size", str(options.img_size), *own_flags)
+    machine = Machine.of("auto", settings.precision, channels_last=True, shard=False, ranks=Ranks())
+    device, size = machine.device, settings.img_size
+    images = torch.rand(settings.batch_size, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    masks = (torch.rand(settings.batch_size, 1, size, size, device=device) > 0.5).float()
+    build = builder_of(name, settings.seed)
+    network = machine.place(build(NetworkSettings.of(settings.to_dict()), False, None))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network.eval()(images[:1])
     millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-    pipe.send((args.batch_size, millions, counter.get_total_flops() / 2e9))
+    pipe.send((settings.batch_size, millions, counter.get_total_flops() / 2e9))
     network.train()
-    with contextlib.suppress(EOFError):  # the end
+
+    def step(scale: float) -> None:
+        with machine.precision.autocast():
+            side_logits = network(images, scale)
+        deep_supervision_loss(side_logits, masks, 0.5).backward()
+        network.zero_grad()
+
+    with contextlib.suppress(EOFError):  # the main process has ended
         while pipe.recv() == "go":
-            steps = [step_seconds(network, images, masks, precision, scale) for scale in args.multi_scale]
-            pipe.send(statistics.mean(steps))
-
-
-def step_seconds(network: nn.Module, images: Tensor, masks: Tensor, precision: Precision, scale: float) -> float:
-    start = time.perf_counter()
-    with precision.autocast():
-        side_logits = network(images, scale)
-    deep_supervision_loss(side_logits, masks, 0.5).backward()
-    network.zero_grad()
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+            scales = settings.multi_scale
+            pipe.send(statistics.mean(seconds_of(lambda scale=scale: step(scale), device) for scale in scales))
 
 
 def known(model: str) -> str:
@@ -289,22 +314,22 @@ def main() -> None:
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--validation-only", action="store_true", help="the test set is not looked at")
-    parser.add_argument("--tta", action="store_true", help="test scores with mirror images")
+    parser.add_argument(
+        "--validation-only", action="store_true", help="score on the validation images, not on the test set"
+    )
+    parser.add_argument("--tta", action="store_true", help="average over each image and its mirror image")
     parser.add_argument("--speed-rounds", type=int, default=15)
     parser.add_argument("more", nargs="*", help="after --: more flags of train, for all of them")
     parser.add_argument(
-        "--contact-sheet", type=Path, help="picture of predictions of --models, by the first of --seeds"
+        "--contact-sheet", type=Path, help="picture to write, of predictions of --models with the first of --seeds"
     )
     options = parser.parse_args()
     if options.contact_sheet is not None and (options.validation_only or not options.seeds):
-        parser.error(
-            "--contact-sheet shows test images of the first of --seeds: not without, nor with --validation-only"
-        )
+        parser.error("--contact-sheet shows test images: it needs --seeds, and does not go with --validation-only")
     keep_freed_memory()
     for seed in options.seeds:
         for model in options.models:
-            train_and_evaluate(model, seed, options)
+            train_and_score(model, seed, options)
     if options.contact_sheet is not None:
         side_by_side(options).save(options.contact_sheet)
     found = results(options)
