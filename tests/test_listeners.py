@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Argv, SignalAt, differing_tensors
+from conftest import Argv, differing_tensors, prepare_run, signal_at_step, train
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -26,6 +26,7 @@ from reporting.listeners import EpochLines, FinalReport, SamplePredictions, Tens
 from runtime.checkpoint import read_checkpoint
 from runtime.log import RunLog
 from train_ultimate import main
+from training.run import Run
 
 EPOCH = {
     **{"epoch": 3, "loss": 2.37, "iou": 0.5845, "dice": 0.735, "grad_norm_avg": 0.381, "grad_norm_max": 0.498},
@@ -115,7 +116,7 @@ def test_sample_predictions_are_of_the_first_images_that_can_be_read(tiny_datase
     assert SamplePredictions(predict, pairs[1:2], 32)() is None
 
 
-def test_a_run_writes_its_scalars_and_images(tiny_argv: Argv, tmp_path: Path, followed: None) -> None:
+def test_a_run_writes_its_scalars_and_images(tiny_argv: Argv, tmp_path: Path) -> None:
     assert main(tiny_argv("--drill", "nan-loss@3")) == 0
     directory, run = tmp_path / "run" / "tensorboard", tmp_path / "run"
     applied = {event["global_window"]: event["loss"] for event in logged(run, "window")}  # the last attempt counts
@@ -130,11 +131,8 @@ def test_a_run_writes_its_scalars_and_images(tiny_argv: Argv, tmp_path: Path, fo
     assert "incidents/text_summary" in found.Tags()["tensors"]
 
 
-def test_resumed_runs_show_no_window_twice(
-    tiny_argv: Argv, tmp_path: Path, followed: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        SignalAt(patch, "gated_step", 11)
+def test_resumed_runs_show_no_window_twice(tiny_argv: Argv, tmp_path: Path) -> None:
+    with signal_at_step(11):
         assert main(tiny_argv()) == 143
     (step,) = (tmp_path / "run").glob("step_*.pth")
     step.unlink()  # as after a kill: what came after the epoch is trained again
@@ -143,13 +141,10 @@ def test_resumed_runs_show_no_window_twice(
     assert len(scalars(tmp_path / "run" / "tensorboard", "epoch/loss")) == 4
 
 
-def test_listeners_do_not_change_the_weights(
-    tiny_argv: Argv, tmp_path: Path, followed: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_listeners_do_not_change_the_weights(tiny_argv: Argv, tmp_path: Path) -> None:
     extra = ("--ema-decay", "0", "--epochs", "3")  # so that pictures use the weights in training themselves
     assert main(tiny_argv(*extra)) == 0
-    monkeypatch.setattr("training.setup.listeners_of", lambda *_: [])
-    assert main(tiny_argv(*extra, checkpoint_dir=tmp_path / "without")) == 0
+    assert train(tiny_argv(*extra, checkpoint_dir=tmp_path / "without"), listeners_of=lambda _: []) == 0
     with_them, without = (read_checkpoint(tmp_path / name / "epoch_0003.pth") for name in ("run", "without"))
     assert differing_tensors(with_them["model"], without["model"]) == []
 
@@ -192,11 +187,16 @@ def test_errors_of_other_threads_are_reported_while_curves_are_written_and_after
     assert threading.excepthook is hook
 
 
-def kinds_of(caplog: pytest.LogCaptureFixture, directory: Path, global_window: int = 0) -> list[type]:
+@pytest.fixture
+def run(tiny_argv: Argv) -> Run:
+    return prepare_run(tiny_argv())
+
+
+def kinds_of(caplog: pytest.LogCaptureFixture, run: Run) -> list[type]:
     """Return the types of a run's listeners; what they log is in ``caplog``."""
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="train_ultimate"):
-        found = listeners_of(directory, 4, 0.5, global_window, None)
+        found = listeners_of(run)
     kinds = [type(listener) for listener in found]
     for listener in found:
         if isinstance(listener, TensorBoardCurves):
@@ -204,49 +204,48 @@ def kinds_of(caplog: pytest.LogCaptureFixture, directory: Path, global_window: i
     return kinds
 
 
-def test_a_run_has_epoch_lines_curves_and_a_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert kinds_of(caplog, tmp_path) == [EpochLines, TensorBoardCurves, FinalReport]
+def test_a_run_has_epoch_lines_curves_and_a_report(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    assert kinds_of(caplog, run) == [EpochLines, TensorBoardCurves, FinalReport]
     assert caplog.messages == []
 
 
-def test_a_folder_that_cannot_be_written_costs_only_the_curves(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "tensorboard").write_text("in the way")
-    assert kinds_of(caplog, tmp_path) == [EpochLines, FinalReport]
+def test_a_folder_that_cannot_be_written_costs_only_the_curves(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    (run.folder.path / "tensorboard").write_text("in the way")
+    assert kinds_of(caplog, run) == [EpochLines, FinalReport]
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "nothing is written for TensorBoard" in record.message
 
 
 def test_a_missing_tensorboard_is_mentioned_when_a_run_begins_and_not_when_it_is_resumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert kinds_of(caplog, tmp_path) == [EpochLines, FinalReport]
+    assert kinds_of(caplog, run) == [EpochLines, FinalReport]
     assert caplog.text.count("TensorBoard: not installed") == 1
-    assert not (tmp_path / "tensorboard").exists()
-    assert kinds_of(caplog, tmp_path, global_window=5) == [EpochLines, FinalReport]
+    assert not (run.folder.path / "tensorboard").exists()
+    run.state.progress.global_window = 5
+    assert kinds_of(caplog, run) == [EpochLines, FinalReport]
     assert caplog.messages == []
 
 
 def test_a_missing_plotly_costs_only_the_report(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "plotly", None)
-    assert kinds_of(caplog, tmp_path) == [EpochLines, TensorBoardCurves]
+    assert kinds_of(caplog, run) == [EpochLines, TensorBoardCurves]
     assert caplog.text.count("plotly is not installed") == 1
 
 
 @pytest.mark.parametrize("error", [TypeError("Descriptors cannot be created directly"), AttributeError("np.bool8")])
 def test_a_tensorboard_that_does_not_fit_its_packages_costs_only_the_curves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     def broken(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", broken)
-    assert kinds_of(caplog, tmp_path) == [EpochLines, FinalReport]
+    assert kinds_of(caplog, run) == [EpochLines, FinalReport]
     assert "nothing is written for TensorBoard" in caplog.text
 
 
@@ -266,7 +265,7 @@ def test_images_that_do_not_fit_the_memory_cost_only_the_images(
 
 
 @pytest.mark.slow
-def test_tensorboard_serves_scalars_and_images(tiny_argv: Argv, tmp_path: Path, followed: None) -> None:
+def test_tensorboard_serves_scalars_and_images(tiny_argv: Argv, tmp_path: Path) -> None:
     assert main(tiny_argv()) == 0
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

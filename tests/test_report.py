@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Argv, SignalAt, tiny_arguments
+from conftest import Argv, signal_at_step, tiny_arguments
 from PIL import Image
 from test_history import epoch, log_of, start, window
 
@@ -181,7 +181,7 @@ def test_a_report_without_pictures_does_not_import_torch(tmp_path: Path) -> None
     run = log_of(tmp_path / "run", start(), window(1, 1), epoch(1, 0.5))
     code = (
         "import sys, commands\n"
-        f"assert commands.run(['report', {str(run)!r}]) == 0\n"
+        f"assert commands.answer(['report', {str(run)!r}]) == 0\n"
         "assert not {'torch', 'timm'} & set(sys.modules), 'imported'\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=PROGRAM.parent, check=True)
@@ -195,17 +195,15 @@ def test_without_plotly_the_command_fails_with_advice(
     assert "pip install plotly" in failing([str(run)], capsys)
 
 
-def test_a_run_stopped_by_a_signal_has_its_report_without_pictures(
-    tiny_argv: Argv, tmp_path: Path, followed: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    SignalAt(monkeypatch, "gated_step", 6)
-    assert main(tiny_argv()) == 143
+def test_a_run_stopped_by_a_signal_has_its_report_without_pictures(tiny_argv: Argv, tmp_path: Path) -> None:
+    with signal_at_step(6):
+        assert main(tiny_argv()) == 143
     text = (tmp_path / "run" / "report.html").read_text()
     assert "stopped by SIGTERM" in text
     assert "<img" not in text
 
 
-def test_a_run_that_diverges_has_its_report(tiny_argv: Argv, tmp_path: Path, followed: None) -> None:
+def test_a_run_that_diverges_has_its_report(tiny_argv: Argv, tmp_path: Path) -> None:
     assert main(tiny_argv("--drill", "nan-weight@6x20", "--max-rollbacks", "1")) == 3
     assert "diverged, all recoveries spent" in (tmp_path / "run" / "report.html").read_text()
 

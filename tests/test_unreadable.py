@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Argv, SignalAt, differing_tensors, tiny_arguments
+from conftest import Argv, differing_tensors, signal_at_step, tiny_arguments
 from launching import read_events
 
 from data.unreadable import UnreadableDataError, UnreadablePairs, require_few
@@ -90,20 +90,16 @@ def test_a_run_goes_on_reports_each_file_once_and_counts(
     assert len({event["image"] for event in events}) == len(events) == 3
     assert [epoch["unreadable"] for epoch in read_events(tmp_path / "run", "epoch")] == [3] * 4
     assert len(read_events(tmp_path / "run", "run_end")[0]["unreadable"]) == 3
-    assert state(tmp_path / "run")["progress"]["samples_seen"] == 4 * 20
 
 
-def test_weights_do_not_depend_on_workers_or_interruptions(
-    damage: Damage, tiny_argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_do_not_depend_on_workers_or_interruptions(damage: Damage, tiny_argv: Argv, tmp_path: Path) -> None:
     """Nor does the count: in the middle of an epoch, one file is known and the other is still to be found."""
     root = str(damage(2, 1))
     assert main(tiny_argv("--dataset-path", root, checkpoint_dir=tmp_path / "a")) == 0
     assert main(tiny_argv("--dataset-path", root, "--num-workers", "2", checkpoint_dir=tmp_path / "b")) == 0
     assert differing_tensors(state(tmp_path / "a"), state(tmp_path / "b")) == []
     for stop in (1, 3):
-        with monkeypatch.context() as patch:
-            SignalAt(patch, "gated_step", stop)
+        with signal_at_step(stop):
             resume = ("--resume", "auto")
             assert main(tiny_argv("--dataset-path", root, *resume, checkpoint_dir=tmp_path / "c")) == 143
     assert main(["train", "--resume", "auto", "--checkpoint-dir", str(tmp_path / "c")]) == 0
@@ -148,7 +144,7 @@ def test_a_run_without_a_readable_validation_image_ends(
     damage: Damage, tiny_argv: Argv, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(tiny_argv("--dataset-path", str(damage(0, 2)))) == 2
-    assert "not one image to validate on can be read" in capsys.readouterr().err
+    assert "none of the validation images can be read" in capsys.readouterr().err
 
 
 def test_incidents_name_the_replacements(damage: Damage, tiny_argv: Argv, tmp_path: Path) -> None:
