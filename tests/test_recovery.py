@@ -11,14 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import (
-    Argv,
-    differing_tensors,
-    prepare_run,
-    signal_at_step,
-    tiny_arguments,
-    train,
-)
+from conftest import Argv, differing_tensors, prepare_run, signal_at_step, tiny_arguments, train
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from launching import read_events
@@ -78,7 +71,7 @@ def test_after_a_passing_fault_the_weights_are_bitwise_those_of_a_run_without(
 def test_the_same_in_half_precision(
     undisturbed: Callable[[str], Path], tiny_argv: Argv, tmp_path: Path, precision: str, faults: tuple[str, ...]
 ) -> None:
-    """In fp16 the loss scale does not change either: a loss that is not finite says nothing about it."""
+    """The fp16 loss scale does not change either: a loss that is not finite says nothing about it."""
     drills = [flag for fault in faults for flag in ("--drill", fault)]
     assert train(tiny_argv("--precision", precision, *drills)) == 0
     assert differing_tensors(final(tmp_path / "run"), final(undisturbed(precision))) == []

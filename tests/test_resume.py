@@ -16,15 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import (
-    Argv,
-    differing_tensors,
-    failing,
-    prepare_run,
-    signal_at_step,
-    tiny_arguments,
-    train,
-)
+from conftest import Argv, differing_tensors, failing, prepare_run, signal_at_step, tiny_arguments, train
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from launching import read_events
