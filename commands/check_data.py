@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from commands.output import print_lines, progress_bar, require_writable
+from commands.own_files import is_exclude_file, is_json_with, require_own
 from data.inspection import KINDS, SIZE_BINS, PairFacts, Report, assess, pairs_to_inspect, start_inspection
 from data.layouts import Pair, Split, find_subsets
 from runtime.files import write_json, write_text
@@ -43,6 +44,10 @@ def check_data(
             require_writable(file)
     if json_file is not None and exclude_file is not None and json_file.resolve() == exclude_file.resolve():
         raise ValueError(f"{json_file}: is named twice; give --json and --write-exclude a file each")
+    if json_file is not None:
+        require_own([json_file], is_json_with("findings", "usable_pairs"), "check-data", f"--json {json_file}")
+    if exclude_file is not None:
+        require_own([exclude_file], is_exclude_file, "check-data", f"--write-exclude {exclude_file}")
     start = time.perf_counter()
     try:
         subsets = find_subsets(root, include_noncam)

@@ -16,23 +16,27 @@ import numpy as np
 from PIL import Image
 
 from commands.output import print_lines, progress_bar, require_writable
+from commands.own_files import is_json_with, is_picture_with, require_own, save_picture
 from data.decoding import decode_mask, decode_prediction
 from data.layouts import (
     MASK_SUFFIXES,
     PAIR_FOLDER_NAMES,
     Pair,
     Subset,
+    describe_left_out,
     find_subsets,
     named_pairs,
+    names_of_masks,
     split_of,
     superclass_of,
     training_pairs,
 )
-from data.listing import files_by_stem
+from data.listing import files_by_stem, list_pictures, list_tree, subfolders
+from data.pairing import match_names
 from data.processes import map_in_order
 from evaluation.figures import contact_sheet, thumbnail
 from evaluation.metrics import ByteArray, ImageScores, MeanScores, score_image
-from runtime.files import replacing, write_json
+from runtime.files import write_json
 from runtime.log import environment
 
 logger = logging.getLogger("train_ultimate")
@@ -42,7 +46,9 @@ _COLUMNS = {  # names as in papers
     "adaptive_f": "adpF", "mean_f": "meanF", "max_f": "maxF", "iou": "IoU", "dice": "Dice",
 }  # fmt: skip
 _GROUP_COLUMNS = ("s_measure", "weighted_f", "mae", "mean_e", "mean_f", "iou", "dice")  # means of image scores
+_PREDICTION_SUFFIXES = (*MASK_SUFFIXES, ".tif", ".tiff")
 _NUM_WORST = 24
+_MARK = "train_ultimate evaluate"  # in each picture that evaluate writes
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class Case:
     image: Path | None
     prediction: Path | ByteArray
     save_as: Path | None = None  # None: the prediction is not saved
+    name: str = ""  # the mask's name in the set, without ending; empty for that of its file
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ class SetReport:
     def add(self, case: Case, scored: Scored) -> None:
         self.totals.add(scored.scores)
         self.num_resized += scored.was_resized
-        name, superclass = case.mask.name, superclass_of(case.mask.stem)
+        name, superclass = f"{case.name or case.mask.stem}{case.mask.suffix}", superclass_of(case.mask.stem)
         row = {"name": name, "superclass": superclass, "object_share": scored.object_share, **scored.scores.numbers()}
         self.images.append(row)
 
@@ -132,6 +139,11 @@ def evaluate(args: argparse.Namespace, num_processes: int) -> int:
     for output in (args.json, args.contact_sheet):
         if output is not None:
             require_writable(Path(output))
+    if args.json is not None:
+        require_own([Path(args.json)], is_json_with("sets", "not_scored"), "evaluate", f"--json {args.json}")
+    if args.contact_sheet is not None:
+        sheet_file = Path(args.contact_sheet)
+        require_own([sheet_file], is_picture_with(_MARK), "evaluate", f"--contact-sheet {sheet_file}")
     if args.contact_sheet is not None and Path(args.contact_sheet).suffix.lower() not in (".png", ".jpg", ".webp"):
         raise ValueError(f"--contact-sheet {args.contact_sheet}: is no picture; name a .png, .jpg or .webp file")
     if args.checkpoint is not None:
@@ -164,8 +176,7 @@ def evaluate(args: argparse.Namespace, num_processes: int) -> int:
     if args.contact_sheet is not None:
         rows = [(bad.caption, bad.panels) for bad in sorted(worst, reverse=True)]
         sheet = contact_sheet(rows, ("image", "mask", "prediction"))
-        with replacing(Path(args.contact_sheet), Path(args.contact_sheet).suffix) as unfinished:
-            sheet.save(unfinished)
+        save_picture(sheet, Path(args.contact_sheet), _MARK)
         print_lines([f"The {len(rows)} worst: {args.contact_sheet}"])
     return 1 if failures else 0
 
@@ -202,8 +213,7 @@ def score_case(case: Case | str) -> Scored | str:
         return str(error)
     if case.save_as is not None:
         try:
-            with replacing(case.save_as) as unfinished:
-                Image.fromarray(prediction).save(unfinished, "PNG")
+            save_picture(Image.fromarray(prediction), case.save_as, _MARK)
         except OSError as error:
             return f"{case.save_as}: cannot be saved ({error.strerror or error})"
     return scored
@@ -220,16 +230,23 @@ def _cases_of_checkpoint(
         root = Path(args.dataset_path[0])
         pairs = training_pairs(find_subsets(root, include_noncam=True), root)
         sets = {"held-out": named_pairs(pairs, root, network.held_out)}
-    names = [(name, pair) for name, pairs in sets.items() for pair in pairs]
+    names = [
+        (name, pair, mask)
+        for name, pairs in sets.items()
+        for pair, mask in zip(pairs, names_of_masks(pairs), strict=True)
+    ]
     folders: dict[str, Path | None] = dict.fromkeys(sets)
     if args.save_predictions is not None:
-        data = {path.parent.resolve() for _, pair in names for path in (pair.image, pair.mask)}
+        data = {path.parent.resolve() for _, pair, _ in names for path in (pair.image, pair.mask)}
         for name in sets:
             folder = folders[name] = Path(args.save_predictions) / name
             if data & {folder.resolve(), *folder.resolve().parents}:
                 raise ValueError(
                     f"--save-predictions {args.save_predictions}: {folder} belongs to the dataset; name another folder"
                 )
+        files = [Path(args.save_predictions) / name / f"{mask}.png" for name, _, mask in names]
+        require_own(files, is_picture_with(_MARK), "evaluate", f"--save-predictions {args.save_predictions}")
+        for folder in {file.parent for file in files}:
             folder.mkdir(parents=True, exist_ok=True)
     tta = ", with mirror images" if network.tta else ""
     print_lines(
@@ -237,15 +254,15 @@ def _cases_of_checkpoint(
     )
 
     def cases() -> Iterator[Case | str]:
-        pairs = [pair for _, pair in names]
+        pairs = [pair for _, pair, _ in names]
         num_loaders = max(1, num_processes // 2) if num_processes else 0
         for index, prediction in predict_pairs(network, pairs, args.batch_size, num_loaders):
-            (name, pair), folder = names[index], folders[names[index][0]]
+            (name, pair, mask), folder = names[index], folders[names[index][0]]
             if isinstance(prediction, str):
                 yield prediction
             else:
-                save_as = None if folder is None else folder / f"{pair.mask.stem}.png"
-                yield Case(name, pair.mask, pair.image, prediction, save_as)
+                save_as = None if folder is None else folder / f"{mask}.png"
+                yield Case(name, pair.mask, pair.image, prediction, save_as, mask)
 
     source = {
         "checkpoint": args.checkpoint,
@@ -269,18 +286,20 @@ def _cases_of_folder(args: argparse.Namespace) -> tuple[Iterator[Case | str], in
         masks = Path(args.masks)
         if not masks.is_dir():
             raise ValueError(f"--masks {masks}: no such folder; name the folder with the masks")
-        pairs = [Pair(mask, mask) for mask in files_by_stem(masks, MASK_SUFFIXES).values()]
+        pairs = [Pair(mask, mask) for mask in _listed(masks, MASK_SUFFIXES).values()]
         if not pairs:
             kinds = ", ".join(MASK_SUFFIXES)
             raise ValueError(f"--masks {masks}: no mask ({kinds}) there; name the folder with the masks")
-        sets = {masks.resolve().name: pairs}
+        sets = {_short_names([masks.resolve().parts[1:]])[0]: pairs}
     else:
         sets = _test_sets(args.dataset_path, args.include_noncam)
     cases: list[Case | str] = []
     for name, pairs in sets.items():
-        folder = root / name if (root / name).is_dir() else root
-        predictions = files_by_stem(folder, (*MASK_SUFFIXES, ".tif", ".tiff"))
-        missing = [pair.mask.name for pair in pairs if pair.mask.stem not in predictions]
+        own_folders = [root / name] if args.masks is None else [root / name, root / Path(args.masks).resolve().name]
+        folder = next((folder for folder in own_folders if folder.is_dir()), root)
+        names = names_of_masks(pairs)
+        predictions = _predictions_of(names, pairs, folder, name)
+        missing = [pair.mask.name for pair, mask in zip(pairs, names, strict=True) if mask not in predictions]
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise ValueError(
@@ -288,10 +307,48 @@ def _cases_of_folder(args: argparse.Namespace) -> tuple[Iterator[Case | str], in
                 f"{', '.join(missing[:3])}{more}; give each prediction its mask's file name, in this folder or in one "
                 f"called {name}"
             )
-        for pair in pairs:
+        for pair, mask in zip(pairs, names, strict=True):
             image = pair.image if args.masks is None else None
-            cases.append(Case(name, pair.mask, image, predictions[pair.mask.stem]))
+            cases.append(Case(name, pair.mask, image, predictions[mask], name=mask))
     return iter(cases), len(cases), {"predictions": str(root)}
+
+
+def _listed(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    """Return a folder's pictures by name; of a folder without any, those below it."""
+    return files_by_stem(folder, suffixes) or list_pictures(folder, suffixes).files or list_tree(folder, suffixes).files
+
+
+def _predictions_of(names: Sequence[str], pairs: Sequence[Pair], folder: Path, set_name: str) -> dict[str, Path]:
+    """Find the predictions of masks in a folder, by names as ``data.pairing`` matches them.
+
+    Args:
+        names: the masks' names.
+        pairs: their pairs: a prediction may also have its photograph's name.
+        folder: the folder with the predictions.
+        set_name: the set's name, for messages.
+
+    Returns:
+        mask's name -> prediction; incomplete if predictions are missing.
+    """
+    files = files_by_stem(folder, _PREDICTION_SUFFIXES)
+    if files.keys() >= set(names):
+        return files
+    if not files or any("/" in name for name in names):  # one set, in folders: their overlays are no predictions
+        overlays = [child for child in subfolders(folder) if child.name.startswith("overlays")]
+        files = list_tree(folder, _PREDICTION_SUFFIXES, overlays).files
+    matching = match_names(files, names, ("predictions", "masks"))
+    found = {mask: files[prediction] for prediction, mask in matching.partners.items()}
+    if len(found) < len(names):
+        matching = match_names(names, files, ("masks", "predictions"))
+        found = {mask: files[prediction] for mask, prediction in matching.partners.items()}
+    if len(found) < len(names):
+        matching = match_names([pair.image.stem for pair in pairs], files, ("images", "predictions"))
+        mask_of = {pair.image.stem: mask for pair, mask in zip(pairs, names, strict=True)}
+        found = {mask_of[image]: files[prediction] for image, prediction in matching.partners.items()}
+    if len(found) == len(names):
+        for rule in matching.rules:
+            logger.info(f"{set_name}: {rule}")
+    return found
 
 
 def _test_sets(roots: Sequence[str], include_noncam: bool) -> dict[str, list[Pair]]:
@@ -309,8 +366,12 @@ def _test_sets(roots: Sequence[str], include_noncam: bool) -> dict[str, list[Pai
                 f"(--held-out scores those that the checkpoint's run did not train on)"
             )
         for subset in tests or subsets:
+            for rule in subset.rules:
+                logger.info(f"{subset.name}: {rule}")
             if subset.images_without_mask:
                 logger.warning(f"{subset.name}: {len(subset.images_without_mask)} images without a mask are skipped")
+            for line in describe_left_out(subset):
+                logger.warning(f"{subset.name}: {line}")
             if subset.pairs:
                 found[*Path(root).resolve().parts[1:], *subset.name.split("/")] = subset
     if not found:
@@ -343,7 +404,7 @@ def _keep_if_bad(worst: list[Bad], case: Case, scores: ImageScores, number: int)
             panels.insert(0, thumbnail(case.image))
         except ValueError:  # the scores do not need it
             panels.insert(0, Image.new("RGB", (1, 1)))
-    caption = f"{case.set_name}/{case.mask.stem}   S {scores.s_measure:.3f}   IoU {scores.iou:.3f}"
+    caption = f"{case.set_name}/{case.name or case.mask.stem}   S {scores.s_measure:.3f}   IoU {scores.iou:.3f}"
     keep: Callable[[list[Bad], Bad], Any] = heapq.heappush if len(worst) < _NUM_WORST else heapq.heapreplace
     keep(worst, Bad(badness, number, panels, caption))
 

@@ -13,19 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from commands.output import print_lines, progress_bar
+from commands.own_files import is_picture_with, require_own, save_picture
 from data.decoding import decode_image
 from data.processes import map_in_order
 from evaluation.figures import overlay
 from evaluation.metrics import ByteArray
 from evaluation.sources import Source, find_sources, name_predictions
-from runtime.files import replacing
 
 _OBJECT = 128  # grey levels from here on are probabilities of at least one half
-_MARK = "train_ultimate predict"  # in each file that predict writes; files without it are never replaced
-_JPEG_QUALITY = 90
+_MARK = "train_ultimate predict"  # in each file that predict writes
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def predict(args: argparse.Namespace, num_processes: int) -> int:
     overlays = [folder / name.relative_to(output).with_suffix(".jpg") if args.overlay else None for name in names]
     folders = {path.parent for path in (*names, *overlays) if path is not None}
     _require_apart(sources.images, folders, output)
-    _require_own([*names, *filter(None, overlays)], output)
+    require_own([*names, *filter(None, overlays)], is_picture_with(_MARK), "predict", f"--output {output}")
 
     from evaluation.predictor import load_network, predict_images  # torch: mistakes so far need not wait for it
 
@@ -111,48 +109,14 @@ def save_prediction(prediction: Prediction | str) -> str:
         return prediction
     what = "prediction"
     try:
-        _save(Image.fromarray(prediction.levels), prediction.save_as)
+        save_picture(Image.fromarray(prediction.levels), prediction.save_as, _MARK)
         if prediction.overlay is not None:
             what = "overlay"  # JPEG allows at most 65,535 pixels a side
             marked = overlay(decode_image(prediction.image), prediction.levels >= _OBJECT)
-            _save(marked, prediction.overlay)
+            save_picture(marked, prediction.overlay, _MARK)
     except (OSError, ValueError) as error:
         return f"{prediction.image}: {what} cannot be saved ({error})"
     return ""
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    """Write a picture in one step. If its name is a link, the link is replaced, not the file it leads to."""
-    with replacing(path) as unfinished:
-        if path.suffix == ".png":
-            information = PngInfo()
-            information.add_text("Software", _MARK)
-            image.save(unfinished, "PNG", pnginfo=information)
-        else:
-            image.save(unfinished, "JPEG", quality=_JPEG_QUALITY, comment=_MARK)
-
-
-def _require_own(files: Sequence[Path], output: Path) -> None:
-    """Check that only files of ``predict`` would be replaced, not masks, photographs or other methods' predictions.
-
-    Raises:
-        ValueError: a file to write exists, and another program wrote it. (A folder cannot be replaced anyway.)
-    """
-    foreign = [file for file in files if os.path.lexists(file) and not (file.is_dir() or _is_own(file))]
-    if foreign:
-        more = f", nor {len(foreign) - 1} others" if len(foreign) > 1 else ""
-        raise ValueError(
-            f"--output {output}: {foreign[0]} exists already, and predict did not write it{more}; name another folder, "
-            "or remove what is not needed"
-        )
-
-
-def _is_own(file: Path) -> bool:
-    try:
-        with Image.open(file) as image:
-            return _MARK in (image.info.get("Software"), bytes(image.info.get("comment", b"")).decode(errors="replace"))
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 def _unused_name(name: str, used: Collection[str]) -> str:

@@ -21,6 +21,7 @@ that says neither is for training.
 
 import hashlib
 import logging
+import os
 import random
 import re
 from collections import defaultdict
@@ -141,7 +142,7 @@ def training_pairs(subsets: Sequence[Subset], root: Path) -> list[Pair]:
         num_images = sum(len(subset.images_without_mask) for subset in train)
         names = ", ".join(subset.name for subset in train)
         reasons = [subset.hint for subset in train if subset.hint]
-        reasons += [line for subset in train for line in _describe_left_out(subset)]
+        reasons += [line for subset in train for line in describe_left_out(subset)]
         raise ValueError(
             f"{root}: {num_images} images in {names} and not one has a mask; "
             + "".join(f"{reason}; " for reason in reasons[:3])
@@ -250,11 +251,12 @@ def warn_of_left_out(subset: Subset) -> None:
         count, first = len(subset.images_without_mask), subset.images_without_mask[0].name
         hint = f"; {subset.hint}" if subset.hint else ""
         logger.warning(f"{subset.name}: {count} images without a mask left out, the first: {first}{hint}")
-    for line in _describe_left_out(subset):
+    for line in describe_left_out(subset):
         logger.warning(f"{subset.name}: {line}")
 
 
-def _describe_left_out(subset: Subset) -> list[str]:
+def describe_left_out(subset: Subset) -> list[str]:
+    """Return a line for each reason why files of a subset are not read."""
     by_reason: dict[str, list[Path]] = defaultdict(list)
     for path, reason in subset.left_out.items():
         by_reason[reason].append(path)
@@ -266,6 +268,15 @@ def _describe_left_out(subset: Subset) -> list[str]:
 def by_name(pairs: Sequence[Pair], root: Path) -> dict[str, Pair]:
     """Map each image's path relative to ``root``, its name in checkpoints and logs, to its pair."""
     return {pair.image.relative_to(root).as_posix(): pair for pair in pairs}
+
+
+def names_of_masks(pairs: Sequence[Pair]) -> list[str]:
+    """Return the name of each pair's mask without ending; with its folders, if several have the same ("frog/001")."""
+    stems = [pair.mask.stem for pair in pairs]
+    if len(set(stems)) == len(stems):
+        return stems
+    common = Path(os.path.commonpath([pair.mask.parent for pair in pairs]))
+    return [pair.mask.relative_to(common).with_suffix("").as_posix() for pair in pairs]
 
 
 def split_as_before(pairs: Sequence[Pair], root: Path, validation: Sequence[str]) -> tuple[list[Pair], list[Pair]]:

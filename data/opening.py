@@ -8,10 +8,11 @@ from typing import IO
 
 from PIL import Image
 
-# Each process that decodes takes 4 bytes a pixel for an RGB photograph, and up to 18 for a colour mask: at this size
-# 0.5 GB and 2.3 GB. Telephones have cameras of 108 megapixels.
+# Memory that each process takes to decode: 4 bytes a pixel for an RGB photograph, and up to 18 for a colour mask; at this
+# limit 0.5 GB and 2.3 GB. Telephones have cameras of 108 megapixels.
 MAX_MEGAPIXELS = 128
 LIMIT_VARIABLE = "TRAIN_ULTIMATE_MAX_MEGAPIXELS"  # environment variable, so that all processes of a run share it
+_BYTES_PER_PIXEL = 4
 
 # Pillow warns above the limit, which is an error here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -55,4 +56,5 @@ def max_megapixels() -> float:
 
 def _too_large(pixels: float, limit: float) -> str:
     size = -(-pixels // 1e6)
-    return f"{size:.0f} megapixels, and the limit is {limit:g}; to read it, set {LIMIT_VARIABLE}={size:.0f}"
+    memory = f"{size * _BYTES_PER_PIXEL / 1e3:.1f} GB of memory in each process"
+    return f"{size:.0f} megapixels take {memory}; the limit is {limit:g}, to read it, set {LIMIT_VARIABLE}={size:.0f}"

@@ -53,9 +53,15 @@ class Matching:
     hint: str  # why names have no partner; empty if nothing is known
 
 
-def match_names(images: Iterable[str], masks: Iterable[str]) -> Matching:
-    """Pair the names of photographs with the names of masks."""
-    matcher = _Matcher(dict.fromkeys(images), dict.fromkeys(masks))
+def match_names(images: Iterable[str], masks: Iterable[str], what: tuple[str, str] = ("images", "masks")) -> Matching:
+    """Pair the names of photographs with the names of masks.
+
+    Args:
+        images: the shorter names, if one has a word more.
+        masks: the longer ones.
+        what: what to call the two in the rules.
+    """
+    matcher = _Matcher(dict.fromkeys(images), dict.fromkeys(masks), what)
     for bare in (False, True):
         for spelling, difference in _SPELLINGS:
             matcher.pair_by_spelling(spelling, difference, bare)
@@ -131,8 +137,9 @@ _SPELLINGS: tuple[tuple[Spelling, str], ...] = (
 class _Matcher:
     """Names, the pairs found so far, and the rules to find more."""
 
-    def __init__(self, images: Mapping[str, None], masks: Mapping[str, None]) -> None:
+    def __init__(self, images: Mapping[str, None], masks: Mapping[str, None], what: tuple[str, str]) -> None:
         self.images, self.masks = images, masks
+        self.what = what
         self.partners: dict[str, str] = {}
         self.rules: list[str] = []
 
@@ -207,7 +214,7 @@ class _Matcher:
         found = {image: mask_of[rest] for image, rest in rests.items() if rest in mask_of}
         if self._is_whole(found):
             like_image, like_mask = f"{image_head}...{image_tail}", f"{mask_head}...{mask_tail}"
-            names = f"images are named {like_image} and {self._masks(found)} {like_mask}"
+            names = f"{self.what[0]} are named {like_image} and {self._masks(found)} {like_mask}"
             self.rules.append(f"{names}; paired by the rest")
             self.partners.update(found)
 
@@ -219,8 +226,9 @@ class _Matcher:
         if by_image:
             image, fitting = next(iter(by_image.items()))
             shown = ", ".join(fitting[:3])
-            return f"{len(by_image)} of them have several masks ({image}: {shown}), and one each is needed"
-        return "" if self.partners else f"images have names such as {images[0]}, masks such as {masks[0]}"
+            several = f"{len(by_image)} {self.what[0]} have several {self.what[1]}"
+            return f"{several} ({image}: {shown}), and one each is needed"
+        return "" if self.partners else f"the names are such as {images[0]} and {masks[0]}"
 
     def _several_masks(self, images: Collection[str], masks: Collection[str]) -> dict[str, list[str]]:
         named = {_key(image, _without_endings, True): image for image in images}
@@ -244,7 +252,7 @@ class _Matcher:
 
     def _masks(self, found: Mapping[str, str]) -> str:
         whole = len(found) == len(self.masks)
-        return f"all {len(found)} masks" if whole else f"{len(found)} of {len(self.masks)} masks"
+        return f"all {len(found)} {self.what[1]}" if whole else f"{len(found)} of {len(self.masks)} {self.what[1]}"
 
 
 @dataclass(frozen=True)
