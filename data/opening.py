@@ -8,7 +8,7 @@ from typing import IO
 
 from PIL import Image
 
-# Memory that each process takes to decode: 4 bytes a pixel for an RGB photograph, and up to 18 for a colour mask; at this
+# Each process that decodes takes 4 bytes of memory a pixel for an RGB photograph, up to 18 for a colour mask: at this
 # limit 0.5 GB and 2.3 GB. Telephones have cameras of 108 megapixels.
 MAX_MEGAPIXELS = 128
 LIMIT_VARIABLE = "TRAIN_ULTIMATE_MAX_MEGAPIXELS"  # environment variable, so that all processes of a run share it

@@ -178,7 +178,7 @@ def test_scores_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None
         assert main(["evaluate", *argv, "--json", str(tmp_path / "out.json")]) == 0
         reports.append(json.loads((tmp_path / "out.json").read_text()))
     assert reports[0] == reports[1] == reports[2]
-    images = reports[0]["sets"]["GT"]["images"]
+    images = reports[0]["sets"]["set"]["images"]
     assert [image["name"] for image in images] == sorted(image["name"] for image in images)
     for image in images:
         mask = decode_mask(root / "GT" / image["name"])
@@ -219,7 +219,7 @@ def test_mask_without_a_prediction_is_an_error(tmp_path: Path, capsys: pytest.Ca
     predictions = write_predictions(root / "GT", tmp_path / "predictions")
     (predictions / "b.png").unlink()
     line = failing(["--predictions", str(predictions), "--masks", str(root / "GT")], capsys)
-    assert "no prediction for 1 of the 3 masks of GT: b.png" in line
+    assert "no prediction for 1 of the 3 masks of set: b.png" in line
 
 
 def test_predictions_of_another_size_or_kind_are_scored_with_a_warning_about_the_size(
@@ -232,7 +232,7 @@ def test_predictions_of_another_size_or_kind_are_scored_with_a_warning_about_the
     Image.fromarray(np.array(Image.open(predictions / "b.png")).astype(np.uint16) * 257).save(predictions / "b.png")
     Image.open(predictions / "c.png").convert("RGBA").save(predictions / "c.png")
     assert main(["evaluate", "--predictions", str(predictions), "--masks", str(root / "GT")]) == 0
-    assert "Warning: 1 predictions of GT were resized to their masks' size" in capsys.readouterr().out
+    assert "Warning: 1 predictions of set were resized to their masks' size" in capsys.readouterr().out
 
 
 def test_contact_sheet_has_the_worst_twenty_four(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

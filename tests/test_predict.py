@@ -155,7 +155,7 @@ UGLY_PROBLEMS = {
     "empty.jpg": "cannot be decoded (not an image)",
     "text.jpg": "cannot be decoded (not an image)",
     "dangling.jpg": "a link to nowhere.jpg, which cannot be read (No such file or directory)",
-    "bomb.png": "the limit is 128, to read it, set TRAIN_ULTIMATE_MAX_MEGAPIXELS=3600)",
+    "bomb.png": "cannot be decoded (3600 megapixels take 14.4 GB of memory in each process; the limit is 128, to read",
     "pipe.jpg": "not a file but a pipe, socket or device",
     **({"secret.jpg": "Permission denied"} if os.geteuid() else {}),
 }
