@@ -3,7 +3,7 @@
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Container, Sequence
 from dataclasses import asdict
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -12,7 +12,16 @@ from typing import Any
 from commands.output import print_lines, progress_bar, require_writable
 from commands.own_files import is_exclude_file, is_json_with, require_own
 from data.inspection import KINDS, SIZE_BINS, PairFacts, Report, assess, pairs_to_inspect, start_inspection
-from data.layouts import Pair, Split, find_subsets
+from data.layouts import (
+    Pair,
+    Split,
+    Subset,
+    by_name,
+    find_subsets,
+    leave_out,
+    split_validation,
+    training_pairs,
+)
 from runtime.files import write_json, write_text
 
 _SHOWN = 10  # findings of a kind in the table
@@ -58,19 +67,21 @@ def check_data(
         print_lines(["interrupted: nothing was written"], to_stderr=True)
         return 130
     seconds = time.perf_counter() - start
+    training = by_name([pair for pair, split in pairs if split == "train"], root)
     print_lines(_table(root, report, seconds))
     try:
         if json_file is not None:
             write_json(json_file, _as_json(root, report, seconds))
         if exclude_file is not None:
-            write_text(exclude_file, _exclude_text(root, report))
+            write_text(exclude_file, _exclude_text(root, report, training))
     except OSError as error:
         names = " or ".join(str(file) for file in (json_file, exclude_file) if file is not None)
         raise ValueError(f"{names}: cannot be written ({error.strerror}); choose another place") from error
-    print_lines(["", _next_step(root, report, exclude_file)])
     if not report.num_usable:
         raise ValueError(f"{root}: no image with a mask can be used; see the findings above")
-    return 1 if report.findings else 0
+    refusal = _refusal(root, subsets, report.exclude)
+    print_lines(["", f"Training would refuse it: {refusal}" if refusal else _next_step(root, report, exclude_file)])
+    return 1 if report.findings or (training and refusal) else 0
 
 
 def _inspect(pairs: Sequence[Pair], num_workers: int) -> list[PairFacts]:
@@ -132,6 +143,16 @@ def _bin_labels() -> list[str]:
     return [f"below {ends[0]} %", *between, f"above {ends[-1]} %"]
 
 
+def _refusal(root: Path, subsets: Sequence[Subset], exclude: Collection[str]) -> str:
+    """Return why ``train`` would refuse the dataset, without the excluded images; empty if it would not."""
+    try:
+        pairs, _ = leave_out(training_pairs(subsets, root), root, exclude)
+        split_validation(pairs, fraction=0.1, seed=0)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def _next_step(root: Path, report: Report, exclude_file: Path | None) -> str:
     program = ["python", sys.argv[0]]
     train = [*program, "train", "--dataset-path", str(root)]
@@ -144,13 +165,20 @@ def _next_step(root: Path, report: Report, exclude_file: Path | None) -> str:
     return f"Training is better without {len(report.exclude)} of its images. Next: {write}"
 
 
-def _exclude_text(root: Path, report: Report) -> str:
+def _exclude_text(root: Path, report: Report, training: Container[str]) -> str:
+    """Return the text of an exclude file. Images without an object may be there on purpose: they are comments in it."""
     lines = [
-        f"# Training images of {root.resolve().name} to leave out, for train --exclude FILE. Written by check-data.",
+        f"# Training images of {root.resolve().name!r} to leave out, for train --exclude FILE. Written by check-data.",
         "# One path a line, relative to the dataset's folder; lines that begin with # are comments.",
     ]
     for file, reason in sorted(report.exclude.items()):
         lines += [f"# {reason}", file]
+    empty = {finding.other for finding in report.findings if finding.kind == "empty-mask"}
+    if negatives := sorted(file for file in empty - report.exclude.keys() if file in training):
+        lines += [
+            "# Not left out: images whose masks are empty, perhaps on purpose. If not, remove the # before them.",
+            *(f"#{file}" for file in negatives),
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -33,6 +33,7 @@ KINDS = {
     "wrong-mode": "unusual modes",
     "image-without-mask": "images without a mask",
     "mask-without-image": "masks without an image",
+    "left-out": "files that are not read",
     "duplicate": "the same file twice",
     "near-duplicate": "the same photograph twice",
     "same-scene": "the same scene twice: another moment, crop or edit",
@@ -221,7 +222,7 @@ def _mask_problems(mask: Image.Image, lossy: bool) -> tuple[list[Problem], float
     share = float(binary_mask(values, lossy).mean())
     if share in (0, 1):
         kind, what = ("empty-mask", "no object") if share == 0 else ("full-mask", "the object fills the image")
-        return [Problem(kind, True, what, spoils_training=True)], share, False
+        return [Problem(kind, True, what, spoils_training=share > 0)], share, False  # empty: perhaps a negative image
     darkest, brightest = values.min(), values.max()
     between = float(((values > darkest) & (values < brightest)).mean())
     if between < _SOFT_SHARE:
@@ -265,6 +266,8 @@ def assess(
         shares = [fact.object_share for (_, own), fact in zip(pairs, facts, strict=True) if own == split]
         counts = np.bincount(np.digitize([share for share in shares if share > 0], SIZE_BINS), minlength=6)
         report.object_sizes[split] = counts.tolist()
+    for subset in subsets:
+        report.notes += [f"{subset.name}: {line}" for line in (*subset.rules, subset.hint) if line]
     report.notes += _notes(report.folders, sum(len(subset.pairs) for subset in subsets) - len(pairs))
     num_soft = sum(fact.has_soft_outline for fact in facts)
     if num_soft:
@@ -283,6 +286,8 @@ def _partner_findings(root: Path, subsets: Sequence[Subset]) -> Iterator[Finding
         for mask in subset.masks_without_image:
             reason = "no file of its name among the images; not used"
             yield Finding("mask-without-image", _relative(mask, root), reason)
+        for file, reason in subset.left_out.items():
+            yield Finding("left-out", _relative(file, root), reason)
 
 
 def _add_problems(report: Report, root: Path, pairs: Sequence[tuple[Pair, Split]], facts: Sequence[PairFacts]) -> None:
@@ -299,8 +304,12 @@ def _add_problems(report: Report, root: Path, pairs: Sequence[tuple[Pair, Split]
 def _add_duplicates(
     report: Report, root: Path, pairs: Sequence[tuple[Pair, Split]], facts: Sequence[PairFacts]
 ) -> None:
-    """Add findings for duplicates, and exclude one of two: the later one, unless the first has a bad mask."""
-    spoilt = set(report.exclude)
+    """Add findings for duplicates, and exclude one of two: the later one, unless the first has a bad mask.
+
+    Of two copies, only one of which has an object in its mask, the other is no image without an object.
+    """
+    empty = {finding.other for finding in report.findings if finding.kind == "empty-mask"}
+    spoilt = {*report.exclude, *empty}
     for second, first, kind, reason in _duplicates(pairs, facts):
         (pair, split), (other, other_split) = pairs[second], pairs[first]
         if split != other_split:
@@ -308,6 +317,8 @@ def _add_duplicates(
         image, earlier = _relative(pair.image, root), _relative(other.image, root)
         place = f"both for {split}ing" if split == other_split else "one for training, one for testing"
         report.findings.append(Finding(kind, image, f"{reason}; {place}", earlier))
+        if kind != "same-scene" and other_split == "train" and earlier in empty and image not in empty:
+            report.exclude.setdefault(earlier, f"empty-mask: mask: no object, but there is one in {image}")
         if split == "train" and (kind == "leak" or (kind != "same-scene" and earlier not in spoilt)):
             report.exclude.setdefault(image, f"{kind}: {reason} as {earlier}")
 
