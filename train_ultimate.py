@@ -33,6 +33,7 @@ from commands.cli import Request
 from commands.output import print_error, print_lines
 from data.dataset import Batch
 from data.loading import batches_of, to_device, training_loader, validation_loader, workers_that_fit
+from data.masks import IGNORED
 from data.processes import default_num_workers
 from data.unreadable import UnreadableDataError
 from evaluation.metrics import quick_scores
@@ -131,10 +132,11 @@ def validate(run: Run, loader: DataLoader[Batch]) -> dict[str, float]:
             is_finite = False
             break
         predictions = (probabilities * 255).round().to(torch.uint8).cpu()
-        pairs = zip(predictions[:, 0].numpy(), batch.masks[:, 0].numpy() > 0, strict=True)
+        pairs = zip(predictions[:, 0].numpy(), batch.masks[:, 0].numpy(), strict=True)
         scores |= {
             index: quick_scores(prediction, mask)
             for index, (prediction, mask) in zip(batch.indices.tolist(), pairs, strict=True)
+            if (mask != IGNORED).any()
         }
     unreadable.agree(ranks.gather)
     if not ranks.all(is_finite):
@@ -208,12 +210,13 @@ def run_stage(run: Run, stage: Stage, validate: Validation = validate) -> None:
     num_workers = default_num_workers() if settings.num_workers is None else settings.num_workers
     num_workers = workers_that_fit(num_workers, settings.img_size, stage.batch_size, stage.accumulation_steps)
     shape: dict[str, Any] = {"img_size": settings.img_size, "batch_size": stage.batch_size, "share": run.share}
-    workers = {"num_workers": num_workers, "pin_memory": run.machine.device.type == "cuda", "cache": run.data.cache}
+    workers = {"num_workers": num_workers, "pin_memory": run.machine.device.type == "cuda"}
+    files = {"cache": run.data.cache, "masks": run.data.masks}
     train_loader = training_loader(
-        run.data.train_pairs, **shape, **workers, seed=settings.seed, window_size=run.data.window_size,
+        run.data.train_pairs, **shape, **workers, **files, seed=settings.seed, window_size=run.data.window_size,
         augment_on_device=settings.augment_on == "device",
     )  # fmt: skip
-    val_loader = validation_loader(run.data.val_pairs, **shape, **workers)
+    val_loader = validation_loader(run.data.val_pairs, **shape, **workers, **files)
     backbone = "frozen" if stage.freeze_backbone else f"lr {stage.lr * stage.backbone_lr_scale:g}"
     epochs = f"epochs {stage.first_epoch + 1} to {stage.end_epoch}"
     console.logger.info(f"Stage {stage.number}: {epochs}, lr {stage.lr:g}, backbone {backbone}")
@@ -339,7 +342,7 @@ def run_to_its_end(run: Run, parts: "ScriptParts") -> int:
         run.machine.ranks.close(done=exit_code == 0)
         for line in (*ladder.describe(), *unreadable.describe()):
             console.logger.info(line)
-        if message and exit_code in (0, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+        if message and (exit_code == 0 or exit_code > 128):  # stopped by a signal
             print_lines([message], to_stderr=True)
         elif message:
             print_error(message)
@@ -375,7 +378,8 @@ def main(argv: Sequence[str] | None = None, parts: ScriptParts | None = None) ->
     """Run a command and return its exit code.
 
     0: done. 1: a bug; findings of ``check-data``; images that ``evaluate`` or ``predict`` could not read. 2: bad usage
-    or bad input. 3: diverged, all recoveries spent. 130, 143: stopped by SIGINT, SIGTERM, with a checkpoint written.
+    or bad input. 3: diverged, all recoveries spent. 129, 130, 143: stopped by SIGHUP, SIGINT, SIGTERM, with a
+    checkpoint written.
     """
     request = commands.answer(argv)
     return request if isinstance(request, int) else run_training(request, parts)

@@ -25,6 +25,7 @@ _STATES = {
     1: "ended by an error in the program, or its last state could not be saved",
     2: "ended by an error in its data or its command",
     3: "diverged, all recoveries spent",
+    129: "stopped by a terminal that was closed (SIGHUP)",
     130: "stopped by Ctrl-C",
     143: "stopped by SIGTERM",
 }

@@ -1,4 +1,4 @@
-"""Requests from outside: SIGINT (Ctrl-C) and SIGTERM end a run after the current window, SIGUSR1 saves it."""
+"""Requests from outside: SIGINT (Ctrl-C), SIGTERM and SIGHUP end a run after the current window, SIGUSR1/2 save it."""
 
 import os
 import signal
@@ -8,23 +8,25 @@ from types import FrameType
 from typing import Any
 
 _HEARD = b"\nFinishing the current window and saving; press Ctrl-C again to end the run at once.\n"
-_REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal was closed, the connection lost
+_SAVE = (signal.SIGUSR1, signal.SIGUSR2)  # a pre-emption that may or may not come
+_REQUESTS = (*_STOP, *_SAVE)
 
 
 class Signals:
-    """Signals that this process has received. While entered, the first SIGINT or SIGTERM does not end the process.
+    """Signals that this process has received. While entered, none of them ends the process, in any order and number.
 
-    A second one does, at once, except under a launcher, which forwards every signal it receives. If several processes
-    train together, a signal to one of them counts for all, and all must act on it at the same window: so they act only
-    on what they ``hear``, the sum over all processes.
+    Only a second SIGINT does, at once, except under a launcher, which forwards every signal it receives. SIGHUP stays
+    ignored if it was (``nohup``). If several processes train together, a signal to one of them counts for all, and all
+    must act on it at the same window: so they act only on what they ``hear``, the sum over all processes.
 
     Args:
         alone: the run has a single process.
         launched: a launcher has started this process.
 
     Attributes:
-        signal_number: SIGINT or SIGTERM, once the run should end; else None.
-        save: the run should be saved: SIGUSR1 announces a pre-emption that may or may not come.
+        signal_number: SIGINT, SIGTERM or SIGHUP, once the run should end; else None.
+        save: the run should be saved, and go on.
     """
 
     def __init__(self, alone: bool = True, launched: bool = False) -> None:
@@ -36,7 +38,7 @@ class Signals:
         self._previous: dict[int, Any] = {}
 
     def received(self) -> list[float]:
-        """Return what this process has received: 1 or 0 for each of SIGINT, SIGTERM and SIGUSR1."""
+        """Return what this process has received: 1 or 0 for each of the signals."""
         return [float(number in self._received) for number in _REQUESTS]
 
     def hear(self, counts: Sequence[float]) -> None:
@@ -46,13 +48,14 @@ class Signals:
                 self._act(number)
 
     def saved(self) -> None:
-        """Forget SIGUSR1, now that the run is being saved."""
-        self._received.discard(signal.SIGUSR1)
+        """Forget the requests to save, now that the run is being saved."""
+        self._received.difference_update(_SAVE)
         self.save = False
 
     def __enter__(self) -> "Signals":
         for number in _REQUESTS:
-            self._previous[number] = signal.signal(number, self._receive)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -62,16 +65,15 @@ class Signals:
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         self._received.add(number)
-        if number != signal.SIGUSR1 and not self.launched:
-            self.__exit__()
-            if number == signal.SIGINT:
-                with suppress(OSError):  # not print: the signal may have interrupted one
-                    os.write(2, _HEARD)
+        if number == signal.SIGINT and not self.launched:
+            signal.signal(number, self._previous[number])
+            with suppress(OSError):  # not print: the signal may have interrupted one
+                os.write(2, _HEARD)
         if self.alone:
             self._act(number)
 
     def _act(self, number: int) -> None:
-        if number == signal.SIGUSR1:
+        if number in _SAVE:
             self.save = True
         elif self.signal_number is None:
             self.signal_number = number

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from conftest import Argv, differing_tensors, final_state, signal_at_step, train
 from launching import read_events
+from torch import Tensor
 
 import train_ultimate
+from losses import deep_supervision_loss
 
 
 def start(argv: list[str], log: Path) -> "subprocess.Popen[bytes]":
@@ -108,3 +110,49 @@ def test_second_signal_stops_at_once(tiny_argv: Argv) -> None:
         raise AssertionError("went on after the second signal")
 
     assert train(tiny_argv(), loss=loss) == 130
+
+
+@pytest.mark.parametrize(
+    ("signals", "exit_code"),
+    [
+        ((signal.SIGHUP,), 129),
+        ((signal.SIGTERM, signal.SIGUSR1), 143),
+        ((signal.SIGUSR1, signal.SIGTERM), 143),
+        ((signal.SIGINT, signal.SIGUSR1), 130),
+        ((signal.SIGTERM, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2), 143),
+    ],
+    ids=lambda value: "+".join(one.name for one in value) if isinstance(value, tuple) else None,
+)
+def test_signals_in_any_order_and_number_stop_the_run_saved_once(
+    finished: Path, tiny_argv: Argv, tmp_path: Path, signals: tuple[signal.Signals, ...], exit_code: int
+) -> None:
+    sent = False
+
+    def loss(*args: Any) -> Tensor:
+        nonlocal sent
+        for number in () if sent else signals:
+            os.kill(os.getpid(), number)
+        sent = True
+        return deep_supervision_loss(*args)
+
+    assert train(tiny_argv(), loss=loss) == exit_code
+    assert [event["file"] for event in read_events(tmp_path / "run", "checkpoint")] == ["step_00000001.pth"]
+    assert_resumes_like(finished, tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_request_to_save_saves_and_the_run_goes_on(tiny_argv: Argv, tmp_path: Path, number: signal.Signals) -> None:
+    with signal_at_step(2, signal_number=number):
+        assert train(tiny_argv("--keep-checkpoints", "9")) == 0
+    files = [event["file"] for event in read_events(tmp_path / "run", "checkpoint")]
+    assert files[0].startswith("step_")
+    assert "epoch_0004.pth" in files
+
+
+def test_a_closed_terminal_means_nothing_to_a_run_that_ignores_it(tiny_argv: Argv) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with signal_at_step(2, signal_number=signal.SIGHUP):
+            assert train(tiny_argv()) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)

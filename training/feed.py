@@ -61,8 +61,8 @@ class WindowQueue:
             self._gate.begin_window()
             if self._settle():
                 continue
-            if not self._run.save_is_due:
-                return
+            if self._run.signals.signal_number is not None or not self._run.save_is_due:
+                return  # a run that is stopped is saved when it stops
             self._count_seconds()
             self._run.save_step()
 
