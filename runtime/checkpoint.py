@@ -9,6 +9,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -114,8 +115,17 @@ class CheckpointStore:
             self._remove_outdated(path)
 
     def _make_room(self) -> bool:
-        """Remove all epoch files except the newest. Return whether there were any."""
-        older = self._numbered("epoch")[:-1]
+        """Remove what is the least loss on a full disk. Return whether there was anything.
+
+        Superseded files go first, and every epoch and mid-epoch file except the furthest checkpoint. The best weights
+        stay; if they are the furthest checkpoint, no other is needed.
+        """
+        steps: dict[Path, int] = {}
+        for path in self.files():
+            with suppress(CheckpointError):
+                steps[path] = _windows_done(path)
+        kept = {self.best_path, max(steps, key=lambda path: (steps[path], path == self.best_path), default=None)}
+        older = [*self.directory.glob("*.superseded*"), *(path for path in steps if path not in kept)]
         for path in older:
             path.unlink(missing_ok=True)
         if older:
@@ -259,6 +269,8 @@ def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
             _save({"format": FORMAT, **payload}, file)
             file.flush()
             os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):  # else the file would be read back from memory, not from the disk
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         read_checkpoint(unfinished)
     sync_directory(path.parent)
 
@@ -302,10 +314,38 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if damaged is not None:
         raise CheckpointError(f"{path}: damaged (checksum of {damaged})")
     checkpoint = _load(path, mmap=False)
-    for name, tensor in named_tensors(checkpoint):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path}: {name} is not finite")
+    try:
+        problem = next((f"{name} {found}" for name, tensor in _all_tensors(checkpoint) if (found := _flaw(tensor))), "")
+    except Exception as error:  # tensors of other programs raise anything
+        raise CheckpointError(f"{path}: not a checkpoint of this program ({first_line(error, 120)})") from error
+    if problem:
+        raise CheckpointError(f"{path}: {problem}")
     return checkpoint
+
+
+def _all_tensors(checkpoint: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor with its place. A crafted file may refer to itself: each container is walked once."""
+    seen: set[int] = set()
+    left: list[tuple[str, Any]] = [("", checkpoint)]
+    while left:
+        name, value = left.pop()
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            left += [(f"{name}.{key}" if name else str(key), child) for key, child in items]
+
+
+def _flaw(tensor: Tensor) -> str:
+    """Return what is wrong with a tensor; "" for nothing. Crafted ones claim more elements than their file holds."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
+        return "is no ordinary tensor"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return "has more elements than are stored"
+    if (tensor.is_floating_point() or tensor.is_complex()) and not torch.isfinite(tensor).all():
+        return "is not finite"
+    return ""
 
 
 def _windows_done(path: Path) -> int:
@@ -314,7 +354,11 @@ def _windows_done(path: Path) -> int:
     checkpoint = _load(path, mmap=True)
     if "progress" not in checkpoint:
         raise CheckpointError(f"{path}: holds only weights, no run to go on with")
-    return checkpoint["progress"]["global_window"]
+    progress = checkpoint["progress"]
+    windows = progress.get("global_window") if isinstance(progress, dict) else None
+    if not isinstance(windows, int):
+        raise CheckpointError(f"{path}: not a checkpoint of this program (it does not say how far its run was)")
+    return windows
 
 
 def _require_archive(path: Path) -> None:
@@ -326,6 +370,10 @@ def _require_archive(path: Path) -> None:
 
 
 def _load(path: Path, mmap: bool) -> dict[str, Any]:
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:  # torch maps no file whose name is not UTF-8
+        mmap = False
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:

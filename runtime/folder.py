@@ -29,6 +29,10 @@ def require_free(directory: Path) -> None:
             lock = lock_directory(directory)
             if lock is not None:
                 unlock_directory(lock)
+        if directory.is_symlink() and not directory.exists():
+            raise ValueError(
+                f"--checkpoint-dir {directory}: a link to {directory.readlink()}, which does not exist; create it"
+            )
         parent = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
     except OSError as error:
         raise ValueError(f"--checkpoint-dir {directory}: {error.strerror or error}; choose another folder") from error

@@ -7,6 +7,7 @@ here costs anything.
 
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from runtime.console import write_line
 from runtime.heartbeat import LONGEST_WAIT, Heartbeat, meet
 
 T = TypeVar("T")
@@ -185,6 +187,13 @@ def join(device_type: str, patience: float) -> Ranks:
             here = f"{torch.cuda.device_count()} GPUs, and rank {rank} is number {local_rank + 1}"
             raise ValueError(f"{socket.gethostname()} has {here} there; give torchrun --nproc-per-node=gpu")
         torch.cuda.set_device(local_rank)
+    if not is_launched():
+        where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        write_line(
+            sys.stderr,
+            f"rank {rank} of {size}: waiting for the others at {where}, by the variables RANK, WORLD_SIZE and "
+            "MASTER_ADDR; unset RANK and WORLD_SIZE to train in this process alone",
+        )
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     try:
         # Two connections to the launcher's store: a connection that waits would block the heartbeat.
