@@ -105,7 +105,9 @@ def _run(request: cli.Request) -> int:
     if request.command == "check-data":
         from commands.check_data import check_data
 
-        return check_data(args.dataset_path, args.json, args.write_exclude, num_workers, args.include_noncam)
+        return check_data(
+            args.dataset_path, args.json, args.write_exclude, num_workers, args.include_noncam, args.mask_values
+        )
     if request.command == "predict":
         from commands.predict import predict
 

@@ -11,7 +11,17 @@ from typing import Any
 
 from commands.output import print_lines, progress_bar, require_writable
 from commands.own_files import is_exclude_file, is_json_with, require_own
-from data.inspection import KINDS, SIZE_BINS, PairFacts, Report, assess, pairs_to_inspect, start_inspection
+from data.inspection import (
+    KINDS,
+    SIZE_BINS,
+    MaskGroup,
+    PairFacts,
+    Report,
+    assess,
+    pairs_to_inspect,
+    start_inspection,
+    survey_groups,
+)
 from data.layouts import (
     Pair,
     Split,
@@ -22,6 +32,7 @@ from data.layouts import (
     split_validation,
     training_pairs,
 )
+from data.survey import AUTO
 from runtime.files import write_json, write_text
 
 _SHOWN = 10  # findings of a kind in the table
@@ -29,8 +40,9 @@ _BAR = 30  # characters, longest bar of the histogram
 
 
 def check_data(
-    root: Path, json_file: Path | None, exclude_file: Path | None, num_workers: int, include_noncam: bool
-) -> int:
+    root: Path, json_file: Path | None, exclude_file: Path | None, num_workers: int, include_noncam: bool,
+    mask_values: str = AUTO,
+) -> int:  # fmt: skip
     """Print the report, and write it to the files that are given.
 
     Args:
@@ -39,6 +51,7 @@ def check_data(
         exclude_file: file for the training images to leave out; None for none.
         num_workers: processes that read; 0 to read in this one.
         include_noncam: take COD10K's images without camouflaged objects too.
+        mask_values: how masks are read: as their values suggest (auto), or in one of the other ways.
 
     Returns:
         exit code: 0 for no findings, 1 for findings, 130 if interrupted.
@@ -61,8 +74,9 @@ def check_data(
     try:
         subsets = find_subsets(root, include_noncam)
         pairs = pairs_to_inspect(subsets)
-        facts = _inspect([pair for pair, _ in pairs], num_workers)
-        report = assess(root, subsets, pairs, facts)
+        groups = survey_groups(subsets, pairs, mask_values)
+        facts = _inspect([pair for pair, _ in pairs], num_workers, groups)
+        report = assess(root, subsets, pairs, facts, groups)
     except KeyboardInterrupt:
         print_lines(["interrupted: nothing was written"], to_stderr=True)
         return 130
@@ -84,8 +98,8 @@ def check_data(
     return 1 if report.findings or (training and refusal) else 0
 
 
-def _inspect(pairs: Sequence[Pair], num_workers: int) -> list[PairFacts]:
-    results = start_inspection(pairs, num_workers)  # before the bar starts a thread: processes must fork without one
+def _inspect(pairs: Sequence[Pair], num_workers: int, groups: Sequence[MaskGroup]) -> list[PairFacts]:
+    results = start_inspection(pairs, num_workers, groups)  # before the bar starts a thread: they must fork without one
     facts = []
     with progress_bar(2 * len(pairs), "file", "Reading") as bar:
         for fact in results:

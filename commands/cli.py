@@ -28,6 +28,13 @@ from training.settings import flag as flag_of
 _SEVERAL_GPUS = ("--gpus", "--num-gpus", "--devices", "--ngpus", "--nproc-per-node", "--distributed")  # elsewhere
 
 
+_MASK_VALUES = (
+    "how masks are read; auto: as 48 of them suggest, see docs/data.md; above-half: values above 128 are object, in a "
+    "dark mask those above half of its brightest; nonzero: all but 0; nonzero-but-255: the same, and 255 counts in no "
+    "loss and no score; alpha: the transparency of cut-outs; inverted: values that above-half leaves out"
+)
+
+
 @dataclass(frozen=True)
 class Request:
     """What the user typed.
@@ -158,6 +165,7 @@ def _add_check_data(commands: "argparse._SubParsersAction[_Parser]") -> None:
          help="write a list of the training images that training is better without, for train --exclude")
     flag("--include-noncam", action=argparse.BooleanOptionalAction, default=False,
          help="COD10K: check its images without camouflaged objects too")
+    flag("--mask-values", choices=CHOICES["mask_values"], default="auto", help=_MASK_VALUES)
     flag("--num-workers", type=_number(whole(0)), help="processes that read (default: CPU cores, at most 8); 0: none")
     # fmt: on
 
@@ -192,6 +200,7 @@ def _add_training_flags(parser: argparse.ArgumentParser, preset: Mapping[str, An
     add(group, "exclude",
         "leave out the pairs whose image or mask this file names, one path a line below the dataset's folder; "
         "check-data --write-exclude writes one", metavar="FILE")
+    add(group, "mask_values", _MASK_VALUES)
     add(group, "img_size", "side of the network's input in pixels; a multiple of 32")
     add(group, "val_fraction", "share of the training images to validate on")
     add(group, "num_workers", "processes that load images (default: CPU cores less one, at most 8)")
@@ -295,6 +304,10 @@ def _add_evaluate(commands: "argparse._SubParsersAction[_Parser]") -> None:
     flag("--masks", metavar="DIR", help="with --predictions: the folder with the masks, instead of --dataset-path")
     flag("--include-noncam", action=argparse.BooleanOptionalAction, default=False,
          help="COD10K: take in its images without camouflaged objects too")
+    flag("--mask-values", choices=CHOICES["mask_values"], default="auto", help=_MASK_VALUES)
+    flag("--stretch", action=argparse.BooleanOptionalAction, default=True,
+         help="stretch each prediction from its darkest to its brightest value before it is scored, as the field does; "
+         "--no-stretch: score it as it is, so that a faint one stays faint")
 
     flag = parser.add_argument_group("what to write").add_argument
     flag("--json", metavar="FILE", help="everything: scores, curves, groups, and each image's scores")

@@ -7,7 +7,7 @@ import argparse
 import heapq
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from PIL import Image
 
 from commands.output import print_lines, progress_bar, require_writable
 from commands.own_files import is_json_with, is_picture_with, require_own, save_picture
-from data.decoding import decode_mask, decode_prediction
+from data.decoding import decode_mask
 from data.layouts import (
     MASK_SUFFIXES,
     PAIR_FOLDER_NAMES,
@@ -32,8 +32,11 @@ from data.layouts import (
     training_pairs,
 )
 from data.listing import files_by_stem, list_pictures, list_tree, subfolders
+from data.masks import ABOVE_HALF, MaskReading
 from data.pairing import match_names
+from data.predictions import PredictionReading, decode_prediction, survey_predictions
 from data.processes import map_in_order
+from data.survey import AUTO, survey_pairs
 from evaluation.figures import contact_sheet, thumbnail
 from evaluation.metrics import ByteArray, ImageScores, MeanScores, score_image
 from runtime.files import write_json
@@ -48,6 +51,7 @@ _COLUMNS = {  # names as in papers
 _GROUP_COLUMNS = ("s_measure", "weighted_f", "mae", "mean_e", "mean_f", "iou", "dice")  # means of image scores
 _PREDICTION_SUFFIXES = (*MASK_SUFFIXES, ".tif", ".tiff")
 _NUM_WORST = 24
+_GREY_OF_LABEL = np.array([0, 255, 128], dtype=np.uint8)  # in a picture of a mask
 _MARK = "train_ultimate evaluate"  # in each picture that evaluate writes
 
 
@@ -61,6 +65,19 @@ class Case:
     prediction: Path | ByteArray
     save_as: Path | None = None  # None: the prediction is not saved
     name: str = ""  # the mask's name in the set, without ending; empty for that of its file
+    mask_reading: MaskReading = ABOVE_HALF
+    prediction_reading: PredictionReading = field(default_factory=PredictionReading)
+    stretch: bool = True  # the prediction to its full range
+
+    def labels(self) -> ByteArray:
+        """Return the mask, (H, W): 0 background, 1 object, IGNORED."""
+        return decode_mask(self.mask, self.mask_reading)
+
+    def grey_levels(self) -> ByteArray:
+        """Return the prediction, (H, W)."""
+        if isinstance(self.prediction, np.ndarray):
+            return self.prediction
+        return decode_prediction(self.prediction, self.prediction_reading)
 
 
 @dataclass(frozen=True)
@@ -202,15 +219,14 @@ def score_case(case: Case | str) -> Scored | str:
     if isinstance(case, str):
         return case
     try:
-        mask = decode_mask(case.mask)
-        prediction = case.prediction if isinstance(case.prediction, np.ndarray) else decode_prediction(case.prediction)
+        mask, prediction = case.labels(), case.grey_levels()
         fits = prediction.shape == mask.shape
         if not fits:
             size = mask.shape[1], mask.shape[0]
             prediction = np.array(Image.fromarray(prediction).resize(size, Image.Resampling.BILINEAR))
-        scored = Scored(score_image(prediction, mask), float(mask.mean()), not fits)
+        scored = Scored(score_image(prediction, mask, case.stretch), float((mask == 1).mean()), not fits)
     except ValueError as error:
-        return str(error)
+        return str(error) if str(case.mask) in str(error) else f"{case.mask}: {error}"
     if case.save_as is not None:
         try:
             save_picture(Image.fromarray(prediction), case.save_as, _MARK)
@@ -235,6 +251,8 @@ def _cases_of_checkpoint(
         for name, pairs in sets.items()
         for pair, mask in zip(pairs, names_of_masks(pairs), strict=True)
     ]
+    saved = network.masks if args.held_out and args.mask_values == AUTO else None
+    readings, source = _mask_readings(sets, args.mask_values, saved)
     folders: dict[str, Path | None] = dict.fromkeys(sets)
     if args.save_predictions is not None:
         data = {path.parent.resolve() for _, pair, _ in names for path in (pair.image, pair.mask)}
@@ -256,19 +274,21 @@ def _cases_of_checkpoint(
     def cases() -> Iterator[Case | str]:
         pairs = [pair for _, pair, _ in names]
         num_loaders = max(1, num_processes // 2) if num_processes else 0
-        for index, prediction in predict_pairs(network, pairs, args.batch_size, num_loaders):
+        for index, prediction in predict_pairs(network, pairs, args.batch_size, num_loaders, args.stretch):
             (name, pair, mask), folder = names[index], folders[names[index][0]]
             if isinstance(prediction, str):
                 yield prediction
             else:
                 save_as = None if folder is None else folder / f"{mask}.png"
-                yield Case(name, pair.mask, pair.image, prediction, save_as, mask)
+                reading, stretch = readings[name], args.stretch
+                yield Case(name, pair.mask, pair.image, prediction, save_as, mask, reading, stretch=stretch)
 
-    source = {
+    source |= {
         "checkpoint": args.checkpoint,
         "img_size": network.img_size,
         "precision": network.precision.name,
         "tta": network.tta,
+        "stretch": args.stretch,
     }
     return cases(), len(names), source
 
@@ -293,6 +313,7 @@ def _cases_of_folder(args: argparse.Namespace) -> tuple[Iterator[Case | str], in
         sets = {_short_names([masks.resolve().parts[1:]])[0]: pairs}
     else:
         sets = _test_sets(args.dataset_path, args.include_noncam)
+    readings, source = _mask_readings(sets, args.mask_values)
     cases: list[Case | str] = []
     for name, pairs in sets.items():
         own_folders = [root / name] if args.masks is None else [root / name, root / Path(args.masks).resolve().name]
@@ -307,10 +328,42 @@ def _cases_of_folder(args: argparse.Namespace) -> tuple[Iterator[Case | str], in
                 f"{', '.join(missing[:3])}{more}; give each prediction its mask's file name, in this folder or in one "
                 f"called {name}"
             )
+        prediction_reading = survey_predictions(predictions[mask] for mask in names)
+        for advice in prediction_reading.advice:
+            logger.warning(f"predictions of {name}: {advice}")
         for pair, mask in zip(pairs, names, strict=True):
             image = pair.image if args.masks is None else None
-            cases.append(Case(name, pair.mask, image, predictions[mask], name=mask))
-    return iter(cases), len(cases), {"predictions": str(root)}
+            prediction = predictions[mask]
+            case = Case(
+                name, pair.mask, image, prediction, None, mask, readings[name], prediction_reading, args.stretch
+            )
+            cases.append(case)
+    return iter(cases), len(cases), {**source, "predictions": str(root), "stretch": args.stretch}
+
+
+def _mask_readings(
+    sets: Mapping[str, Sequence[Pair]], mask_values: str, saved: MaskReading | None = None
+) -> tuple[dict[str, MaskReading], dict[str, Any]]:
+    """Decide how the masks of each set are read, and log it.
+
+    Args:
+        sets: pairs by the name of their set.
+        mask_values: one of ``MASK_VALUES``.
+        saved: how the checkpoint's run read them, if they are its own.
+
+    Returns:
+        readings by set, and what the JSON file says of them.
+    """
+    if saved is not None:
+        logger.info(f"Masks: as the checkpoint's run read them; {saved.rule}")
+        return dict.fromkeys(sets, saved), {"masks": dict.fromkeys(sets, saved.rule)}
+    surveys = {name: survey_pairs(pairs, mask_values) for name, pairs in sets.items()}
+    for name, survey in surveys.items():
+        logger.info(f"Masks of {name}: {survey.summary}")
+        for text in filter(None, (survey.advice, survey.constant)):
+            logger.warning(f"masks of {name}: {text}")
+    readings = {name: survey.reading for name, survey in surveys.items()}
+    return readings, {"masks": {name: survey.summary for name, survey in surveys.items()}}
 
 
 def _listed(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
@@ -397,8 +450,7 @@ def _keep_if_bad(worst: list[Bad], case: Case, scores: ImageScores, number: int)
     badness = -scores.s_measure
     if len(worst) == _NUM_WORST and badness <= worst[0].badness:
         return
-    prediction = case.prediction if isinstance(case.prediction, np.ndarray) else decode_prediction(case.prediction)
-    panels = [thumbnail(decode_mask(case.mask).astype(np.uint8) * 255), thumbnail(prediction)]
+    panels = [thumbnail(_GREY_OF_LABEL[case.labels()]), thumbnail(case.grey_levels())]
     if case.image is not None:
         try:
             panels.insert(0, thumbnail(case.image))

@@ -26,8 +26,9 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from data.decoding import UInt8Array, fixed_size_image, fixed_size_mask, problem_of
+from data.decoding import fixed_size_image, fixed_size_mask, problem_of
 from data.layouts import Pair, size_and_time
+from data.masks import ABOVE_HALF, MaskReading, UInt8Array
 from data.processes import process_pool
 
 FORMAT = 1  # raise it whenever the same files give other bytes, or another layout
@@ -44,12 +45,17 @@ class DecodedCache:
         images: the image of each row.
         img_size: side of the samples in pixels.
         problems: image -> why it or its mask could not be decoded.
+        masks: how the masks are read.
     """
 
-    def __init__(self, path: Path, images: Sequence[Path], img_size: int, problems: dict[Path, str]) -> None:
+    def __init__(
+        self, path: Path, images: Sequence[Path], img_size: int, problems: dict[Path, str],
+        masks: MaskReading = ABOVE_HALF,
+    ) -> None:  # fmt: skip
         self.path = path
         self.img_size = img_size
         self.problems = problems
+        self.masks = masks
         self._row_of = {image: row for row, image in enumerate(images)}
         self._rows: UInt8Array | None = None
 
@@ -68,7 +74,7 @@ class DecodedCache:
             try:
                 self._rows = np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r", shape=shape))
             except FileNotFoundError:
-                return fixed_size_image(pair.image, self.img_size), fixed_size_mask(pair.mask, self.img_size)
+                return _decoded(pair, self.img_size, self.masks)
         pixels = self._rows[self._row_of[pair.image]].copy()
         return pixels[:3], pixels[3:]
 
@@ -89,7 +95,10 @@ def default_directory() -> Path:
         raise ValueError("--cache: this user has no home folder to put it in; name one with --cache-dir") from error
 
 
-def open_cache(pairs: Sequence[Pair], root: Path, img_size: int, directory: Path, num_workers: int) -> DecodedCache:
+def open_cache(
+    pairs: Sequence[Pair], root: Path, img_size: int, directory: Path, num_workers: int,
+    masks: MaskReading = ABOVE_HALF,
+) -> DecodedCache:  # fmt: skip
     """Open the cache of these pairs. Build it if it is missing; wait if another process is building it.
 
     Args:
@@ -98,22 +107,23 @@ def open_cache(pairs: Sequence[Pair], root: Path, img_size: int, directory: Path
         img_size: side of the samples in pixels.
         directory: folder of the caches.
         num_workers: largest number of decoding processes.
+        masks: how the masks are read.
 
     Raises:
         ValueError: the disk is too small, the folder is not writable, or a decoding process was killed.
     """
     ordered = sorted(pairs, key=lambda pair: pair.image)
-    path = directory / f"{_key(ordered, root, img_size)}.cache"
+    path = directory / f"{_key(ordered, root, img_size, masks)}.cache"
     gigabytes = f"{_num_bytes(ordered, img_size) / 1e9:.2f} GB"
-    cache, how = _read(path, ordered, root, img_size), "found"
+    cache, how = _read(path, ordered, root, img_size, masks), "found"
     if cache is None:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(directory)
             with _locked(_unfinished(path)) as descriptor:
-                if _read(path, ordered, root, img_size) is None:
+                if _read(path, ordered, root, img_size, masks) is None:
                     start = time.perf_counter()
-                    _build(descriptor, path, ordered, root, img_size, num_workers)
+                    _build(descriptor, path, ordered, root, img_size, num_workers, masks)
                     how = f"built in {time.perf_counter() - start:.1f} s"
         except OSError as error:
             way_out = "choose another folder with --cache-dir, or use --no-cache"
@@ -121,7 +131,7 @@ def open_cache(pairs: Sequence[Pair], root: Path, img_size: int, directory: Path
                 free = f"{shutil.disk_usage(directory).free / 1e9:.2f} GB"
                 raise ValueError(f"{directory}: the cache needs {gigabytes}, {free} is free; {way_out}") from error
             raise ValueError(f"{directory}: the cache cannot be written there ({error}); {way_out}") from error
-        cache = _read(path, ordered, root, img_size)
+        cache = _read(path, ordered, root, img_size, masks)
         if cache is None:
             raise ValueError(
                 f"{path}: cannot be read back after it was written; check that the disk and the images are still "
@@ -131,9 +141,11 @@ def open_cache(pairs: Sequence[Pair], root: Path, img_size: int, directory: Path
     return cache
 
 
-def _key(pairs: Sequence[Pair], root: Path, img_size: int) -> str:
+def _key(pairs: Sequence[Pair], root: Path, img_size: int, masks: MaskReading) -> str:
     """Return 16 hex digits that change with any file's name, size or modification time and with the decoder."""
     digest = hashlib.sha256(f"{FORMAT} {img_size} {PIL.__version__}\n".encode())
+    if masks != ABOVE_HALF:  # as all were read before there were others
+        digest.update(f"{masks}\n".encode())
     for pair in pairs:
         for path in (pair.image, pair.mask):
             size, modified = size_and_time(path)
@@ -150,7 +162,7 @@ def _unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.unfinished")
 
 
-def _read(path: Path, pairs: Sequence[Pair], root: Path, img_size: int) -> DecodedCache | None:
+def _read(path: Path, pairs: Sequence[Pair], root: Path, img_size: int, masks: MaskReading) -> DecodedCache | None:
     """Return the cache, or None if it is missing, cut short, or lacks an image that can now be decoded.
 
     The last happens after a passing fault of a network file system, which must not leave an image out forever.
@@ -164,10 +176,12 @@ def _read(path: Path, pairs: Sequence[Pair], root: Path, img_size: int) -> Decod
     if not all(problem_of(pair.image, pair.mask) for pair in problems):
         return None
     images = [pair.image for pair in pairs]
-    return DecodedCache(path, images, img_size, {pair.image: reason for pair, reason in problems.items()})
+    return DecodedCache(path, images, img_size, {pair.image: reason for pair, reason in problems.items()}, masks)
 
 
-def _build(descriptor: int, path: Path, pairs: Sequence[Pair], root: Path, img_size: int, num_workers: int) -> None:
+def _build(
+    descriptor: int, path: Path, pairs: Sequence[Pair], root: Path, img_size: int, num_workers: int, masks: MaskReading
+) -> None:
     """Decode all pairs into the locked unfinished file, whatever it holds so far, and give it its final name."""
     num_bytes, unfinished = _num_bytes(pairs, img_size), _unfinished(path)
     os.ftruncate(descriptor, 0)
@@ -175,7 +189,8 @@ def _build(descriptor: int, path: Path, pairs: Sequence[Pair], root: Path, img_s
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if hasattr(os, "posix_fallocate"):  # not on macOS, where the disk can still fill up during the build
         os.posix_fallocate(descriptor, 0, num_bytes)
-    problems = _decode(unfinished, pairs, root, img_size, min(num_workers, -(-len(pairs) // PAIRS_PER_WORKER)))
+    num_workers = min(num_workers, -(-len(pairs) // PAIRS_PER_WORKER))
+    problems = _decode(unfinished, pairs, root, img_size, num_workers, masks)
     _write(descriptor, json.dumps(problems).encode(), num_bytes)
     os.fsync(descriptor)
     os.replace(unfinished, path)
@@ -187,7 +202,9 @@ def _build(descriptor: int, path: Path, pairs: Sequence[Pair], root: Path, img_s
             os.close(folder)
 
 
-def _decode(file: Path, pairs: Sequence[Pair], root: Path, img_size: int, num_workers: int) -> dict[int, str]:
+def _decode(
+    file: Path, pairs: Sequence[Pair], root: Path, img_size: int, num_workers: int, masks: MaskReading
+) -> dict[int, str]:
     """Write every row, in several processes; return row -> why it cannot be decoded, with a path relative to ``root``.
 
     Raises:
@@ -197,7 +214,7 @@ def _decode(file: Path, pairs: Sequence[Pair], root: Path, img_size: int, num_wo
     problems: dict[int, str] = {}
     way_out = "try again, or use --no-cache"
     with process_pool(num_workers, "decodes for the cache", way_out) as pool:
-        written = pool.map(partial(_write_row, file, img_size), range(len(pairs)), pairs, chunksize=4)
+        written = pool.map(partial(_write_row, file, img_size, masks), range(len(pairs)), pairs, chunksize=4)
         bar = tqdm(written, desc="Decoding for the cache", total=len(pairs), unit="image", disable=None)
         for row, problem in enumerate(bar):
             if problem:
@@ -205,10 +222,10 @@ def _decode(file: Path, pairs: Sequence[Pair], root: Path, img_size: int, num_wo
     return problems
 
 
-def _write_row(file: Path, img_size: int, row: int, pair: Pair) -> str:
+def _write_row(file: Path, img_size: int, masks: MaskReading, row: int, pair: Pair) -> str:
     """Decode a pair and write its row; return why it cannot be decoded, or an empty string."""
     try:
-        pixels = np.concatenate([fixed_size_image(pair.image, img_size), fixed_size_mask(pair.mask, img_size)])
+        pixels = np.concatenate(_decoded(pair, img_size, masks))
     except ValueError as error:
         return str(error)
     descriptor = os.open(file, os.O_WRONLY)
@@ -217,6 +234,10 @@ def _write_row(file: Path, img_size: int, row: int, pair: Pair) -> str:
     finally:
         os.close(descriptor)
     return ""
+
+
+def _decoded(pair: Pair, img_size: int, masks: MaskReading) -> tuple[UInt8Array, UInt8Array]:
+    return fixed_size_image(pair.image, img_size), fixed_size_mask(pair.mask, img_size, masks)
 
 
 def _write(descriptor: int, data: bytes, offset: int) -> None:

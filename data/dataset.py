@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from data.cache import DecodedCache
 from data.decoding import decode_message, fixed_size_image, fixed_size_mask
 from data.layouts import Pair
+from data.masks import ABOVE_HALF, MaskReading
 from data.opening import open_picture
 from data.sampler import SampleKey, derive_seed
 from data.transforms import Augmentation, augment, draw_augmentation, to_rows
@@ -24,7 +25,7 @@ MAX_REPLACEMENTS = 10  # tried for one unreadable pair: if 1 % is unreadable, al
 @dataclass(frozen=True)
 class Sample:
     image: Tensor  # (3, S, S) uint8 RGB
-    mask: Tensor  # (1, S, S) uint8, 0 or 1
+    mask: Tensor  # (1, S, S) uint8, 0 or 1, or IGNORED
     index: int  # of the pair it holds: if the requested one was replaced, the replacement's
     errors: dict[int, str]  # index -> why it cannot be decoded: the requested pair, then replacements that failed
     is_missing: bool = False  # nothing could be decoded: image and mask are zeros
@@ -35,7 +36,7 @@ class Batch(NamedTuple):
     """Batch of samples, in uint8: a quarter of the bytes to pin and copy to the device, where they become floats."""
 
     images: Tensor  # (B, 3, S, S) uint8 RGB
-    masks: Tensor  # (B, 1, S, S) uint8, 0 or 1
+    masks: Tensor  # (B, 1, S, S) uint8, 0 or 1, or IGNORED
     indices: Tensor  # (B,) int64, positions in the dataset's list of pairs
     errors: dict[int, str]  # index -> why it cannot be decoded, for pairs that were replaced or left out
     num_missing: int = 0  # samples left out of the batch
@@ -75,11 +76,12 @@ class CamouflageDataset(Dataset[Sample]):
         seed: the run's seed.
         cache: decoded files to read instead.
         on_device: draw augmentations, and leave it to ``to_device`` to apply them.
+        masks: how the masks are read.
     """
 
     def __init__(
         self, pairs: Sequence[Pair], img_size: int, augmented: bool = False, seed: int = 0,
-        cache: DecodedCache | None = None, on_device: bool = False,
+        cache: DecodedCache | None = None, on_device: bool = False, masks: MaskReading = ABOVE_HALF,
     ) -> None:  # fmt: skip
         self.pairs = list(pairs)
         self.img_size = img_size
@@ -87,6 +89,7 @@ class CamouflageDataset(Dataset[Sample]):
         self.seed = seed
         self.cache = cache
         self.on_device = on_device
+        self.masks = masks
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -118,7 +121,7 @@ class CamouflageDataset(Dataset[Sample]):
 
     def _load(self, pair: Pair) -> tuple[Tensor, Tensor]:
         if self.cache is None:
-            return load_image(pair.image, self.img_size), load_mask(pair.mask, self.img_size)
+            return load_image(pair.image, self.img_size), load_mask(pair.mask, self.img_size, self.masks)
         image, mask = self.cache.read(pair)
         return torch.from_numpy(image), torch.from_numpy(mask)
 
@@ -147,13 +150,13 @@ def load_image(path: Path, size: int) -> Tensor:
     return torch.from_numpy(fixed_size_image(path, size))
 
 
-def load_mask(path: Path, size: int) -> Tensor:
-    """Read a mask as a (1, size, size) uint8 tensor of 0 (background) and 1 (object).
+def load_mask(path: Path, size: int, reading: MaskReading = ABOVE_HALF) -> Tensor:
+    """Read a mask as a (1, size, size) uint8 tensor of 0 (background), 1 (object) and IGNORED.
 
     Raises:
         ValueError: the file cannot be decoded.
     """
-    return torch.from_numpy(fixed_size_mask(path, size))
+    return torch.from_numpy(fixed_size_mask(path, size, reading))
 
 
 def header_problems(pairs: Sequence[Pair]) -> dict[int, str]:

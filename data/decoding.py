@@ -1,20 +1,16 @@
-"""Decoding of photographs, masks and saved predictions of any mode and depth to arrays of one kind.
+"""Decoding of photographs and masks of any mode and depth to arrays of one kind.
 
 The one way from a file to the network's input, for training, evaluation and prediction. Imports only Pillow and NumPy,
 so that worker processes start fast.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from data.masks import ABOVE_HALF, MaskReading, UInt8Array
 from data.opening import open_picture
-
-BoolArray = NDArray[np.bool_]
-UInt8Array = NDArray[np.uint8]
 
 _ORIENTATION = 0x0112  # EXIF tag; from 5 on, width and height are swapped
 
@@ -90,78 +86,30 @@ def image_size(path: Path) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-# Masks and predictions
+# Masks
 
 
-def decode_mask(path: Path) -> BoolArray:
-    """Read a mask as (H, W), True on the object.
-
-    Values above 128 are object, as in the field's evaluation code. A mask whose brightest value is not in 129 to 255 is
-    cut at half of that value: 1 in label images, 65,535 with 16 bits, a dark palette colour. The brightest channel of a
-    colour counts. A JPEG with no value above 31 is an empty mask: it holds only compression noise.
-
-    Raises:
-        ValueError: the file cannot be decoded.
-    """
-    return binary_mask(*decode_mask_values(path))
-
-
-def binary_mask(values: NDArray[Any], lossy: bool) -> BoolArray:
-    """Threshold what ``decode_mask_values`` returns, as ``decode_mask`` does."""
-    if lossy and values.max(initial=0) < 32:
-        return np.zeros(values.shape, dtype=np.bool_)
-    return values > mask_threshold(values)
-
-
-def mask_threshold(values: NDArray[Any]) -> float:
-    """Return the value above which a mask's pixel is object."""
-    brightest = float(values.max(initial=0))
-    return 128 if 128 < brightest <= 255 else brightest / 2
-
-
-def decode_mask_values(path: Path) -> tuple[NDArray[Any], bool]:
-    """Read a mask's stored values, (H, W), the brightest channel of a colour; and whether the file is a JPEG.
+def decode_mask(path: Path, reading: MaskReading = ABOVE_HALF) -> UInt8Array:
+    """Read a mask as (H, W) of 0 for background, 1 for object, and IGNORED.
 
     Raises:
         ValueError: the file cannot be decoded.
     """
     try:
         with open_picture(path) as file:
-            return mask_values(ImageOps.exif_transpose(file)), file.format == "JPEG"
+            return reading.read(ImageOps.exif_transpose(file), lossy=file.format == "JPEG")
     except Exception as error:
         raise ValueError(decode_message(path, error)) from error
 
 
-def mask_values(mask: Image.Image) -> NDArray[Any]:
-    """Return a decoded mask's values, (H, W), whatever its mode: the brightest channel of a colour."""
-    grey = mask.mode == "L" or mask.mode.startswith(("I", "F"))
-    return np.array(mask) if grey else np.array(mask.convert("RGB")).max(axis=2)
-
-
-def fixed_size_mask(path: Path, size: int) -> UInt8Array:
-    """Read a mask as (1, size, size) of 0 (background) and 1 (object), resized to the nearest neighbour.
+def fixed_size_mask(path: Path, size: int, reading: MaskReading = ABOVE_HALF) -> UInt8Array:
+    """Read a mask as (1, size, size) of 0, 1 and IGNORED, resized to the nearest neighbour.
 
     Raises:
         ValueError: the file cannot be decoded.
     """
-    binary = Image.fromarray(decode_mask(path).astype(np.uint8))
-    return np.array(binary.resize((size, size), Image.Resampling.NEAREST))[np.newaxis]
-
-
-def decode_prediction(path: Path) -> UInt8Array:
-    """Read a prediction saved by any program as grey levels, (H, W).
-
-    Raises:
-        ValueError: the file cannot be decoded.
-    """
-    values, _ = decode_mask_values(path)
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype.kind == "f":
-        scale = 255.0 if values.max(initial=0) <= 1 else 1.0
-    else:
-        scale = 1 / 257 if values.max(initial=0) > 255 else 1.0  # 16 bits
-    return (values * scale).clip(0, 255).round().astype(np.uint8)
+    labels = Image.fromarray(decode_mask(path, reading))
+    return np.array(labels.resize((size, size), Image.Resampling.NEAREST))[np.newaxis]
 
 
 # Files that cannot be decoded

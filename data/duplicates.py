@@ -16,7 +16,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from PIL import Image
 
-from data.decoding import BoolArray, UInt8Array
+from data.masks import BoolArray, UInt8Array
 
 FloatArray = NDArray[np.float32]
 

@@ -6,6 +6,7 @@ report. Each finding says how the program treats the file: most are usable all t
 
 import hashlib
 import io
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -15,11 +16,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from data.decoding import binary_mask, decode_reason, mask_threshold, mask_values, to_rgb
+from data.decoding import decode_reason, to_rgb
 from data.duplicates import THUMBNAIL_SIDE, Likeness, find_alike, thumbnail
 from data.layouts import NONCAM_PREFIX, Pair, Split, Subset, each_once
+from data.masks import ABOVE_HALF, MaskReading, half_of_white
 from data.opening import open_picture
 from data.processes import process_pool
+from data.survey import AUTO, MaskSurvey, survey_pairs
 
 # Kinds of findings in the order of the report, the most serious first.
 KINDS = {
@@ -29,6 +32,9 @@ KINDS = {
     "size-mismatch": "image and mask differ in size",
     "empty-mask": "masks without an object",
     "full-mask": "masks without a background",
+    "mask-inverted": "masks that look inverted",
+    "mask-labels": "masks that are label images",
+    "mask-doubtful": "masks that are unlike masks",
     "mask-not-binary": "masks with values in between",
     "wrong-mode": "unusual modes",
     "image-without-mask": "images without a mask",
@@ -134,19 +140,59 @@ def pairs_to_inspect(subsets: Sequence[Subset]) -> list[tuple[Pair, Split]]:
     return pairs
 
 
-def start_inspection(pairs: Sequence[Pair], num_workers: int) -> Iterator[PairFacts]:
+@dataclass(frozen=True)
+class MaskGroup:
+    """Pairs whose masks are read in the same way: all for training, or those of a test set."""
+
+    name: str
+    pairs: frozenset[Pair]
+    survey: MaskSurvey
+
+    def folder(self, root: Path) -> str:
+        """Return the folder that the masks are in, relative to ``root``."""
+        return Path(os.path.commonpath([pair.mask.parent for pair in self.pairs])).relative_to(root).as_posix()
+
+
+def survey_groups(
+    subsets: Sequence[Subset], pairs: Sequence[tuple[Pair, Split]], mask_values: str = AUTO
+) -> list[MaskGroup]:
+    """Decide how masks are read: the same way for training, where ``train`` does so too, and for each test set.
+
+    Args:
+        subsets: from ``find_subsets``.
+        pairs: from ``pairs_to_inspect``.
+        mask_values: one of ``MASK_VALUES``.
+    """
+    named = {"for training": [pair for pair, split in pairs if split == "train"]}
+    left = {pair for pair, split in pairs if split == "test"}
+    for subset in subsets:
+        if subset.split == "test":
+            named[f"of {subset.name}"] = [pair for pair in subset.pairs if pair in left]
+            left.difference_update(subset.pairs)
+    groups = {name: members for name, members in named.items() if members}
+    return [MaskGroup(name, frozenset(members), survey_pairs(members, mask_values)) for name, members in groups.items()]
+
+
+def start_inspection(pairs: Sequence[Pair], num_workers: int, groups: Sequence[MaskGroup] = ()) -> Iterator[PairFacts]:
     """Start the worker processes (none for 0), and return an iterator over the facts, in the order of ``pairs``.
 
     The processes end with the iteration, even an interrupted one.
 
+    Args:
+        pairs: from ``pairs_to_inspect``.
+        num_workers: number of processes.
+        groups: from ``survey_groups``.
+
     Raises:
         ValueError: a worker process died; raised during iteration.
     """
+    reading_of = {pair: group.survey.reading for group in groups for pair in group.pairs}
+    readings = [reading_of.get(pair, ABOVE_HALF) for pair in pairs]
     if num_workers == 0:
-        return map(inspect_pair, pairs)
+        return map(inspect_pair, pairs, readings)
     stack = ExitStack()
     pool = stack.enter_context(process_pool(num_workers, "reads images", "try fewer with --num-workers, 0 for none"))
-    return _drain(stack, pool.map(inspect_pair, pairs, chunksize=4))
+    return _drain(stack, pool.map(inspect_pair, pairs, readings, chunksize=4))
 
 
 def _drain(stack: ExitStack, results: Iterator[PairFacts]) -> Iterator[PairFacts]:
@@ -154,7 +200,7 @@ def _drain(stack: ExitStack, results: Iterator[PairFacts]) -> Iterator[PairFacts
         yield from results
 
 
-def inspect_pair(pair: Pair) -> PairFacts:
+def inspect_pair(pair: Pair, reading: MaskReading = ABOVE_HALF) -> PairFacts:
     """Decode both files of a pair as training does. Whatever the files contain, never raise."""
     problems: list[Problem] = []
     image, image_data = _load(pair.image, False, problems)
@@ -165,9 +211,9 @@ def inspect_pair(pair: Pair) -> PairFacts:
             problems.append(Problem("wrong-mode", False, _IMAGE_MODES.get(image.mode, _sixteen_bit(image.mode))))
         grey = thumbnail(to_rgb(image)).tobytes()
     if mask is not None:
-        if mask.mode not in ("L", "1"):
+        if mask.mode not in ("L", "1") and reading.channel == "brightest":
             problems.append(Problem("wrong-mode", True, _MASK_MODES.get(mask.mode, _sixteen_bit(mask.mode))))
-        found, share, soft = _mask_problems(mask, lossy=mask_data.startswith(b"\xff\xd8"))
+        found, share, soft = _mask_problems(mask, reading, lossy=mask_data.startswith(b"\xff\xd8"))
         if not (share == 0 and pair.image.name.startswith(NONCAM_PREFIX)):
             problems += found
     if image is not None and mask is not None and image.size != mask.size:
@@ -216,20 +262,23 @@ def _sixteen_bit(mode: str) -> str:
     return "more than 8 bits; scaled to 8" if mode.startswith(("I", "F")) else f"{mode}; converted"
 
 
-def _mask_problems(mask: Image.Image, lossy: bool) -> tuple[list[Problem], float, bool]:
+def _mask_problems(mask: Image.Image, reading: MaskReading, lossy: bool) -> tuple[list[Problem], float, bool]:
     """Return problems with a mask's values, the object's share, and whether only its outlines are soft."""
-    values = mask_values(mask)
-    share = float(binary_mask(values, lossy).mean())
-    if share in (0, 1):
+    labels = reading.read(mask, lossy)
+    share = float((labels == 1).mean())
+    if share == 0 or not (labels == 0).any():
         kind, what = ("empty-mask", "no object") if share == 0 else ("full-mask", "the object fills the image")
         return [Problem(kind, True, what, spoils_training=share > 0)], share, False  # empty: perhaps a negative image
+    if reading.background is not None:  # any value is a label
+        return [], share, False
+    values = reading.pixels(mask)
     darkest, brightest = values.min(), values.max()
     between = float(((values > darkest) & (values < brightest)).mean())
     if between < _SOFT_SHARE:
         return [], share, between > 0
-    form, threshold = ", a JPEG" if lossy else "", mask_threshold(values)
-    values_between = f"{between:.1%} of its values lie between {darkest} and {brightest}{form}"
-    reason = f"{values_between}; those above {threshold:g} count as object"
+    threshold = half_of_white(values) if reading.threshold is None else reading.threshold
+    values_between = f"{between:.1%} of its values lie between {darkest} and {brightest}{', a JPEG' * lossy}"
+    reason = f"{values_between}; those {'not ' * reading.inverted}above {threshold:g} count as object"
     return [Problem("mask-not-binary", True, reason)], share, False
 
 
@@ -245,8 +294,9 @@ def _size_mismatch(image_data: bytes, image_size: tuple[int, int], mask_size: tu
 
 
 def assess(
-    root: Path, subsets: Sequence[Subset], pairs: Sequence[tuple[Pair, Split]], facts: Sequence[PairFacts]
-) -> Report:
+    root: Path, subsets: Sequence[Subset], pairs: Sequence[tuple[Pair, Split]], facts: Sequence[PairFacts],
+    groups: Sequence[MaskGroup] = (),
+) -> Report:  # fmt: skip
     """Return the report on a dataset.
 
     Args:
@@ -254,10 +304,12 @@ def assess(
         subsets: from ``find_subsets``.
         pairs: from ``pairs_to_inspect``.
         facts: from ``start_inspection``, one for each pair.
+        groups: from ``survey_groups``.
     """
     report = Report([_folder(root, subset) for subset in subsets])
     report.num_usable = sum(fact.usable for fact in facts)
     report.findings += _partner_findings(root, subsets)
+    report.findings += [finding for group in groups for finding in _group_findings(root, group)]
     _add_problems(report, root, pairs, facts)
     _add_duplicates(report, root, pairs, facts)
     order = list(KINDS)
@@ -268,6 +320,7 @@ def assess(
         report.object_sizes[split] = counts.tolist()
     for subset in subsets:
         report.notes += [f"{subset.name}: {line}" for line in (*subset.rules, subset.hint) if line]
+    report.notes += [f"Masks {group.name}: {group.survey.summary}" for group in groups]
     report.notes += _notes(report.folders, sum(len(subset.pairs) for subset in subsets) - len(pairs))
     num_soft = sum(fact.has_soft_outline for fact in facts)
     if num_soft:
@@ -288,6 +341,16 @@ def _partner_findings(root: Path, subsets: Sequence[Subset]) -> Iterator[Finding
             yield Finding("mask-without-image", _relative(mask, root), reason)
         for file, reason in subset.left_out.items():
             yield Finding("left-out", _relative(file, root), reason)
+
+
+def _group_findings(root: Path, group: MaskGroup) -> Iterator[Finding]:
+    survey, folder = group.survey, group.folder(root)
+    if survey.is_label:
+        yield Finding("mask-labels", folder, survey.summary)
+    if survey.advice:
+        yield Finding("mask-inverted" if survey.is_inverted else "mask-doubtful", folder, survey.advice)
+    if survey.constant:
+        yield Finding("mask-doubtful", folder, survey.constant)
 
 
 def _add_problems(report: Report, root: Path, pairs: Sequence[tuple[Pair, Split]], facts: Sequence[PairFacts]) -> None:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from data.cache import DecodedCache
 from data.dataset import Batch, CamouflageDataset, Sample, collate
 from data.layouts import Pair
+from data.masks import ABOVE_HALF, MaskReading
 from data.processes import keep_freed_memory
 from data.sampler import EpochBatchSampler, SampleKey, Share
 from data.transforms import augment_batch
@@ -41,27 +42,29 @@ class HandoverError(RuntimeError):
 def training_loader(
     pairs: Sequence[Pair], img_size: int, batch_size: int, seed: int, num_workers: int, pin_memory: bool,
     cache: DecodedCache | None = None, augment_on_device: bool = False,
-    window_size: int | None = None, share: Share | None = None,
+    window_size: int | None = None, share: Share | None = None, masks: MaskReading = ABOVE_HALF,
 ) -> DataLoader[Batch]:  # fmt: skip
     """Return a loader of shuffled batches, to be read through ``windows``.
 
     Batches are augmented, or with ``augment_on_device`` left for ``to_device`` to augment. They are this rank's share
     of windows of ``window_size`` samples over all ranks: see ``EpochBatchSampler``.
     """
-    dataset = CamouflageDataset(pairs, img_size, augmented=True, seed=seed, cache=cache, on_device=augment_on_device)
+    dataset = CamouflageDataset(
+        pairs, img_size, augmented=True, seed=seed, cache=cache, on_device=augment_on_device, masks=masks
+    )
     sampler = EpochBatchSampler(len(dataset), batch_size, seed, window_size, share)
     return _loader(dataset, sampler, num_workers, pin_memory)
 
 
 def validation_loader(
     pairs: Sequence[Pair], img_size: int, batch_size: int, num_workers: int, pin_memory: bool,
-    cache: DecodedCache | None = None, share: Share | None = None,
+    cache: DecodedCache | None = None, share: Share | None = None, masks: MaskReading = ABOVE_HALF,
 ) -> DataLoader[Batch]:  # fmt: skip
     """Return a loader of every pair once, in order, not augmented; unreadable pairs are missing from their batch.
 
     Ranks share whole batches, the same ones that a single process would make, so that scores are bitwise the same.
     """
-    dataset, share = CamouflageDataset(pairs, img_size, cache=cache), share or Share()
+    dataset, share = CamouflageDataset(pairs, img_size, cache=cache, masks=masks), share or Share()
     keys = [SampleKey(0, index) for index in range(len(dataset))]
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
     return _loader(dataset, batches[share.rank :: share.world_size], num_workers, pin_memory)
@@ -142,7 +145,7 @@ def sampler_of(loader: DataLoader[Batch]) -> EpochBatchSampler:
 
 
 def to_device(batch: Batch, device: torch.device, memory_format: torch.memory_format) -> tuple[Tensor, Tensor]:
-    """Return images in [0, 1] and masks of 0 and 1 on the device, float32, augmented if the loader left that to it.
+    """Return images in [0, 1], and masks, on the device, float32, augmented if the loader left that to it.
 
     Bytes are copied, and become floats on the device.
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data.decoding import BoolArray, UInt8Array
+from data.masks import BoolArray, UInt8Array
 
 FloatArray = NDArray[np.float64]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data.layouts import Pair
 from data.loading import unit_range
+from data.masks import MaskReading
 from evaluation.images import PreparedBatch, images_to_predict, images_to_score
 from evaluation.metrics import ByteArray
 from evaluation.trained import network_of
@@ -31,6 +32,7 @@ class TrainedNetwork:
     memory_format: torch.memory_format
     tta: bool  # test-time augmentation: average over each image and its mirror image
     held_out: tuple[str, ...]  # validation images of its run, as paths below the dataset's folder
+    masks: MaskReading | None = None  # how its run read the masks; None if it does not say
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the finest logits.
@@ -72,15 +74,20 @@ def load_network(
         memory_format,
         tta,
         tuple(checkpoint["config"].get("validation", ())),
+        MaskReading.from_dict(masks) if (masks := checkpoint["config"].get("masks")) else None,
     )
 
 
 def predict_pairs(
-    network: TrainedNetwork, pairs: Sequence[Pair], batch_size: int, num_workers: int
+    network: TrainedNetwork, pairs: Sequence[Pair], batch_size: int, num_workers: int, stretch: bool = True
 ) -> Iterator[tuple[int, ByteArray | str]]:
-    """Yield each pair's index with the prediction at its mask's size, or with the reason why there is none."""
+    """Yield each pair's index with the prediction at its mask's size, or with the reason why there is none.
+
+    Predictions are stretched as ``grey_levels`` says, or else probabilities times 255.
+    """
     loader = images_to_score(pairs, network.img_size, batch_size, num_workers, network.device.type == "cuda")
-    return _predict(network, loader, [pair.image for pair in pairs], grey_levels)
+    levels = grey_levels if stretch else probability_levels
+    return _predict(network, loader, [pair.image for pair in pairs], levels)
 
 
 def predict_images(

@@ -15,6 +15,7 @@ from torch import Tensor
 from data.dataset import load_image, load_mask
 from data.layouts import Pair
 from data.loading import unit_range
+from data.masks import ABOVE_HALF, MaskReading
 from reporting.history import number
 from reporting.report import write_final_report
 from runtime.files import first_line
@@ -76,12 +77,17 @@ class SamplePredictions:
         predict: maps images (1, 3, S, S), uint8 on the CPU, to probabilities (1, 1, S, S), float32 on the CPU.
         pairs: validation pairs; the first few that can be read are shown.
         img_size: S.
+        masks: how the masks are read.
     """
 
-    def __init__(self, predict: Callable[[Tensor], Tensor], pairs: Sequence[Pair], img_size: int) -> None:
+    def __init__(
+        self, predict: Callable[[Tensor], Tensor], pairs: Sequence[Pair], img_size: int,
+        masks: MaskReading = ABOVE_HALF,
+    ) -> None:  # fmt: skip
         self._predict = predict
         self._pairs = pairs
         self._img_size = img_size
+        self._masks = masks
 
     def __call__(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return images (N, 3, S, S), masks and predictions (N, 1, S, S), in [0, 1]; None if no image can be read.
@@ -99,7 +105,8 @@ class SamplePredictions:
         images, masks = [], []
         for pair in self._pairs[: 4 * _NUM_SAMPLES]:
             try:
-                image, mask = load_image(pair.image, self._img_size), load_mask(pair.mask, self._img_size)
+                image = load_image(pair.image, self._img_size)
+                mask = load_mask(pair.mask, self._img_size, self._masks) == 1
             except ValueError:  # reported by whoever validates
                 continue
             images.append(image)
@@ -223,7 +230,7 @@ def listeners_of(run: Run) -> list[Listener]:
     """Return the listeners of a run, on rank 0. Log which ones are missing because a package is not installed."""
     directory, global_window = run.folder.path, run.state.progress.global_window
     found: list[Listener] = [EpochLines(run.settings.epochs, run.settings.grad_clip)]
-    samples = SamplePredictions(_predictor(run), run.data.val_pairs, run.settings.img_size)
+    samples = SamplePredictions(_predictor(run), run.data.val_pairs, run.settings.img_size, run.data.masks)
     try:  # no rank holds all weights of a sharded network, so there are no images of it
         curves = TensorBoardCurves(
             directory / "tensorboard", global_window, None if run.machine.ranks.shards else samples

@@ -14,6 +14,7 @@ from PIL import Image
 
 from data.decoding import decode_image, decode_mask
 from data.layouts import Pair, by_name, find_subsets, training_pairs
+from data.masks import IGNORED, MaskReading
 from evaluation.figures import thumbnail
 from evaluation.metrics import ByteArray, quick_scores
 from reporting.history import EPOCH_FILE, RunHistory, whole
@@ -118,6 +119,7 @@ def _predicted(run: RunHistory, file: Path, title: str, pairs: Sequence[tuple[st
     """
     from evaluation.predictor import load_network, predict_pairs  # imports torch: takes seconds
 
+    reading = MaskReading.from_dict(run.config.get("masks") or {})
     total = len(pairs)
     if few and total > FEW:
         pairs = [pairs[index] for index in np.linspace(0, total - 1, FEW).round().astype(int)]
@@ -134,12 +136,13 @@ def _predicted(run: RunHistory, file: Path, title: str, pairs: Sequence[tuple[st
             num_failed += 1
             continue
         try:
-            scores = quick_scores(prediction, decode_mask(pairs[index][1].mask))
+            labels = decode_mask(pairs[index][1].mask, reading)
+            scores = quick_scores(prediction, labels)
         except ValueError:
             num_failed += 1
             continue
         bisect.insort(ranked, (scores["iou"], index))
-        kept[index] = scores, prediction
+        kept[index] = scores, np.where(labels == IGNORED, 0, prediction)  # in pictures, no error there
         candidates = {index for _, index in [*ranked[:SHOWN], *ranked[-SHOWN:]]}
         kept = {index: value for index, value in kept.items() if index in candidates}  # predictions take memory
         if few and time.monotonic() - start > FEW_SECONDS:
@@ -149,7 +152,7 @@ def _predicted(run: RunHistory, file: Path, title: str, pairs: Sequence[tuple[st
     worst = ranked[: min(SHOWN, -(-len(ranked) // 2))]
     best = ranked[max(len(worst), len(ranked) - SHOWN) :]
     examples = [
-        _example(pairs[index], rank, *kept[index])
+        _example(pairs[index], rank, *kept[index], reading)
         for rank, chosen in (("worst", worst), ("best", best[::-1]))
         for _, index in chosen
     ]
@@ -160,9 +163,11 @@ def _predicted(run: RunHistory, file: Path, title: str, pairs: Sequence[tuple[st
     return Gallery(title, note, examples)
 
 
-def _example(named_pair: tuple[str, Pair], rank: str, scores: dict[str, float], prediction: ByteArray) -> Example:
+def _example(
+    named_pair: tuple[str, Pair], rank: str, scores: dict[str, float], prediction: ByteArray, reading: MaskReading
+) -> Example:
     name, pair = named_pair
-    mask = decode_mask(pair.mask)
+    mask = decode_mask(pair.mask, reading) == 1
     photograph = decode_image(pair.image).resize(mask.shape[::-1], Image.Resampling.BILINEAR)
     errors, false_alarm, missed = error_map(photograph, mask, prediction)
     alt = (

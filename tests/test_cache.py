@@ -26,6 +26,7 @@ from data.cache import DecodedCache, _decode, default_directory, open_cache
 from data.dataset import CamouflageDataset
 from data.layouts import Pair, find_subsets, training_pairs
 from data.loading import training_loader, windows
+from data.masks import ABOVE_HALF
 from data.sampler import SampleKey
 from runtime.checkpoint import read_checkpoint
 from train_ultimate import main
@@ -181,7 +182,7 @@ def test_a_disk_that_fills_up_during_the_build_leaves_nothing_behind(
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_disk_that_takes_no_row_raises_an_error(root: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
-        _decode(Path("/dev/full"), pairs_of(root), root, 64, num_workers=2)
+        _decode(Path("/dev/full"), pairs_of(root), root, 64, 2, ABOVE_HALF)
 
 
 def test_a_folder_that_is_not_writable_raises_an_error(root: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ FROZEN = {
     "zoom": [1.0], "multi_scale": [1.0],
     "epochs": 140, "stage1_epochs": 30, "batch_size": 2, "accumulation_steps": 4, "lr": 0.00025,
     "stage2_lr_scale": 0.5, "backbone_lr_scale": 0.1, "weight_decay": 1e-4, "ema_decay": 0.999,
-    "grad_clip": 0.5, "spike_policy": "skip", "max_rollbacks": 3, "drill": [],
+    "mask_values": "auto", "grad_clip": 0.5, "spike_policy": "skip", "max_rollbacks": 3, "drill": [],
     "precision": "auto", "seed": 42, "deterministic": False,
     "resume": None, "checkpoint_dir": "./checkpoints", "keep_checkpoints": 3, "checkpoint_every": 0,
     "device": "auto", "rank_timeout": 60.0, "shard": False, "quiet": False, "json_logs": False,

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from data.cache import DecodedCache
 from data.layouts import Pair
+from data.masks import MaskReading
 from data.sampler import Share
 from data.unreadable import UnreadablePairs
 from runtime.checkpoint import CheckpointStore
@@ -40,6 +41,7 @@ class TrainingData:
     fingerprint: str
     window_size: int  # samples per optimizer step, over all ranks
     cache: DecodedCache | None
+    masks: MaskReading
     unreadable: UnreadablePairs
 
     def identity(self) -> dict[str, Any]:
@@ -49,6 +51,7 @@ class TrainingData:
             "data": self.fingerprint,
             "excluded": self.excluded,
             "validation": self.validation,
+            "masks": self.masks.to_dict(),
         }
 
 

@@ -78,6 +78,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "precision": ("auto", "fp16", "bf16", "fp32"),
     "device": ("auto", "cpu", "cuda"),
     "augment_on": ("loader", "device"),
+    "mask_values": ("auto", "above-half", "nonzero", "nonzero-but-255", "alpha", "inverted"),
 }
 
 
@@ -92,6 +93,7 @@ class Settings:
     dataset_path: str
     include_noncam: bool = False
     exclude: str | None = None
+    mask_values: str = "auto"
     img_size: int = 384  # pixels
     val_fraction: float = 0.1
     num_workers: int | None = None  # None: by the number of cores, of whichever machine the run is on

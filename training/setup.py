@@ -25,7 +25,9 @@ from data.layouts import (
     split_validation,
     training_pairs,
 )
+from data.masks import MaskReading
 from data.processes import keep_freed_memory, num_cores
+from data.survey import survey_pairs
 from data.synthetic import write_synthetic_dataset
 from data.unreadable import UnreadablePairs, require_few
 from losses import deep_supervision_loss
@@ -68,6 +70,7 @@ class Plan:
         val_pairs: pairs to validate on.
         excluded: names that ``--exclude`` leaves out.
         window_size: samples per optimizer step, over all ranks.
+        masks: how the masks are read.
     """
 
     settings: Settings
@@ -79,6 +82,7 @@ class Plan:
     val_pairs: Sequence[Pair]
     excluded: list[str]
     window_size: int
+    masks: MaskReading
 
     @property
     def config_before(self) -> dict[str, Any] | None:
@@ -176,7 +180,8 @@ def plan_run(
     excluded = excluded_names(settings, before)
     validation = None if before is None else before["validation"]
     train_pairs, val_pairs, root = find_pairs(settings, validation, excluded, scenes)
-    return Plan(settings, checkpoint, weights, source, root, train_pairs, val_pairs, excluded, size)
+    masks = reading_of_masks(settings, before, [*train_pairs, *val_pairs], root)
+    return Plan(settings, checkpoint, weights, source, root, train_pairs, val_pairs, excluded, size, masks)
 
 
 def with_paths_found(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,6 +266,35 @@ def find_pairs(
     return train_pairs, val_pairs, root
 
 
+def reading_of_masks(
+    settings: Settings, before: dict[str, Any] | None, pairs: Sequence[Pair], root: Path
+) -> MaskReading:
+    """Decide how all masks of the dataset are read, and log it. A resumed run reads them as before.
+
+    Args:
+        settings: of this run.
+        before: "config" of the run being resumed.
+        pairs: all pairs of the run.
+        root: the dataset's folder.
+
+    Raises:
+        ValueError: Every mask that was looked at is constant: a network would learn to find nothing, or everything.
+    """
+    saved = {} if before is None else before["settings"]
+    same_data = all(saved.get(name) == getattr(settings, name) for name in ("dataset_path", "mask_values"))
+    if before is not None and same_data and "masks" in before:
+        reading = MaskReading.from_dict(before["masks"])
+        logger.info(f"Masks: as before; {reading.rule}")
+        return reading
+    survey = survey_pairs(pairs, settings.mask_values)
+    logger.info(f"Masks: {survey.summary}")
+    if 1 < survey.num_looked_at == survey.num_constant:
+        raise ValueError(f"{root}: {survey.constant}")
+    for text in filter(None, (survey.advice, survey.constant)):
+        logger.warning(f"masks: {text}")
+    return survey.reading
+
+
 def set_up_machine(settings: Settings, ranks: Ranks) -> Machine:
     """Resolve device, precision and memory layout, configure torch for them, and log what the run computes on.
 
@@ -300,7 +334,7 @@ def examine_files(plan: Plan, ranks: Ranks) -> FileReport:
     known = {} if plan.checkpoint is None else plan.checkpoint.get("unreadable", {})
 
     def look() -> tuple[DecodedCache | None, dict[str, str]]:
-        return find_unreadable(plan.settings, plan.root, plan.pairs, plan.names, known)
+        return find_unreadable(plan.settings, plan.root, plan.pairs, plan.names, known, plan.masks)
 
     cache, problems = look() if plan.settings.cache else ranks.from_first(look)
     problems = {image: reason for found in ranks.gather(problems) for image, reason in found.items()}
@@ -309,13 +343,14 @@ def examine_files(plan: Plan, ranks: Ranks) -> FileReport:
 
 
 def find_unreadable(
-    settings: Settings, root: Path, pairs: Sequence[Pair], names: Sequence[str], known: Collection[str]
-) -> tuple[DecodedCache | None, dict[str, str]]:
+    settings: Settings, root: Path, pairs: Sequence[Pair], names: Sequence[str], known: Collection[str],
+    masks: MaskReading,
+) -> tuple[DecodedCache | None, dict[str, str]]:  # fmt: skip
     """Look for unreadable files: all of them decoded with a cache, else headers, and decoded only ``known`` images."""
     named = list(zip(pairs, names, strict=True))
     if settings.cache:
         cache_dir = default_directory() if settings.cache_dir is None else Path(settings.cache_dir)
-        cache = open_cache(pairs, root, settings.img_size, cache_dir, num_cores())
+        cache = open_cache(pairs, root, settings.img_size, cache_dir, num_cores(), masks)
         return cache, {name: cache.problems[pair.image] for pair, name in named if pair.image in cache.problems}
     problems = {names[position]: problem for position, problem in header_problems(pairs).items()}
     again = {name: problem_of(pair.image, pair.mask) for pair, name in named if name in known}
@@ -428,6 +463,7 @@ def open_data(plan: Plan, files: FileReport, state: TrainState, folder: RunFolde
         fingerprint=files.fingerprint,
         window_size=plan.window_size,
         cache=files.cache,
+        masks=plan.masks,
         unreadable=UnreadablePairs(
             state.unreadable, len(names), names[num_training:], advice, folder.log.event, ranks.size == 1
         ),
