@@ -425,6 +425,8 @@ def _read_folders(
     """
     skip = set(pair_folders) - {images, masks}
     nested = [child for child in subfolders(images) if split_of([child.name]) is not None]
+    if not any(_pictures_below(child, ()) for child in nested):
+        nested = []
     parts: dict[Path, tuple[Path, _Part]] = {}
     for folder in nested or [images]:
         mask_folder = _folder_of_split(masks, folder.name) if nested else masks

@@ -1,6 +1,9 @@
 """Folder layouts: pairs found, split and left out."""
 
 import logging
+import os
+import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from PIL import Image
 
 from data.layouts import (
     Pair,
+    Subset,
     describe,
     find_subsets,
     fingerprint,
@@ -25,6 +29,14 @@ def put(folder: Path, *names: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         Image.new("RGB" if name.endswith("jpg") else "L", (4, 4)).save(folder / name)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A dataset's folder, whose name says nothing about training or testing, as that of a test's folder does."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    return folder
 
 
 def summary(root: Path, include_noncam: bool = False) -> list[tuple[str, str, int]]:
@@ -312,3 +324,176 @@ def test_a_broken_link_is_still_a_pair(tmp_path: Path) -> None:
     pairs = training_pairs(find_subsets(tmp_path), tmp_path)
     assert len(pairs) == 4
     assert len(fingerprint(pairs, tmp_path)) == 16
+
+
+def touch(root: Path, *names: str) -> None:
+    """Write files of different contents."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode() * 9)
+
+
+def pairs_in(subset: Subset, root: Path) -> list[tuple[str, str]]:
+    return [(str(pair.image.relative_to(root)), str(pair.mask.relative_to(root))) for pair in subset.pairs]
+
+
+def test_ordinary_layouts_are_read_as_by_the_first_version(tmp_path: Path) -> None:
+    """Fingerprint and split as version 1 computed them: a resumed run compares them with its checkpoint's."""
+    root = tmp_path / "data"
+    for number in range(40):
+        stem = f"COD10K-CAM-{number}-{('Aquatic', 'Flying')[number % 2]}-1-Kind-{number}"
+        touch(root, f"TrainDataset/Imgs/{stem}.jpg", f"TrainDataset/GT/{stem}.png")
+    for number in range(12):
+        touch(root, f"CAMO/Images/Train/camourflage_{number:05}.jpg", f"CAMO/GT/camourflage_{number:05}.png")
+        touch(root, f"CAMO/Images/Test/camourflage_{number + 50:05}.jpg", f"CAMO/GT/camourflage_{number + 50:05}.png")
+    touch(root, "TrainDataset/Imgs/lone_image.jpg", "TrainDataset/GT/lone_mask.png", "TrainDataset/Imgs/Thumbs.db")
+    touch(root, "TrainDataset/Imgs/._x.jpg", "TrainDataset/GT/._x.png", "TrainDataset/Imgs/notes.txt")
+    subsets = find_subsets(root)
+    pairs = training_pairs(subsets, root)
+    _, validation = split_validation(pairs, 0.1, seed=42)
+    assert [subset.rules for subset in subsets] == [()] * 3
+    assert fingerprint(pairs, root) == "980327ec640df181"
+    assert [pair.image.stem.split("-")[-1] for pair in validation] == ["camourflage_00011", "11", "20", "28", "5"]
+
+
+@pytest.mark.parametrize(
+    ("images", "masks"), [("{}.tif", "{}.gif"), ("{}.JFIF", "{}.PNG"), ("{}.bmp", "{}.webp"), ("{}.JPE", "{}.TIFF")]
+)
+def test_pictures_in_unusual_formats_are_read_too(tmp_path: Path, images: str, masks: str) -> None:
+    touch(tmp_path, "images/1.jpg", "masks/1.png", *(f"images/{images.format(number)}" for number in (2, 3)))
+    touch(tmp_path, *(f"masks/{masks.format(number)}" for number in (2, 3)))
+    (subset,) = find_subsets(tmp_path)
+    assert len(subset.pairs) == 3
+    assert (subset.images_without_mask, subset.masks_without_image, subset.left_out) == ((), (), {})
+
+
+def test_a_usual_format_wins_over_others_of_its_name(tmp_path: Path) -> None:
+    """As before the others were read; they may be previews or originals."""
+    touch(tmp_path, "images/a.jpg", "images/a.tif", "images/a.gif", "images/a.heic", "masks/a.png", "masks/a.gif")
+    touch(tmp_path, "images/b.tif", "images/b.gif", "masks/b.png", "images/c.heic", "masks/c.npy")
+    (subset,) = find_subsets(tmp_path)
+    assert pairs_in(subset, tmp_path) == [("images/a.jpg", "masks/a.png")]
+    assert sorted(path.name for path in subset.left_out) == ["b.gif", "b.tif", "c.heic", "c.npy"]
+
+
+def test_sub_folders_are_read_if_there_is_no_pair_above_them(data: Path) -> None:
+    for animal in ("frog", "owl"):
+        touch(data, *(f"images/{animal}/{number:03}.jpg" for number in range(3)))
+        touch(data, *(f"masks/{animal}/{number:03}.png" for number in range(3)))
+    (subset,) = find_subsets(data)
+    assert pairs_in(subset, data) == [
+        (f"images/{animal}/{number:03}.jpg", f"masks/{animal}/{number:03}.png")
+        for animal in ("frog", "owl") for number in range(3)
+    ]  # fmt: skip
+    assert subset.rules == ("folders below images and masks are read too",)
+    assert len(training_pairs([subset], data)) == 6
+    touch(data, "images/cover.jpg", "masks/cover.png")
+    (subset,) = find_subsets(data)
+    assert len(subset.pairs) == 1
+    assert len(subset.left_out) == 6
+
+
+def test_splits_named_by_folders_at_any_depth_are_kept_apart(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        touch(tmp_path, f"images/frog/{split}/1.jpg", f"masks/frog/{split}/1.png")
+        touch(tmp_path, f"images/owl/{split}/1.jpg", f"masks/owl/{split}/1.png")
+    subsets = find_subsets(tmp_path)
+    assert {subset.split: sorted(pairs_in(subset, tmp_path)) for subset in subsets} == {
+        "train": [(f"images/{a}/train/1.jpg", f"masks/{a}/train/1.png") for a in ("frog", "owl")],
+        "test": [(f"images/{a}/val/1.jpg", f"masks/{a}/val/1.png") for a in ("frog", "owl")],
+    }
+    assert not any(subset.masks_without_image for subset in subsets)
+
+
+def test_masks_of_a_split_are_found_in_any_letter_case(tmp_path: Path) -> None:
+    for split in ("Train", "Test"):
+        touch(tmp_path, f"images/{split}/1.jpg", f"masks/{split.lower()}/1.png")
+    assert summary(tmp_path) == [("images/Test", "test", 1), ("images/Train", "train", 1)]
+
+
+@pytest.mark.parametrize(
+    ("images", "masks", "name"),
+    [
+        ("photos", "labels", "data"),
+        ("JPEGImages", "SegmentationClass", "data"),
+        ("x/img", "x/mask", "x"),
+        ("train", "train_masks", "train"),
+        ("images_train", "gt_train", "images_train"),
+    ],
+)
+def test_folders_whose_names_are_alike_are_taken_if_none_is_known(
+    tmp_path: Path, images: str, masks: str, name: str
+) -> None:
+    root = tmp_path / "data"
+    touch(root, f"{images}/1.jpg", f"{images}/2.jpg", f"{masks}/1.png", f"{masks}/2.png")
+    (subset,) = find_subsets(root)
+    assert (subset.name, subset.split, len(subset.pairs)) == (name, "train", 2)
+    assert subset.rules == (f"taken for images and masks: {Path(images).name}, {Path(masks).name}",)
+
+
+def test_one_folder_may_hold_images_and_masks(tmp_path: Path) -> None:
+    touch(tmp_path, "train/1.jpg", "train/1_mask.png", "train/2.jpg", "train/2_mask.png")
+    touch(tmp_path, "test/1.jpg", "test/1.png", "test/2.jpg", "test/2.png")
+    test, train = find_subsets(tmp_path)
+    assert (test.name, test.split, pairs_in(test, tmp_path)[0]) == ("test", "test", ("test/1.jpg", "test/1.png"))
+    assert (train.split, pairs_in(train, tmp_path)[0]) == ("train", ("train/1.jpg", "train/1_mask.png"))
+    assert train.rules == ("images and masks are in one folder", "all 2 masks end in _mask; paired by the rest")
+
+
+def test_what_archivers_and_network_disks_leave_is_no_data(tmp_path: Path) -> None:
+    touch(tmp_path, "images/a.jpg", "masks/a.png", "images/@eaDir/a.jpg/preview.jpg", "images/Thumbs.db")
+    touch(tmp_path, "__MACOSX/images/b.jpg", "__MACOSX/masks/b.png")
+    (subset,) = find_subsets(tmp_path)
+    assert (len(subset.pairs), subset.left_out) == (1, {})
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "socket", "device"])
+def test_what_is_no_file_is_left_out_without_being_opened(
+    data: Path, kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(data / "images", "a.jpg", "b.jpg")
+    put(data / "masks", "a.png", "b.png", "z.png")
+    monkeypatch.chdir(data)  # a socket's path must be short
+    special = Path("images/z.jpg")
+    if kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(str(special))
+    elif kind == "device":
+        special.symlink_to("/dev/zero")
+    else:
+        target = Path("pipe") if kind == "link to a pipe" else special
+        os.mkfifo(target)
+        if target != special:
+            special.symlink_to(data / target)
+    subsets = find_subsets(data)
+    pairs = training_pairs(subsets, data)
+    assert [pair.image.name for pair in pairs] == ["a.jpg", "b.jpg"]
+    describe(subsets, len(pairs))
+    assert "1 files left out (not a file but a pipe, socket or device), the first: z.jpg" in caplog.text
+
+
+def test_bitmaps_of_one_name_and_size_are_different_photographs(data: Path) -> None:
+    for number, animal in enumerate(("frog", "owl", "moth")):
+        (data / "images" / animal).mkdir(parents=True)
+        Image.new("RGB", (40, 30), (number, 9, 9)).save(data / "images" / animal / "1.bmp")
+        put(data / "masks" / animal, "1.png")
+    shutil.copyfile(data / "images" / "owl" / "1.bmp", data / "images" / "moth" / "1.bmp")
+    assert len(training_pairs(find_subsets(data), data)) == 2
+
+
+def test_the_reason_why_no_pair_was_found_is_in_the_error_and_in_the_warnings(
+    data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    touch(data, *(f"images/{number}.jpg" for number in range(3)), "images/9.heic")
+    touch(data, *(f"masks/{number}_edge.png" for number in range(3)))
+    (data / "images" / "train").mkdir()  # empty: not where the images are
+    with pytest.raises(ValueError, match=r"the names are such as 0 and 0_edge; 1 files left out \(in a format that"):
+        training_pairs(find_subsets(data), data)
+    describe(find_subsets(data), 0)
+    assert "3 images without a mask left out, the first: 0.jpg; the names are such as 0 and 0_edge" in caplog.text
+    assert "1 files left out (in a format that is not read; convert to .jpg or .png), the first: 9.heic" in caplog.text
+
+
+def test_images_beside_the_folders_of_splits_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, "images/train/1.jpg", "masks/train/1.png", "images/unlabelled/2.jpg", "images/3.jpg")
+    describe(find_subsets(tmp_path), 1)
+    assert "2 files left out (beside folders for training or testing, and then only those are read)" in caplog.text
