@@ -72,12 +72,11 @@ class MaskSurvey:
         """What is wrong if more than half of the sample is empty or full, and what to do; "" otherwise."""
         if 2 * self.num_constant <= self.num_looked_at:
             return ""
-        what = (
-            "have no object" if not self.num_full else "are all object" if not self.num_empty else "are all of one kind"
-        )
+        what = "are all object" if self.num_full else "have no object"
+        what = "have no object, or nothing else" if self.num_empty and self.num_full else what
         return (
-            f"{self.num_constant} of {self.num_looked_at} masks looked at {what}, read as: {self.summary}; check that "
-            "they are the right files, or say how to read them with --mask-values"
+            f"{self.num_constant} of {self.num_looked_at} masks {what}, read in this way: {self.summary}; check that "
+            "they are the right files, or give another --mask-values"
         )
 
 
@@ -100,11 +99,13 @@ def survey_masks(masks: Iterable[Path], mask_values: str = AUTO) -> MaskSurvey:
     else:
         survey = MaskSurvey(READINGS[mask_values], f"as --mask-values {mask_values} says")
 
-    def share(mask: Image.Image, lossy: bool) -> float:
-        return float((survey.reading.read(mask, lossy) == 1).mean())
+    def has(mask: Image.Image, lossy: bool) -> tuple[bool, bool]:
+        labels = survey.reading.read(mask, lossy)
+        return bool((labels == 0).any()), bool((labels == 1).any())
 
-    shares = map_sample(share, masks)
-    return replace(survey, num_looked_at=len(shares), num_empty=shares.count(0), num_full=shares.count(1))
+    found = map_sample(has, masks)  # of each mask, whether it has a background, and an object
+    num_empty, num_full = sum(not has_object for _, has_object in found), found.count((False, True))
+    return replace(survey, num_looked_at=len(found), num_empty=num_empty, num_full=num_full)
 
 
 def decide(looks: Sequence[Look]) -> MaskSurvey:
@@ -119,14 +120,13 @@ def decide(looks: Sequence[Look]) -> MaskSurvey:
     if (survey := _by_index(looks)) is not None:
         return survey
     num_coloured = sum(look.is_coloured for look in looks)
-    if num_coloured > _RARE * len(looks):
-        if (survey := _by_colour(looks)) is not None:
-            return survey
-        if num_coloured > _MOST * len(looks):
-            advice = "they look like photographs, not like masks; check that they are the right files"
-            return MaskSurvey(ABOVE_HALF, "colour images", advice=advice)
-    is_lossy = 2 * sum(look.lossy for look in looks) > len(looks)
-    return _by_value([look.values for look in looks if look.values.varies], "brightest", is_lossy)
+    if num_coloured > _RARE * len(looks) and (survey := _by_colour(looks)) is not None:
+        return survey
+    values = [look.values for look in looks if look.values.varies]
+    if num_coloured > _MOST * len(looks) or not values:
+        advice = "they look like photographs, not like masks; check that they are the right files"
+        return MaskSurvey(ABOVE_HALF, "colour images", advice=advice)
+    return _by_value(values, "brightest", is_lossy=2 * sum(look.lossy for look in looks) > len(looks))
 
 
 def _by_value(masks: Sequence[Levels], channel: Channel, is_lossy: bool = False) -> MaskSurvey:
@@ -140,7 +140,7 @@ def _by_value(masks: Sequence[Levels], channel: Channel, is_lossy: bool = False)
             return _label_survey(masks, values, channel)
         return _thresholded(masks, MaskReading(channel), "values 0 and 255", odd)
     centres = _centres(masks, colours=False) or []
-    if len(centres) > 2:
+    if len(centres) > 2 and (is_lossy or _occur_together(masks, centres)):
         return _noisy_label_survey(masks, centres, channel)
     if len(centres) == 2:
         seen = f"values about {centres[0]:g} and {centres[1]:g}"
@@ -303,6 +303,16 @@ def _centres(masks: Sequence[Levels], colours: bool) -> list[float] | None:
         if sum(any(abs(near - value) <= width for near in levels.flat) for levels in masks) < _RARE * len(masks)
     ]
     return [value for value in found if value not in rare]
+
+
+def _occur_together(masks: Sequence[Levels], centres: Sequence[float]) -> bool:
+    """Return whether masks have several objects' values. If not, each may be a soft mask of its own brightness."""
+    width = NOISE * (centres[-1] - centres[0])
+    num_together = 0
+    for levels in masks:
+        near = [sum(n for value, n in levels.flat.items() if abs(value - centre) <= width) for centre in centres[1:]]
+        num_together += sum(number >= 0.01 * levels.num_pixels for number in near) > 1
+    return num_together > _RARE * len(masks)
 
 
 def _background(frames: Sequence[Counter[float]], default: float | None) -> float:
