@@ -12,7 +12,7 @@ from commands import cli
 from commands.output import print_error, print_lines
 from data.processes import num_cores
 from runtime import console
-from runtime.folder import BEST
+from runtime.folder import BEST, CONFIG
 from training.settings import Settings, UsageError, flag
 
 T = TypeVar("T")
@@ -80,6 +80,13 @@ def _require_inputs(request: cli.Request) -> None:
         known = [*Path().glob(f"*/{BEST}"), *Path().glob(f"*/*/{BEST}")]
         hint = f"; there is {known[0]}" if known else "; give a file such as checkpoints/best_model.pth"
         raise ValueError(f"{flag(name)} {path}: no such file{hint}{', or auto' if name == 'resume' else ''}")
+    if request.trains and named.get("resume") is None:
+        from commands.own_files import is_json_with, is_report, require_own  # Pillow, which --help does not need
+        from reporting.report import REPORT
+
+        directory = Path(named["checkpoint_dir"])
+        for file, is_own in ((CONFIG, is_json_with("settings")), (REPORT, is_report)):
+            require_own([directory / file], is_own, request.command, f"--checkpoint-dir {directory}")
     path = named.get("dataset_path")
     for folder in path if isinstance(path, list) else [path]:
         if folder not in (None, "synthetic") and not Path(folder).is_dir():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from commands.output import print_error, print_lines, require_writable
+from commands.own_files import contains, require_own
 from evaluation.trained import network_of
 from models.backbone import padding_for_multiples
 from models.network import CamouflageSegmenter
@@ -283,6 +284,7 @@ def _require_place(output: Path, form: str) -> None:
             raise ValueError(f"{output}: cannot be written, there is no folder {output.parent}; create it first")
         return
     require_writable(output)
+    require_own([output], contains(b"exported_with"), "export", f"--output {output}")  # one of the facts in each file
     if output.suffix != _SUFFIXES[form]:
         raise ValueError(f"{output}: --format {form} writes a file that ends in {_SUFFIXES[form]}; rename --output")
 

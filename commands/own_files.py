@@ -80,6 +80,9 @@ def contains(text: bytes) -> Callable[[Path], bool]:
     return is_own
 
 
+is_report = contains(b'<meta name="generator" content="train_ultimate">')
+
+
 def save_picture(image: Image.Image, path: Path, mark: str) -> None:
     """Write a PNG, WebP or JPEG, by its ending, with a mark, in one step.
 

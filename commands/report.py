@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from commands.output import print_lines, require_writable
+from commands.own_files import is_report, require_own
 from reporting.history import read_run
 from reporting.report import COMPARISON, REPORT, galleries_or_reason, write_report
 
@@ -25,10 +26,12 @@ def report(directories: Sequence[Path], output: Path | None, epochs: Sequence[in
         if output.suffix.lower() not in (".html", ".htm"):
             raise ValueError(f"--output {output}: a report is an HTML page; try {output.with_suffix('.html')}")
         require_writable(output)
+        require_own([output], is_report, "report", f"--output {output}")
     runs = [read_run(directory) for directory in directories]
     if output is None:
         output = directories[0] / REPORT if len(runs) == 1 else Path(COMPARISON)
         require_writable(output)
+        require_own([output], is_report, "report", "--output is not given")
     pictures = [galleries_or_reason(run, epochs) for run in runs]
     write_report(runs, pictures, output)
     notes = [f"{run.directory}: {run.state}" for run in runs if run.end is None]

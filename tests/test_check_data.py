@@ -324,7 +324,7 @@ def test_files_that_are_not_read_are_findings_and_rules_are_notes(
 
 
 def test_names_that_are_not_utf8_are_printed_escaped(scenes: Path, tmp_path: Path) -> None:
-    """In a process of its own, whose terminal takes UTF-8 alone."""
+    """The process is one of its own, whose terminal takes only UTF-8."""
     folder = os.fsencode(scenes / "TrainDataset" / "Imgs")
     (scenes / "TrainDataset" / "Imgs" / "scene_00000.jpg").rename(os.fsdecode(folder + b"/\xe9\xff.jpg"))
     command = [

@@ -64,7 +64,7 @@ def nfd(names: Sequence[str]) -> list[str]:
 def test_names_that_differ_one_to_one_are_paired_and_the_rule_is_named(
     images: list[str], masks: list[str], rule: str | None
 ) -> None:
-    """In whatever order they come."""
+    """The order of the names does not matter."""
     expected = dict(zip(images, masks, strict=False))
     expected = {image: mask for image, mask in expected.items() if image != "odd"}
     for seed in range(3):
