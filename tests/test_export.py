@@ -147,10 +147,10 @@ def test_exported_network_that_computes_something_else_is_not_kept(
     load = export_module._load_torch
     monkeypatch.setattr(export_module, "_load_torch", lambda path: lambda images: load(path)(images) + 2e-4)
     exported = tmp_path / "net.pt2"
-    exported.write_text("an earlier export")
+    exported.write_text("an earlier export, exported_with torch")
     argv = ["--checkpoint", str(checkpoint), "--format", "torch", "--output", str(exported)]
     assert "differs by 0.0002 in probabilities, more than 0.0001: not kept" in failing(argv, capsys, code=1)
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["an earlier export"]
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["an earlier export, exported_with torch"]
 
 
 def test_missing_check_is_reported(
