@@ -1,6 +1,7 @@
 """``evaluate``: a checkpoint or a folder of predictions, from the command line to the numbers."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -16,15 +17,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_arguments
-from PIL import Image
+from PIL import Image, ImageFilter
 
 import train_ultimate
-from commands import evaluate as evaluate_module
 from commands.evaluate import Case, Scored, score_case, scored_cases
 from data.decoding import decode_mask
+from data.masks import MaskReading
+from data.predictions import PredictionReading, decode_prediction, survey_predictions
 from evaluation.metrics import score_image
 from evaluation.predictor import load_network
-from runtime.checkpoint import read_checkpoint
+from runtime.checkpoint import read_checkpoint, write_checkpoint
 from train_ultimate import main
 
 needs_any_name = pytest.mark.skipif(os.name != "posix" or sys.platform == "darwin", reason="names must be UTF-8 there")
@@ -297,6 +299,177 @@ def test_ctrl_c_ends_it_without_a_traceback(tmp_path: Path) -> None:
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
+# Masks and predictions of other kinds
+
+
+def labels_set(root: Path, number: int = 6) -> Path:
+    """Write a set whose masks are label images: 0 background, 1 object, 255 to ignore."""
+    write_set(root, [f"m{n}" for n in range(number)], size=(60, 40))
+    for path in sorted((root / "GT").iterdir()):
+        labels = np.array(Image.open(path)) // 255
+        labels[12:, :] = 255
+        Image.fromarray(labels).save(path)
+    return root
+
+
+def scores_of(argv: list[str], output: Path) -> dict[str, Any]:
+    assert main(["evaluate", *argv, "--json", str(output)]) == 0
+    (report,) = json.loads(output.read_text())["sets"].values()
+    return report["scores"]
+
+
+def test_label_images_are_scored_without_their_ignored_pixels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="train_ultimate")
+    root, predictions = labels_set(tmp_path / "set"), tmp_path / "predictions"
+    predictions.mkdir()
+    for number, path in enumerate(sorted((root / "GT").iterdir())):
+        labels = np.array(Image.open(path))
+        found = np.where(labels == 255, 40 * number, (labels == 1) * 255).astype(np.uint8)  # wrong where ignored
+        Image.fromarray(found).save(predictions / path.name)
+    argv = ["--predictions", str(predictions), "--masks", str(root / "GT")]
+    scores = scores_of([*argv, "--contact-sheet", str(tmp_path / "sheet.png")], tmp_path / "a.json")
+    assert "Masks of set: label images with values 0, 1, 255; not 0 is object, 255 is ignored" in caplog.messages
+    assert json.loads((tmp_path / "a.json").read_text())["masks"]["set"].startswith(
+        "label images with values 0, 1, 255"
+    )
+    assert (scores["iou"], scores["mae"], scores["s_measure"]) == (1, 0, pytest.approx(1))
+    assert scores_of([*argv, "--mask-values", "nonzero"], tmp_path / "b.json")["iou"] < 0.6
+    assert scores_of([*argv, "--mask-values", "nonzero-but-255"], tmp_path / "c.json") == scores
+
+
+def test_a_mask_that_is_all_ignored_is_named_and_not_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = labels_set(tmp_path / "set")
+    Image.new("L", (60, 40), 255).save(root / "GT" / "m3.png")
+    assert main(["evaluate", "--predictions", str(root / "GT"), "--masks", str(root / "GT")]) == 1
+    assert f"Not scored: {root / 'GT' / 'm3.png'}: the mask has no pixel that counts" in capsys.readouterr().err
+
+
+def test_inverted_masks_and_sets_without_objects_are_scored_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_set(tmp_path / "set", ["a", "b", "c", "d"], size=(60, 40))
+    truth = write_predictions(root / "GT", tmp_path / "truth", blur=0)
+    for path in (root / "GT").iterdir():
+        Image.open(path).point(lambda value: 255 - value).save(path)
+    argv = ["--predictions", str(truth), "--masks", str(root / "GT")]
+    assert scores_of(argv, tmp_path / "a.json")["iou"] == 1
+    assert any(message.startswith("masks of set: they look inverted") for message in caplog.messages)
+    for path in (root / "GT").iterdir():
+        Image.new("L", (60, 40)).save(path)
+    caplog.clear()
+    assert scores_of(argv, tmp_path / "b.json")["iou"] == 0
+    assert any(message.startswith("masks of set: 4 of 4 masks have no object") for message in caplog.messages)
+
+
+def saved(kind: str, probabilities: np.ndarray, path: Path) -> None:
+    """Save a prediction, (H, W) of 0 to 1, as other programs do."""
+    grey = (probabilities * 255).round().astype(np.uint8)
+    photograph = np.random.default_rng(0).integers(0, 256, (*grey.shape, 3)).astype(np.uint8)
+    images = {
+        "8 bits": lambda: Image.fromarray(grey),
+        "16 bits": lambda: Image.fromarray((probabilities * 65535).astype(np.uint16)),
+        "16 bits to 1000": lambda: Image.fromarray((probabilities * 1000).astype(np.uint16)),
+        "16 bits to 1": lambda: Image.fromarray((probabilities > 0.5).astype(np.uint16)),
+        "0 and 1": lambda: Image.fromarray((probabilities > 0.5).astype(np.uint8)),
+        "floats": lambda: Image.fromarray(probabilities.astype(np.float32)),
+        "logits": lambda: Image.fromarray(
+            np.log(probabilities.clip(1e-3, 0.999) / (1 - probabilities.clip(1e-3, 0.999))).astype(np.float32)
+        ),
+        "cut-outs": lambda: Image.fromarray(np.dstack([photograph, grey])),
+        "grey cut-outs": lambda: Image.fromarray(np.dstack([photograph[:, :, 0], grey])),
+        "opaque": lambda: Image.fromarray(grey).convert("RGBA"),
+    }
+    images[kind]().save(path)
+
+
+@pytest.mark.parametrize("stretch", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("16 bits", ""), ("floats", ""), ("opaque", ""), ("0 and 1", ""), ("16 bits to 1", ""),
+        ("16 bits to 1000", "of more than 8 bits, with values up to 1000, read as shares of 1000"),
+        ("logits", "read as logits: through the logistic function"),
+        ("cut-outs", "their transparency is scored"), ("grey cut-outs", "their transparency is scored"),
+    ],
+)  # fmt: skip
+def test_predictions_of_any_kind_are_scored_like_8_bits(
+    kind: str, named: str, stretch: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without the stretch, one of them is faint: by itself, its values would mean something else."""
+    root = write_set(tmp_path / "set", ["a", "b", "c", "d", "e"], size=(60, 40))
+    scores = []
+    for number, own in enumerate(("8 bits", kind)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for path in sorted((root / "GT").iterdir()):
+            probabilities = np.array(Image.open(path).filter(ImageFilter.GaussianBlur(1))) / 255
+            probabilities /= probabilities.max()
+            if kind in ("0 and 1", "16 bits to 1"):
+                probabilities = probabilities.round()
+            elif path.stem == "d" and not stretch:
+                probabilities *= 0.003
+            saved(own, probabilities, folder / f"{path.stem}{'.tif' if own in ('floats', 'logits') else '.png'}")
+        argv = ["--predictions", str(folder), "--masks", str(root / "GT"), "--stretch" if stretch else "--no-stretch"]
+        scores.append(scores_of(argv, tmp_path / "out.json"))
+    assert scores[1]["mae"] == pytest.approx(scores[0]["mae"], abs=3e-3)
+    assert scores[1]["iou"] == pytest.approx(scores[0]["iou"], abs=0.01)
+    assert (scores[0]["iou"] < 0.9) == (not stretch and kind not in ("0 and 1", "16 bits to 1"))
+    warnings = [message for message in caplog.messages if message.startswith("predictions of set: ")]
+    assert [named in warning for warning in warnings] == ([True] if named else [])
+
+
+def test_a_prediction_unlike_the_others_of_its_set_is_named_and_not_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / f"{number}.tif" for number in range(60)]
+    for number, path in enumerate(files):
+        Image.fromarray(np.array([[0.0, 1.0]] * 2, dtype=np.float32) * (1 if number else 255)).save(path)
+    reading = PredictionReading(white={"float": 1})
+    with pytest.raises(ValueError, match=r"0\.tif: has values from 0 to 255, and the others of its set from 0 to 1"):
+        decode_prediction(files[0], reading)
+    assert survey_predictions(files[1:]) == reading
+    assert decode_prediction(files[1], reading).tolist() == [[0, 255]] * 2
+
+
+def test_predictions_in_colour_are_named(tmp_path: Path) -> None:
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (20, 30, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    (advice,) = survey_predictions(tmp_path.iterdir()).advice
+    assert advice.startswith("they are in colour")
+
+
+def test_without_the_stretch_a_faint_network_is_scored_as_it_is(
+    checkpoint: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    argv = ["--checkpoint", str(checkpoint), "--dataset-path", str(tiny_dataset), "--precision", "fp32"]
+    folder = tmp_path / "saved"
+    plain = scores_of([*argv, "--no-stretch", "--save-predictions", str(folder)], tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text())["stretch"] is False
+    assert plain["iou"] != scores_of(argv, tmp_path / "b.json")["iou"]
+    again = ["--predictions", str(folder), "--dataset-path", str(tiny_dataset), "--no-stretch"]
+    assert scores_of(again, tmp_path / "c.json") == plain
+    (first, *_) = sorted((folder / "tiny").iterdir())
+    assert np.array(Image.open(first)).max() < 255
+
+
+def test_held_out_images_are_read_as_the_run_read_them(
+    checkpoint: Path, tiny_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="train_ultimate")
+    content = read_checkpoint(checkpoint)
+    content["config"]["masks"] = MaskReading(threshold=300.0).to_dict()  # by which all masks are empty
+    write_checkpoint(tmp_path / "other.pth", content)
+    flags = ["--dataset-path", str(tiny_dataset), "--held-out", "--precision", "fp32"]
+    scores_of(["--checkpoint", str(tmp_path / "other.pth"), *flags], tmp_path / "a.json")
+    (report,) = json.loads((tmp_path / "a.json").read_text())["sets"].values()
+    assert [image["object_share"] for image in report["images"]] == [0, 0]
+    assert "Masks: as the checkpoint's run read them; above 300 is object" in caplog.messages
+    scores_of(["--checkpoint", str(tmp_path / "other.pth"), *flags, "--mask-values", "above-half"], tmp_path / "b.json")
+    (report,) = json.loads((tmp_path / "b.json").read_text())["sets"].values()
+    assert min(image["object_share"] for image in report["images"]) > 0
+
+
 # What a user gets wrong
 
 
@@ -389,11 +562,18 @@ def test_damaged_photograph_costs_only_its_panel(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").exists()
 
 
-def test_killed_scoring_process_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class KilledReading(MaskReading):
+    """A reading that the system kills, as if memory had run out."""
+
+    def read(self, mask: Image.Image, lossy: bool = False) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_killed_scoring_process_is_reported(tmp_path: Path) -> None:
     root = write_set(tmp_path / "set", ["a", "b"])
-    monkeypatch.setattr(evaluate_module, "decode_mask", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    case = Case("set", root / "GT" / "a.png", None, root / "GT" / "a.png", mask_reading=KilledReading())
     with pytest.raises(ValueError, match="a process that scores was killed"):
-        list(scored_cases([Case("set", root / "GT" / "a.png", None, root / "GT" / "a.png")], num_processes=1))
+        list(scored_cases([case], num_processes=1))
 
 
 def test_prediction_that_cannot_be_saved_is_named(tmp_path: Path) -> None:
