@@ -8,6 +8,7 @@ same code as photographs.
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,8 @@ from data.masks import BoolArray, UInt8Array
 FloatArray = NDArray[np.float64]
 
 SYNTHETIC = "synthetic"  # stands for a folder's path in ``--dataset-path``
+_RECIPE = "recipe.json"
+_PARTS = frozenset(("TrainDataset", "TestDataset", _RECIPE))
 
 # Undergrowth, sand, bark, reef, leaf litter, lichen: (dark, light) in RGB.
 _PALETTES = (
@@ -48,15 +51,18 @@ def write_synthetic_dataset(root: Path, num_train: int, num_test: int, img_size:
         ValueError: ``root`` contains something else.
     """
     recipe = {"num_train": num_train, "num_test": num_test, "img_size": img_size, "seed": seed, "version": 1}
-    recipe_file = root / "recipe.json"
-    if root.exists():
-        if recipe_file.is_file() and json.loads(recipe_file.read_text()) == recipe:
+    if os.path.lexists(root):
+        if _recipe_of(root) == recipe:
             return
         raise ValueError(
             f"{root}: contains data made with other settings; remove the folder or choose another --checkpoint-dir"
         )
     unfinished = root.with_name(root.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    if os.path.lexists(unfinished):
+        is_own = unfinished.is_dir() and not unfinished.is_symlink()
+        if not is_own or not {child.name for child in unfinished.iterdir()} <= _PARTS:
+            raise ValueError(f"{unfinished}: in the way of synthetic scenes, and not made by them; move it elsewhere")
+        shutil.rmtree(unfinished)
     for stream, (split, count) in enumerate((("TrainDataset", num_train), ("TestDataset", num_test))):
         for folder in ("Imgs", "GT"):
             (unfinished / split / folder).mkdir(parents=True)
@@ -64,8 +70,16 @@ def write_synthetic_dataset(root: Path, num_train: int, num_test: int, img_size:
             image, mask = camouflage_scene(np.random.default_rng([seed, stream, index]), img_size)
             Image.fromarray(image).save(unfinished / split / "Imgs" / f"scene_{index:05d}.jpg", quality=92)
             Image.fromarray(mask).save(unfinished / split / "GT" / f"scene_{index:05d}.png")
-    (unfinished / recipe_file.name).write_text(json.dumps(recipe))
+    (unfinished / _RECIPE).write_text(json.dumps(recipe))
     unfinished.rename(root)
+
+
+def _recipe_of(root: Path) -> Any:
+    """Return the settings that a folder's scenes were made with; None if they are not there."""
+    try:
+        return json.loads((root / _RECIPE).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def camouflage_scene(rng: np.random.Generator, size: int) -> tuple[UInt8Array, UInt8Array]:

@@ -11,13 +11,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
-# Files of a folder to try. Formats that Pillow cannot read (.heic without a plug-in) are here to be reported.
-# fmt: off
-PHOTOGRAPH_SUFFIXES = frozenset((
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".gif",
-    ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".j2k", ".jpx", ".avif", ".heic", ".heif",
-))
-# fmt: on
+from data.listing import NO_FILE
+from data.pairing import PICTURE_SUFFIXES
+
+# Files of a folder to try. Formats that Pillow cannot read without a plug-in are here to be reported.
+PHOTOGRAPH_SUFFIXES = frozenset((*PICTURE_SUFFIXES, ".heic", ".heif"))
 
 
 @dataclass(frozen=True)
@@ -182,7 +180,7 @@ def _checked(source: Source) -> Source | str:
     path = source.path
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            return f"{path}: not a file but a pipe, socket or device"
+            return f"{path}: {NO_FILE}"
         return source if os.access(path, os.R_OK) else f"{path}: Permission denied"
     except OSError as error:
         problem = str(error.strerror)

@@ -59,6 +59,30 @@ def test_interrupted_writing_leaves_no_dataset_behind(tmp_path: Path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
+@pytest.mark.parametrize("in_the_way", ["file", "link", "folder"])
+def test_what_others_wrote_where_scenes_are_made_is_kept(tmp_path: Path, in_the_way: str) -> None:
+    mine, place = tmp_path / "mine", tmp_path / "data.unfinished"
+    mine.mkdir()
+    (mine / "photo.jpg").write_bytes(b"x")
+    if in_the_way == "folder":
+        mine.rename(place)
+    elif in_the_way == "link":
+        place.symlink_to(mine)
+    else:
+        place.write_bytes(b"x")
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match=r"data\.unfinished: in the way of synthetic scenes, and not made by them"):
+        write_synthetic_dataset(tmp_path / "data", 2, 1, 64, seed=4)
+    assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_damaged_recipe_is_one_of_other_settings(tmp_path: Path) -> None:
+    write_synthetic_dataset(tmp_path / "data", 2, 1, 64, seed=4)
+    (tmp_path / "data" / "recipe.json").write_text('{"num_')
+    with pytest.raises(ValueError, match="contains data made with other settings"):
+        write_synthetic_dataset(tmp_path / "data", 2, 1, 64, seed=4)
+
+
 def test_synthetic_scenes_are_inside_the_runs_folder() -> None:
     assert dataset_folder("synthetic", Path("runs/1")) == Path("runs/1/synthetic")
     assert dataset_folder("photos", Path("runs/1")) == Path("photos")
