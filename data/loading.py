@@ -30,6 +30,7 @@ MOST_LOSSES = 3  # times in a row that worker processes die before one batch arr
 SHARED_MEMORY = Path("/dev/shm")
 _HELD_BACK = (signal.SIGINT, signal.SIGTERM)
 _PREFETCHED = 2  # batches per worker, torch's default
+_LOSSES = (RuntimeError, EOFError, OSError)  # the first from torch, the others from a connection to a dead process
 _WINDOWS_KEPT = 3  # the current, the pending and the last applied window hold their batches
 
 logger = logging.getLogger("train_ultimate")
@@ -86,7 +87,7 @@ def windows(loader: DataLoader[Batch], epoch: int, first_window: int) -> Iterato
             try:
                 batches = batches or iter(loader)
                 window = list(itertools.islice(batches, sampler.batches_in(number)))
-            except RuntimeError as error:
+            except _LOSSES as error:
                 _recover(loader, error)
                 break
             for batch in window:
@@ -108,7 +109,7 @@ def batches_of(loader: DataLoader[Batch]) -> Iterator[Batch]:
             for batch in itertools.islice(loader, num_read, None):
                 num_read += 1
                 yield batch
-        except RuntimeError as error:
+        except _LOSSES as error:
             _recover(loader, error)
         else:
             return
@@ -215,13 +216,15 @@ class _Loader(DataLoader[Batch]):
             self._iterator = None
 
 
-def _recover(loader: DataLoader[Batch], error: RuntimeError) -> None:
+def _recover(loader: DataLoader[Batch], error: Exception) -> None:
     """Prepare a loader to go on after worker processes have died, or could not hand over a batch.
 
     Raises:
-        RuntimeError: the error, if it is another one.
+        Exception: the error, if it is another one.
     """
-    died = str(error).startswith("DataLoader worker (pid")
+    raised_by_worker = str(error).startswith("Caught ")  # torch's first words of an error that a worker has sent
+    died = str(error).startswith("DataLoader worker (pid") or isinstance(error, EOFError | OSError)
+    died = died and not raised_by_worker and loader.num_workers > 0
     if not isinstance(loader, _Loader) or not (died or isinstance(error, HandoverError)):
         raise error
     loader.stop_workers()
@@ -236,9 +239,9 @@ def _recover(loader: DataLoader[Batch], error: RuntimeError) -> None:
     )
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """Return the last line of an error: the original one, if it comes from a worker's traceback."""
-    return str(error).strip().splitlines()[-1][:200]
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
 
 
 def _collate_to_share(samples: Sequence[Sample]) -> Batch:

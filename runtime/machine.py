@@ -1,4 +1,4 @@
-"""Where and how a run computes: device, number format, memory layout, ranks, and fp16 loss scaling."""
+"""Machine of a run: device, number format, memory layout, ranks, and fp16 loss scaling."""
 
 import logging
 import os

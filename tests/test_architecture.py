@@ -253,7 +253,7 @@ def test_a_patch_of_the_outside_world_is_allowed(tmp_path: Path) -> None:
     assert patches(tmp_path / "test_it.py") == []
 
 
-STILL_PATCHING = {"test_export.py", "test_listeners.py", "test_predict.py"}  # to become empty
+STILL_PATCHING = {"test_export.py", "test_predict.py"}  # to become empty
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=label)

@@ -30,6 +30,7 @@ from data.masks import ABOVE_HALF
 from data.sampler import SampleKey
 from runtime.checkpoint import read_checkpoint
 from train_ultimate import main
+from training.settings import Settings
 
 PROGRAM = Path(train_ultimate.__file__).parent
 
@@ -312,7 +313,8 @@ def test_without_a_home_folder_the_error_names_the_flag_for_another(
 
 
 def test_cache_and_its_folder_are_settings_of_the_run() -> None:
-    saved = vars(cli.parse(["train", "--dataset-path", "x", "--cache", "--cache-dir", "/scratch"]))
-    args = cli.parse(["train", "--resume", "auto"], saved)
-    assert (args.cache, args.cache_dir) == (True, "/scratch")
-    assert not cli.parse(["train", "--resume", "auto", "--no-cache"], saved).cache
+    given = cli.parse(["train", "--dataset-path", "x", "--cache", "--cache-dir", "/scratch"]).given
+    saved = Settings.resolve(given).to_dict()
+    resumed = Settings.resolve(cli.parse(["train", "--resume", "auto"]).given, saved)
+    assert (resumed.cache, resumed.cache_dir) == (True, "/scratch")
+    assert not Settings.resolve(cli.parse(["train", "--resume", "auto", "--no-cache"]).given, saved).cache
