@@ -605,3 +605,73 @@ def test_names_that_are_not_utf_8_are_printed_escaped(
     assert r"caf\udce9.pth" in printed.out
     assert re.search(r"^caf\\udce9 +1 ", printed.out, re.MULTILINE)
     assert r"caf\udce92.jpg: cannot be decoded (not an image)" in printed.err
+
+
+# Names
+
+
+def test_masks_of_a_dataset_are_scored_under_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("CAMO", "NC4K/TestDataset", "sets/my_masks"):
+        root = write_set(tmp_path / folder, ["a", "b", "c"])
+        masks = root / "GT" if folder != "sets/my_masks" else (root / "GT").rename(root.with_name("camo masks"))
+        predictions = write_predictions(masks, tmp_path / "predictions" / folder)
+        assert main(["evaluate", "--predictions", str(predictions), "--masks", str(masks)]) == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"^(\S.*?)  +3 +\d", out, re.MULTILINE) == ["CAMO", "NC4K", "camo masks"]
+
+
+def test_predictions_in_the_folder_of_the_masks_name_are_still_found(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "CAMO", ["a", "b", "c"])
+    write_predictions(root / "GT", tmp_path / "predictions" / "GT")
+    assert main(["evaluate", "--predictions", str(tmp_path / "predictions"), "--masks", str(root / "GT")]) == 0
+
+
+@pytest.mark.parametrize("of_mask", ["{}_mask", "mask_{}", "{}.JPG", "{}"])
+@pytest.mark.parametrize("of_prediction", ["{}", "{}_pred"])
+def test_predictions_are_found_by_the_rules_for_masks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], of_mask: str, of_prediction: str
+) -> None:
+    root = write_set(tmp_path / "CAMO", ["a1", "a2", "a3"])
+    predictions = write_predictions(root / "GT", tmp_path / "predictions", blur=0)
+    for file in list((root / "GT").iterdir()):
+        file.rename(file.with_stem(of_mask.format(file.stem)))
+    for file in list(predictions.iterdir()):
+        file.rename(file.with_stem(of_prediction.format(file.stem)))
+    for masks in (["--masks", str(root / "GT")], ["--dataset-path", str(root)]):
+        if of_mask == "{}" or of_prediction == "{}" or masks[0] == "--dataset-path":
+            assert main(["evaluate", "--predictions", str(predictions), *masks]) == 0
+            row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("CAMO   "))
+            assert row.split()[-2:] == ["1.000", "1.000"]
+
+
+def test_a_missing_prediction_is_not_replaced_by_an_overlay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_set(tmp_path / "CAMO", ["a", "b", "c"])
+    predictions = write_predictions(root / "GT", tmp_path / "predictions")
+    write_predictions(root / "GT", predictions / "overlays")
+    (predictions / "b.png").unlink()
+    line = failing(["--predictions", str(predictions), "--masks", str(root / "GT")], capsys)
+    assert "no prediction for 1 of the 3 masks of CAMO: b.png" in line
+
+
+def test_masks_of_one_name_in_several_folders_keep_their_predictions_apart(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sub-folder for each species, numbers repeated; one of the species has its object elsewhere."""
+    for number, animal in enumerate(("frog", "owl")):
+        root = write_set(tmp_path / animal, ["1", "2"], size=(64 + number, 64))
+        for kind, folder in (("Imgs", "images"), ("GT", "masks")):
+            (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
+            (root / kind).rename(tmp_path / "data" / folder / animal)
+    saved, first, second = tmp_path / "saved", tmp_path / "first.json", tmp_path / "second.json"
+    data = ["--dataset-path", str(tmp_path / "data"), "--num-workers", "0"]
+    argv = ["evaluate", "--checkpoint", str(checkpoint), *data, "--save-predictions", str(saved), "--json", str(first)]
+    assert main(argv) == 0
+    assert sorted(path.relative_to(saved).as_posix() for path in saved.rglob("*.png")) == [
+        f"data/{animal}/{number}.png" for animal in ("frog", "owl") for number in (1, 2)
+    ]
+    assert Image.open(saved / "data" / "owl" / "1.png").size == (65, 64)
+    assert main(["evaluate", "--predictions", str(saved), *data, "--json", str(second)]) == 0
+    sets = [json.loads(file.read_text())["sets"]["data"] for file in (first, second)]
+    assert [image["name"] for image in sets[0]["images"]] == ["frog/1.png", "frog/2.png", "owl/1.png", "owl/2.png"]
+    assert sets[0]["images"] == sets[1]["images"]
+    capsys.readouterr()
