@@ -201,12 +201,10 @@ def _bands(pixels: NDArray[Any]) -> NDArray[Any]:
 
 
 def _distinct(values: NDArray[Any]) -> NDArray[Any]:
-    """Return the distinct values, sorted. Faster than ``numpy.unique`` for values of at most 24 bits."""
-    if values.dtype.kind == "f" or values.min() < 0 or values.max() >= 2**24:
+    """Return the distinct values, sorted. Faster than ``numpy.unique`` for values of at most 16 bits."""
+    if values.dtype.kind == "f" or values.min() < 0 or values.max() >= 2**16:
         return np.unique(values)
-    occurs = np.zeros(int(values.max()) + 1, dtype=np.bool_)
-    occurs[values] = True
-    return np.flatnonzero(occurs)
+    return np.flatnonzero(np.bincount(values.ravel()))
 
 
 def _borders(codes: NDArray[np.int16], found: NDArray[Any]) -> Counter[tuple[float, float]]:

@@ -282,15 +282,17 @@ def _centres(masks: Sequence[Levels], colours: bool) -> list[float] | None:
     values, mass = list(flat), np.array(list(flat.values()))
     points = np.array([unpack(value) if colours else (value,) for value in values], dtype=np.float64)
     width = NOISE * (255 if colours else float(np.ptp(points)))
-    centres: dict[float, float] = {}  # -> share of the pixels
+    shares: dict[int, float] = {}  # position of a centre -> share of the pixels about it
     total = mass.sum()
     for _ in range(4 * _MAX_CENTRES):
         heaviest = int(mass.argmax())
+        if not mass[heaviest]:
+            break
         distances = np.abs(points - points[heaviest]).max(axis=1)
-        if not any(distances[values.index(centre)] < 3 * width for centre in centres):  # else a shade between
-            centres[values[heaviest]] = float(mass[distances <= width].sum())
+        if not any(distances[centre] < 3 * width for centre in shares):  # else a shade between
+            shares[heaviest] = float(mass[distances <= width].sum())
         mass[distances <= width] = 0
-    (background, share), *others = centres.items()
+    (background, share), *others = ((values[centre], own) for centre, own in shares.items())
     others = [(centre, own) for centre, own in others if own >= least * (total - share)]
     if not others or len(others) > _MAX_CENTRES or sum(own for _, own in others) < enough * (total - share):
         return None
