@@ -456,7 +456,8 @@ def _read_part(images: Path, masks: Path, skip: Collection[Path]) -> _Part:
     """Pair the pictures of two folders, without those of folders below, unless these are the only ones to fit."""
     image_listing, mask_listing = list_pictures(images, IMAGE_SUFFIXES), list_pictures(masks, MASK_SUFFIXES)
     matching = match_names(image_listing.files, mask_listing.files)
-    unread = {path: _IN_SUBFOLDER for path in _pictures_below(images, skip) if path.parent != images}
+    below = [path for child in subfolders(images) if child not in skip for path in _pictures_below(child, skip)]
+    unread = dict.fromkeys(below, _IN_SUBFOLDER)
     if not matching.partners:
         image_listing, mask_listing = list_tree(images, IMAGE_SUFFIXES, skip), list_tree(masks, MASK_SUFFIXES, skip)
         matching, unread = match_names(image_listing.files, mask_listing.files), {}

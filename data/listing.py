@@ -156,4 +156,5 @@ def _kind(entry: "os.DirEntry[str]") -> str:
 
 
 def _has_suffix(name: str, suffixes: Collection[str]) -> bool:
-    return Path(name).suffix.lower() in suffixes
+    stem, _, ending = name.rpartition(".")
+    return stem != "" and f".{ending.lower()}" in suffixes

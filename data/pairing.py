@@ -123,6 +123,12 @@ def _without_zeros(name: str) -> str:
     return _LEADING_ZEROS.sub("", _without_endings(name))
 
 
+def _without_roles(name: str) -> str:
+    """Leave out what folders say about their contents: "frog_masks/1" becomes "frog/1"."""
+    *folders, base = _without_zeros(name).split("/")
+    return "/".join([*(folder_role(folder)[1] for folder in folders), base])
+
+
 Spelling = Callable[[str], str]
 _Key = tuple[str, str]  # folder and last part of a name in some spelling
 _SPELLINGS: tuple[tuple[Spelling, str], ...] = (
@@ -131,6 +137,7 @@ _SPELLINGS: tuple[tuple[Spelling, str], ...] = (
     (_caseless, "letter case"),
     (_without_endings, "a second ending"),
     (_without_zeros, "leading zeros"),
+    (_without_roles, "words for images and masks in folders' names"),
 )
 
 

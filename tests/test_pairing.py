@@ -54,6 +54,7 @@ def nfd(names: Sequence[str]) -> list[str]:
         (CLASSES, CLASSES, None),
         (CLASSES, [f"{name}_mask" for name in CLASSES], "all 12 masks end in _mask"),
         ([name.title() for name in CLASSES], CLASSES, "12 pairs differ in letter case"),
+        (CLASSES, [name.replace("/", "_masks/") for name in CLASSES], "words for images and masks"),
         (named("a{}"), [f"{'x' if number < 6 else 'y'}/a{number}" for number in NUMBERS], "differ in sub-folder"),
         ([f"{'x' if number < 6 else 'y'}/a{number}" for number in NUMBERS], named("a{}"), "differ in sub-folder"),
         (named("a{}"), [*named("a{}_mask"), *named("a{}_edge")], "12 of 24 masks end in _mask"),
