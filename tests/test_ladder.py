@@ -1,6 +1,7 @@
 """The recovery ladder's policy, without a run."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import pytest
@@ -104,10 +105,93 @@ def test_loss_that_scatters_and_falls_as_losses_do_is_left_alone(seed: int) -> N
     assert set(feed(Ladder(), *losses)) == {Action.GO_ON}
 
 
+def scattered(levels: Sequence[float], deviation: float, seed: int = 0) -> list[float]:
+    """Return log-normal losses around these levels."""
+    noise = torch.randn(len(levels), generator=torch.Generator().manual_seed(seed)).mul(deviation).exp().tolist()
+    return [level * factor for level, factor in zip(levels, noise, strict=True)]
+
+
+def first_rollback(losses: Sequence[float]) -> int | None:
+    """Return the number of losses before the one at which the ladder orders a rollback; None if it orders none."""
+    ladder = Ladder()
+    return next((number for number, loss in enumerate(losses) if feed(ladder, loss) == [Action.ROLL_BACK]), None)
+
+
 def test_a_slow_upward_drift_is_no_divergence() -> None:
     losses = [1.00015**i for i in range(5000)]
     assert losses[-1] > 2
     assert set(feed(Ladder(), *losses)) == {Action.GO_ON}
+
+
+@pytest.mark.parametrize("deviation", [0.0, 0.12, 0.25])
+def test_slow_divergence_is_found_before_the_loss_is_two_and_a_half_times_as_high(deviation: float) -> None:
+    levels = [1.0] * 300 + [3.3 ** (number / 6000) for number in range(6000)]
+    found = first_rollback(scattered(levels, deviation))
+    assert found is not None
+    assert 1.4 < levels[found] < 2.5
+
+
+def test_during_slow_divergence_weights_are_not_kept_for_long() -> None:
+    """A rollback must return to weights from before it."""
+    ladder, levels = Ladder(), [1.0] * 300 + [3.3 ** (number / 6000) for number in range(6000)]
+    healthy = []
+    for loss in scattered(levels, 0.12):
+        if feed(ladder, loss) == [Action.ROLL_BACK]:
+            break
+        healthy.append(ladder.is_healthy)
+    assert sum(healthy[:300]) > 290
+    assert not any(healthy[-1000:])
+
+
+@pytest.mark.parametrize(("factor", "deviation"), [(1.3, 0.0), (1.3, 0.12), (1.5, 0.25), (2.0, 0.47)])
+def test_a_loss_that_jumps_is_found_within_sixty_windows(factor: float, deviation: float) -> None:
+    for seed in range(3):
+        found = first_rollback(scattered([1.0] * 300 + [factor] * 60, deviation, seed))
+        assert found is not None
+        assert found >= 300
+
+
+@pytest.mark.parametrize("variation", [0.5, 0.7, 1.0])
+def test_heavy_tails_are_no_divergence(variation: float) -> None:
+    """Single losses scatter by as much as their mean, as with one image a window."""
+    deviation = math.sqrt(math.log(1 + variation**2))
+    assert first_rollback(scattered([1.0] * 15_000, deviation)) is None
+
+
+def test_losses_of_two_kinds_of_images_are_no_divergence() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for share in (0.1, 0.3, 0.5):
+        hard = torch.rand(5000, generator=generator) < share
+        assert first_rollback(torch.where(hard, 3.0, 1.0).tolist()) is None
+
+
+def test_one_enormous_loss_neither_is_a_divergence_nor_hides_one() -> None:
+    for window in (20, 90):
+        losses = scattered([1.0] * 100 + [3.0] * 50, 0.12)
+        losses[window] = 1000.0
+        assert first_rollback(losses) == 104
+
+
+@pytest.mark.parametrize(("factor", "windows"), [(1.36, 160), (1.30, 240), (1.26, 264), (1.36, 400)])
+@pytest.mark.parametrize("deviation", [0.0, 0.05, 0.15])
+def test_the_growing_weight_of_the_uncertainty_loss_is_no_divergence(
+    factor: float, windows: int, deviation: float
+) -> None:
+    """Nothing is learnt here: the loss rises by that weight's cosine ramp only."""
+    ramp = [1 + (factor - 1) * (1 - math.cos(math.pi * number / windows)) / 2 for number in range(windows)]
+    assert [first_rollback(scattered(ramp, deviation, seed)) for seed in range(8)] == [None] * 8
+
+
+def test_losses_of_nothing_are_no_divergence() -> None:
+    assert first_rollback([0.0] * 200 + [1e-8] * 200 + [1e-4] * 200) is None
+
+
+def test_histories_of_older_programs_begin_again() -> None:
+    older = {"mean": 2.0, "variance": 0.1, "lowest_mean": 1.9, "num_losses": 300, "high_in_a_row": 2}
+    assert LossHistory.restored(older) == LossHistory()
+    ladder = Ladder()
+    feed(ladder, *scattered([1.0] * 100, 0.12))
+    assert LossHistory.restored(asdict(ladder.losses)) == ladder.losses
 
 
 def test_rollbacks_count_as_in_a_row_until_there_is_progress() -> None:

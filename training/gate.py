@@ -62,20 +62,26 @@ class SpikeDetector:
 
     Norms are skewed and their level drifts by orders of magnitude during a run, so the statistics are an exponential
     mean and variance of the logarithm. There are two tiers: above ``CLIP_SIGMAS`` a gradient is scaled down to that
-    height (Kumar et al., "ZClip", 2025); above ``SKIP_SIGMAS`` it is a spike. Without enough history, a norm ten times
-    the largest so far is a spike (as in Megatron-LM).
+    height (Kumar et al., "ZClip", 2025); above ``SKIP_SIGMAS``, and above three times the mean, it is a spike. During
+    warm-up, a norm ten times the largest so far is a spike (as in Megatron-LM); in a stage's first windows, a norm a
+    hundred times the largest so far, the level before the stage, and the norm of an untrained network.
 
     A value enters the statistics limited to ``LIMIT_SIGMAS``, so that one spike does not widen them; a value that is
-    not finite does not enter at all. A level that has risen for good is accepted within some dozens of windows, because
-    each of them widens the variance a little.
+    not finite does not enter at all. Spikes do not come four in a row: then the level has risen, by up to ``MOST_RISE``
+    in one step, and the mean moves there at once.
     """
 
     CLIP_SIGMAS, SKIP_SIGMAS, LIMIT_SIGMAS = 2.5, 3.8, 3.0
     DECAY = 0.99
     WARMUP_WINDOWS = 64  # before these, the comparison is with the largest norm so far
-    LEAST_WINDOWS = 4  # before these, nothing is a spike
+    LEAST_WINDOWS = 4  # before these, the largest norm says little: it may be a spike itself
     LEAST_DEVIATION = 0.05
-    FACTOR_OVER_LARGEST = 10.0
+    LEAST_FACTOR = 3.0  # over the mean: less does no harm, however steady the norms
+    FACTOR_OVER_LARGEST, FACTOR_AT_FIRST = 10.0, 100.0
+    LEAST_NORM = 0.01  # smaller ones count as this: next to a loss of about 1 they all mean "none"
+    UNTRAINED_NORM = 10.0  # 1 to 80 in the first windows of 14 backbones with random weights
+    HIGH_IN_A_ROW, HIGH_SIGMAS, HIGH_FACTOR = 4, 2.0, 1.7  # windows above both, in a row: the level has risen
+    MOST_RISE = 3000.0  # a larger one is a fault: spike after spike, and in the end a rollback
 
     def __init__(self, policy: str, device: torch.device) -> None:
         """Start without a history.
@@ -85,14 +91,22 @@ class SpikeDetector:
             device: of the gradients.
         """
         self.policy = policy
-        self.reset(device)
+        self._statistics = self._without_history(device)
+
+    def _without_history(self, device: torch.device) -> Tensor:
+        """Return count, mean, variance and largest of the logarithms, the level before them, and the last three."""
+        least, untrained = math.log(self.LEAST_NORM), math.log(self.UNTRAINED_NORM)
+        return torch.tensor([0, 0, 0, least, untrained, *[least] * (self.HIGH_IN_A_ROW - 1)], device=device)
 
     def reset(self, device: torch.device) -> None:
-        """Start without a history: from one stage to the next, the norm becomes that of other parameters."""
-        self._statistics = torch.zeros(4, device=device)  # count, mean, variance and largest of the logarithms
+        """Start again, with the level so far as a hint: from one stage to the next, other parameters have gradients."""
+        count, mean, _, _, level_before, *_ = self._statistics.to(device).unbind()
+        self._statistics = self._without_history(device)
+        level = torch.where(count >= self.LEAST_WINDOWS, mean, level_before)
+        self._statistics[4] = level.clamp(min=math.log(self.UNTRAINED_NORM))
 
     def forget(self) -> None:
-        """Start without a history, where the statistics are."""
+        """Start again, where the statistics are."""
         self.reset(self._statistics.device)
 
     def examine(self, loss: Tensor, grad_norm: Tensor, found_inf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,32 +117,42 @@ class SpikeDetector:
 
         Returns:
             spike: 1.0 or 0.0.
-            highest: the norm to clip this window's gradient to; infinite without a history.
-            limit: the norm above which this window is a spike; infinite without a history.
+            highest: the norm to clip this window's gradient to; infinite during warm-up.
+            limit: the norm above which this window is a spike.
         """
-        infinite = torch.full_like(grad_norm, math.inf)
         if self.policy == "off":
+            infinite = torch.full_like(grad_norm, math.inf)
             return torch.zeros_like(grad_norm), infinite, infinite
-        count, mean, variance, largest = self._statistics.unbind()
+        (count, mean, variance, largest, level_before), last = self._statistics[:5].unbind(), self._statistics[5:]
         usable = ~_not_finite(loss, grad_norm, found_inf)
-        value = torch.where(usable, grad_norm, 1.0).clamp(min=1e-20).log()
+        value = torch.where(usable, grad_norm, 1.0).clamp(min=self.LEAST_NORM).log()
         deviation = variance.sqrt().clamp(min=self.LEAST_DEVIATION)
-        warm = count >= self.WARMUP_WINDOWS
-        over_history = mean + self.SKIP_SIGMAS * deviation
-        over_largest = torch.where(count >= self.LEAST_WINDOWS, largest + math.log(self.FACTOR_OVER_LARGEST), infinite)
-        limit = torch.where(warm, over_history, over_largest)
+        warm, at_first = count >= self.WARMUP_WINDOWS, count < self.LEAST_WINDOWS
+        center = torch.where(warm, mean, torch.where(at_first, torch.maximum(largest, level_before), largest))
+        margin = (self.SKIP_SIGMAS * deviation).clamp(min=math.log(self.LEAST_FACTOR))
+        factor = torch.where(at_first, math.log(self.FACTOR_AT_FIRST), math.log(self.FACTOR_OVER_LARGEST))
+        margin = torch.where(warm, margin, factor)
+
+        in_a_row = torch.cat([last, value[None]])
+        high = mean + (self.HIGH_SIGMAS * deviation).clamp(min=math.log(self.HIGH_FACTOR))
+        high = torch.where(warm, high, center + margin)
+        highest_level = torch.where(count > 0, mean, level_before) + math.log(self.MOST_RISE)
+        risen = usable & (in_a_row.amin() > high) & (in_a_row.amin() < highest_level)
+        mean, center = torch.where(risen, in_a_row.mean(), torch.stack([mean, center])).unbind()
+
+        limit = center + margin
         spike = usable & (value > limit)
         highest = torch.where(warm, mean + self.CLIP_SIGMAS * deviation, math.inf).exp()
 
         reach = self.LIMIT_SIGMAS * deviation
         limited = torch.where(warm, value.clamp(mean - reach, mean + reach), value)
-        limited = torch.where(spike & ~warm, largest + math.log(2), limited)
         decay = (1 - 1 / (count + 1)).clamp(max=self.DECAY)
-        step = limited - mean
-        mean = mean + (1 - decay) * step
-        variance = decay * (variance + (1 - decay) * step.square())
-        largest = torch.where(count > 0, torch.maximum(largest, limited), limited)
-        updated = torch.stack([count + 1, mean, variance, largest])
+        step = torch.where(count > 0, limited - mean, 0.0)
+        mean = torch.where(count > 0, mean, value)
+        entered = torch.stack([count + 1, mean + (1 - decay) * step, decay * (variance + (1 - decay) * step.square())])
+        entered = torch.where(spike & ~warm, torch.stack([count, mean, variance]), entered)
+        largest = torch.maximum(largest, torch.where(spike, center + math.log(2), value))
+        updated = torch.cat([entered, torch.stack([largest, level_before]), in_a_row[1:]])
         self._statistics = torch.where(usable, updated, self._statistics)  # never * 0: NaN * 0 is NaN
         skipped = spike if self.policy == "skip" else torch.zeros_like(spike)
         return skipped.to(torch.float32), highest, limit.exp()
@@ -137,7 +161,9 @@ class SpikeDetector:
         return {"statistics": self._statistics.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._statistics = state["statistics"].to(self._statistics.device)
+        """Restore the statistics. Older checkpoints have only the first four of them."""
+        saved, device = state["statistics"], self._statistics.device
+        self._statistics = torch.cat([saved.to(device), self._without_history(device)[len(saved) :]])
 
 
 @dataclass(frozen=True)

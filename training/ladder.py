@@ -6,21 +6,24 @@ Policy only: numbers in, action out. The gate has already skipped the window, on
 """
 
 import math
-from collections.abc import Collection
+import statistics
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
 from runtime.machine import PrecisionName
 from training.gate import StepVerdict, WindowOutcome
 
 OVERFLOWS_IN_A_ROW = 4  # routine: so loss scaling finds its ceiling
 MOST_BAD, BAD_AMONG = 8, 50  # skipped windows among the most recent ones that cause a rollback
-LOSS_HISTORY = 50  # windows: the mean's time constant, and the least history to call a loss high
-HIGH_LOSS_FACTOR, HIGH_LOSSES_IN_A_ROW = 2.0, 5  # of the mean: training is running away
-RISEN_FACTOR, RISEN_DEVIATIONS = 1.2, 1.0  # of the mean over the lowest mean: if both, it has run away for good
-SOUND_FACTOR = 1.1  # of the mean over the lowest mean; up to it, weights are worth keeping
-FLOOR_GROWTH = 1.0002  # of the lowest mean, per window: a drift over thousands of windows is no rise
+SPAN = 40  # applied windows over which losses are averaged
+HIGH_LOSS_FACTOR, HIGH_LOSS_DEVIATIONS, HIGH_LOSSES_IN_A_ROW = 2.0, 2.0, 5  # if above both: training runs away
+JUMP_FACTOR, JUMP_ERRORS = 1.2, 5.5  # of a span's mean over the span before it: likewise, if above both
+RISE_FACTOR, RISE_ERRORS = 1.5, 11.0  # of two spans' mean over the lowest so far: likewise
+DRIFT = 1.0001  # of the lowest mean, per window: twice the loss after 7,000 windows is no rise
+SOUND = 0.5  # of the rise that is too much; up to it, weights are worth keeping
+LEAST_LOSS = 1e-3  # smaller ones count as this
 PROGRESS_WINDOWS = 200  # applied after a rollback: it has helped, and the next one counts as the first again
 LEAST_LR_FACTOR = 2.0**-10  # ten rollbacks: a run that needs more does not learn
 SPIKES_IN_COMMON = 3  # with the same image in their windows: it is at fault
@@ -40,40 +43,73 @@ class Action(StrEnum):
 
 @dataclass
 class LossHistory:
-    """Running statistics of the loss, which show it running away: by a factor of two at once, or by a fifth for long.
+    """The newest losses, which show training running away in three ways, from fast to slow.
 
-    A fifth is more than it sounds: a network that has collapsed, and no longer finds any object, has a loss only a
-    third above that of a good one. The rise must also exceed one standard deviation of single windows, which is about
-    ten of a mean over fifty.
+    - Five losses in a row are far above the mean.
+    - The mean has jumped: that of the last 40 windows is a fifth above that of the 40 before, and the 40 before those
+      were not rising as fast. A fifth is more than it sounds: a network that has collapsed, and no longer finds any
+      object, has a loss only a third above that of a good one. The uncertainty loss, whose weight grows all the time,
+      adds a third too, but over the whole run.
+    - The mean has risen by half over its lowest, however slowly.
+
+    Losses scatter by factors, so all statistics are of their logarithm; some are far off, so means are trimmed; and a
+    rise must exceed several of its standard errors (Yuen, "The two-sample trimmed t for unequal population variances",
+    1974).
     """
 
-    mean: float = 0.0
-    variance: float = 0.0
-    lowest_mean: float = math.inf
-    num_losses: int = 0
+    recent: list[float] = field(default_factory=list)  # logarithms of up to three spans' losses; newest last
+    lowest: float = math.inf  # lowest mean of two spans so far, of the logarithms
+    rise: float = 0.0  # of the mean, by whichever comparison shows more of it; above 1, training has run away
     high_in_a_row: int = 0
+
+    @classmethod
+    def restored(cls, saved: dict[str, Any]) -> Self:
+        """Return a saved history. Those of older programs hold other statistics: they begin again."""
+        return cls(**saved) if "recent" in saved else cls()
 
     def add(self, loss: float) -> bool:
         """Add an applied window's loss. Return whether the loss has run away."""
-        known = self.num_losses >= LOSS_HISTORY
-        if known and loss > HIGH_LOSS_FACTOR * self.mean:  # does not enter the mean it is compared with
-            self.high_in_a_row += 1
-            return self.high_in_a_row >= HIGH_LOSSES_IN_A_ROW
-        self.high_in_a_row = 0
-        self.num_losses += 1
-        share, step = 1 / min(self.num_losses, LOSS_HISTORY), loss - self.mean
-        self.mean += share * step
-        self.variance = (1 - share) * (self.variance + share * step**2)
-        if known:
-            self.lowest_mean = min(self.mean, self.lowest_mean * FLOOR_GROWTH)
-        rise = self.mean - self.lowest_mean
-        return known and rise > max((RISEN_FACTOR - 1) * self.lowest_mean, RISEN_DEVIATIONS * math.sqrt(self.variance))
+        value = math.log(max(loss, LEAST_LOSS))
+        self.high_in_a_row = self.high_in_a_row + 1 if value > self._highest() else 0
+        self.recent = [*self.recent[-(3 * SPAN - 1) :], value]
+        self.rise = self._rise()
+        return self.high_in_a_row >= HIGH_LOSSES_IN_A_ROW or self.rise > 1
+
+    def _highest(self) -> float:
+        """Return the logarithm above which a loss is high."""
+        if len(self.recent) < SPAN:
+            return math.inf
+        mean, error = _trimmed_mean(self.recent[-2 * SPAN :])
+        deviation = error * math.sqrt(len(self.recent[-2 * SPAN :]))
+        return mean + max(math.log(HIGH_LOSS_FACTOR), HIGH_LOSS_DEVIATIONS * deviation)
+
+    def _rise(self) -> float:
+        if len(self.recent) < 2 * SPAN:
+            return 0.0
+        mean, error = _trimmed_mean(self.recent[-2 * SPAN :])
+        self.lowest = min(mean, self.lowest + math.log(DRIFT))
+        rise = (mean - self.lowest) / max(math.log(RISE_FACTOR), RISE_ERRORS * error)
+        if len(self.recent) < 3 * SPAN:
+            return rise
+        (first, _), (before, error_before), (now, error_now) = (
+            _trimmed_mean(self.recent[start : start + SPAN]) for start in (0, SPAN, 2 * SPAN)
+        )
+        jump = now - before - max(0.0, before - first)
+        return max(rise, jump / max(math.log(JUMP_FACTOR), JUMP_ERRORS * math.hypot(error_before, error_now)))
+
+    @property
+    def mean(self) -> float:
+        """The typical loss of the last windows, 0 without a history."""
+        return math.exp(statistics.median(self.recent[-SPAN:])) if self.recent else 0.0
+
+    @property
+    def lowest_mean(self) -> float:
+        return math.exp(self.lowest)
 
     @property
     def is_low(self) -> bool:
         """Whether the loss is near its lowest level; true without a history."""
-        low = self.num_losses < LOSS_HISTORY or self.mean <= SOUND_FACTOR * self.lowest_mean
-        return low and self.high_in_a_row == 0
+        return self.rise <= SOUND and self.high_in_a_row == 0
 
 
 @dataclass
@@ -206,6 +242,17 @@ class Ladder:
 
     def _remember(self, bad: int) -> None:
         self.recent = [*self.recent[-(BAD_AMONG - 1) :], bad]
+
+
+def _trimmed_mean(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of the middle three fifths of 40 or more values, and its standard error."""
+    ordered = sorted(values)
+    cut = len(ordered) // 5
+    middle = ordered[cut : len(ordered) - cut]
+    winsorized = [middle[0]] * cut + middle + [middle[-1]] * cut
+    center = sum(winsorized) / len(winsorized)
+    squares = sum((value - center) ** 2 for value in winsorized)
+    return sum(middle) / len(middle), math.sqrt(squares / (len(middle) * (len(middle) - 1)))
 
 
 def _counted(number: int, noun: str) -> str:

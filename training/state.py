@@ -176,7 +176,7 @@ class TrainState:
         self.detector.load_state_dict(state["detector"])
         self.progress = Progress(**{key: value for key, value in state["progress"].items() if key != "samples_seen"})
         self.epoch_stats = EpochStats(**state["epoch_stats"])
-        self.ladder = Ladder(**{**state["ladder"], "losses": LossHistory(**state["ladder"]["losses"])})
+        self.ladder = Ladder(**{**state["ladder"], "losses": LossHistory.restored(state["ladder"]["losses"])})
         self.unreadable = dict(state.get("unreadable", {}))  # older checkpoints have none
 
 
