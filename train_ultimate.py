@@ -319,7 +319,7 @@ def outcome_of(run: Run, validate: Validation) -> tuple[int, str]:
     except Exception as error:
         if lost := ranks.lost():
             return 1, f"{lost} has ended ({first_line(error)}){rescue(run)}"
-        traceback.print_exc()
+        print_lines(traceback.format_exc().splitlines(), to_stderr=True)
         return 1, f"unexpected, see above. {go_on}{rescue(run)}"
 
 

@@ -94,7 +94,9 @@ def check_data(
     if not report.num_usable:
         raise ValueError(f"{root}: no image with a mask can be used; see the findings above")
     refusal = _refusal(root, subsets, report.exclude)
-    print_lines(["", f"Training would refuse it: {refusal}" if refusal else _next_step(root, report, exclude_file)])
+    print_lines(
+        ["", f"Training would refuse it: {refusal}" if refusal else _next_step(root, report, exclude_file, mask_values)]
+    )
     return 1 if report.findings or (training and refusal) else 0
 
 
@@ -167,15 +169,16 @@ def _refusal(root: Path, subsets: Sequence[Subset], exclude: Collection[str]) ->
     return ""
 
 
-def _next_step(root: Path, report: Report, exclude_file: Path | None) -> str:
+def _next_step(root: Path, report: Report, exclude_file: Path | None, mask_values: str) -> str:
     program = ["python", sys.argv[0]]
-    train = [*program, "train", "--dataset-path", str(root)]
+    data = ["--dataset-path", str(root), *(["--mask-values", mask_values] if mask_values != AUTO else [])]
+    train = [*program, "train", *data]
     if not report.exclude:
         return f"Training can use every pair. Next: {shlex.join(train)}"
     if exclude_file is not None:
         leave_out = shlex.join([*train, "--exclude", str(exclude_file)])
         return f"{exclude_file} names {len(report.exclude)} training images to leave out. Next: {leave_out}"
-    write = shlex.join([*program, "check-data", "--dataset-path", str(root), "--write-exclude", "exclude.txt"])
+    write = shlex.join([*program, "check-data", *data, "--write-exclude", "exclude.txt"])
     return f"Training is better without {len(report.exclude)} of its images. Next: {write}"
 
 

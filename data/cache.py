@@ -16,11 +16,11 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import PIL
@@ -33,6 +33,8 @@ from data.processes import process_pool
 
 FORMAT = 1  # raise it whenever the same files give other bytes, or another layout
 PAIRS_PER_WORKER = 32  # fewer are not worth another process
+
+NewBar = Callable[..., "tqdm[NoReturn]"]
 
 logger = logging.getLogger("train_ultimate")
 
@@ -97,7 +99,7 @@ def default_directory() -> Path:
 
 def open_cache(
     pairs: Sequence[Pair], root: Path, img_size: int, directory: Path, num_workers: int,
-    masks: MaskReading = ABOVE_HALF,
+    masks: MaskReading = ABOVE_HALF, new_bar: NewBar = tqdm,
 ) -> DecodedCache:  # fmt: skip
     """Open the cache of these pairs. Build it if it is missing; wait if another process is building it.
 
@@ -108,6 +110,7 @@ def open_cache(
         directory: folder of the caches.
         num_workers: largest number of decoding processes.
         masks: how the masks are read.
+        new_bar: makes the progress bar, of tqdm's options.
 
     Raises:
         ValueError: the disk is too small, the folder is not writable, or a decoding process was killed.
@@ -123,7 +126,7 @@ def open_cache(
             with _locked(_unfinished(path)) as descriptor:
                 if _read(path, ordered, root, img_size, masks) is None:
                     start = time.perf_counter()
-                    _build(descriptor, path, ordered, root, img_size, num_workers, masks)
+                    _build(descriptor, path, ordered, root, img_size, num_workers, masks, new_bar)
                     how = f"built in {time.perf_counter() - start:.1f} s"
         except OSError as error:
             way_out = "choose another folder with --cache-dir, or use --no-cache"
@@ -180,8 +183,9 @@ def _read(path: Path, pairs: Sequence[Pair], root: Path, img_size: int, masks: M
 
 
 def _build(
-    descriptor: int, path: Path, pairs: Sequence[Pair], root: Path, img_size: int, num_workers: int, masks: MaskReading
-) -> None:
+    descriptor: int, path: Path, pairs: Sequence[Pair], root: Path, img_size: int, num_workers: int, masks: MaskReading,
+    new_bar: NewBar,
+) -> None:  # fmt: skip
     """Decode all pairs into the locked unfinished file, whatever it holds so far, and give it its final name."""
     num_bytes, unfinished = _num_bytes(pairs, img_size), _unfinished(path)
     os.ftruncate(descriptor, 0)
@@ -190,7 +194,7 @@ def _build(
     if hasattr(os, "posix_fallocate"):  # not on macOS, where the disk can still fill up during the build
         os.posix_fallocate(descriptor, 0, num_bytes)
     num_workers = min(num_workers, -(-len(pairs) // PAIRS_PER_WORKER))
-    problems = _decode(unfinished, pairs, root, img_size, num_workers, masks)
+    problems = _decode(unfinished, pairs, root, img_size, num_workers, masks, new_bar)
     _write(descriptor, json.dumps(problems).encode(), num_bytes)
     os.fsync(descriptor)
     os.replace(unfinished, path)
@@ -203,8 +207,9 @@ def _build(
 
 
 def _decode(
-    file: Path, pairs: Sequence[Pair], root: Path, img_size: int, num_workers: int, masks: MaskReading
-) -> dict[int, str]:
+    file: Path, pairs: Sequence[Pair], root: Path, img_size: int, num_workers: int, masks: MaskReading,
+    new_bar: NewBar = tqdm,
+) -> dict[int, str]:  # fmt: skip
     """Write every row, in several processes; return row -> why it cannot be decoded, with a path relative to ``root``.
 
     Raises:
@@ -215,10 +220,11 @@ def _decode(
     way_out = "try again, or use --no-cache"
     with process_pool(num_workers, "decodes for the cache", way_out) as pool:
         written = pool.map(partial(_write_row, file, img_size, masks), range(len(pairs)), pairs, chunksize=4)
-        bar = tqdm(written, desc="Decoding for the cache", total=len(pairs), unit="image", disable=None)
-        for row, problem in enumerate(bar):
-            if problem:
-                problems[row] = problem.removeprefix(f"{root}/")
+        with new_bar(desc="Decoding for the cache", total=len(pairs), unit="image") as bar:
+            for row, problem in enumerate(written):
+                if problem:
+                    problems[row] = problem.removeprefix(f"{root}/")
+                bar.update()
     return problems
 
 

@@ -29,8 +29,8 @@ _MAX_CENTRES = 32
 _SHOWN = 8  # values in a message
 _OTHERWISE = "if that is wrong, give --mask-values {}"
 _INVERTED = (
-    "they look inverted, with the object all round the border of the image; so the rest is taken for the object; "
-    + _OTHERWISE
+    "they look inverted: their bright part lies all round the border of the image, so their dark part is read as the "
+    "object; " + _OTHERWISE
 )
 _VOC_BORDER = 0xE0E0C0  # Pascal VOC's colour of index 255
 

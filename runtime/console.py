@@ -10,6 +10,7 @@ message. ``configured`` decides what is shown:
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,21 +19,44 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-logger = logging.getLogger("train_ultimate")
 _PREFIXES = {logging.WARNING: "Warning: ", logging.ERROR: "error: "}
+# Names of files and texts of errors come from elsewhere. On a terminal their control characters are commands: they move
+# the cursor, hide lines, set its title. Some terminals obey the 8-bit ones, too; bidirectional marks reorder a line.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Return the text with control characters and undecodable bytes of names as backslash escapes.
+
+    Line feeds and tabs stay.
+    """
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+class _Printable(logging.Filter):
+    """Filter that makes messages printable, for every handler: the program's, a notebook's, a test's."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = printable(record.getMessage()), ()
+        return True
+
+
+logger = logging.getLogger("train_ultimate")
+logger.addFilter(_Printable("train_ultimate"))
 
 
 def write_line(stream: TextIO | None, text: str) -> bool:
     """Write a line and flush. Return False, and raise nothing, if the stream does not take it: the line is lost.
 
     The disk of a redirected log is full, the reader of a pipe has gone, a terminal was closed, there never was a
-    stream: none of it is worth a run. Characters that the stream's encoding lacks become backslash escapes.
+    stream: none of it is worth a run. Characters that the stream's encoding lacks become backslash escapes, as do
+    those that ``printable`` escapes.
     """
     if stream is None:
         return False
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
-        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.write(printable(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")
         stream.flush()
     except (OSError, ValueError):  # ValueError: the stream is closed
         _drop_unwritten(stream)

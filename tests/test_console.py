@@ -12,12 +12,15 @@ import subprocess
 import sys
 import termios
 import threading
+import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import Argv, train
+from hypothesis import given
+from hypothesis import strategies as st
 from launching import read_events
 
 import train_ultimate
@@ -90,6 +93,25 @@ def test_characters_that_an_encoding_lacks_are_escaped(encoding: str, expected: 
     stream = io.TextIOWrapper(data, encoding, newline="\n")
     assert write_line(stream, "fünf " + os.fsdecode(b"\xe9"))
     assert data.getvalue() == expected + b"\n"
+
+
+def test_control_characters_of_names_and_errors_do_not_reach_the_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    r"""Else a file named ``\\x1b[2J`` clears the screen, and one with a carriage return rewrites its own line."""
+    stream = io.StringIO()
+    for text in ("\x1b[2Ja", "a\rb", "\x9b1A", "\x07", "a\u202eb", "\udce9"):
+        with caplog.at_level(logging.INFO, "train_ultimate"):
+            console.logger.info("%s: cannot be decoded", text)
+        assert write_line(stream, text)
+    expected = [r"\x1b[2Ja", r"a\rb", r"\x9b1A", r"\x07", r"a\u202eb", r"\udce9"]
+    assert stream.getvalue().splitlines() == expected
+    assert caplog.messages == [f"{text}: cannot be decoded" for text in expected]
+
+
+@given(st.text())
+def test_printable_text_is_left_as_it_is(text: str) -> None:
+    clean = console.printable(text)
+    assert console.printable(clean) == clean
+    assert clean == text or any(unicodedata.category(character) in ("Cc", "Cs", "Cf", "Zl", "Zp") for character in text)
 
 
 def test_line_is_written_at_once(tmp_path: Path) -> None:

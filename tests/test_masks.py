@@ -502,7 +502,7 @@ def test_check_data_says_how_masks_are_read_and_names_labels_and_inverted_ones(
             "label images with values 0, 1, 255; not 0 is object, 255 is ignored",
         ),
         ("colours on white", "mask-labels", "not white is object"),
-        ("inverted", "mask-inverted", "they look inverted, with the object all round the border of the image"),
+        ("inverted", "mask-inverted", "they look inverted: their bright part lies all round the border of the image"),
     ):
         root = dataset(tmp_path / name / kind, KINDS[kind], 24)
         assert main(["check-data", "--dataset-path", str(root), "--json", str(tmp_path / "out.json")]) == 1
@@ -529,5 +529,7 @@ def test_check_data_reads_masks_as_it_is_told(tmp_path: Path, capsys: pytest.Cap
     root = dataset(tmp_path / "data", KINDS["inverted"])
     argv = ["check-data", "--dataset-path", str(root), "--mask-values"]
     assert main([*argv, "above-half"]) == 0
-    assert "as --mask-values above-half says; above 128 is object" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "as --mask-values above-half says; above 128 is object" in out
+    assert out.endswith(f"train --dataset-path {root} --mask-values above-half\n")
     assert main([*argv, "inverted"]) == 0

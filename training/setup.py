@@ -32,6 +32,7 @@ from data.synthetic import write_synthetic_dataset
 from data.unreadable import UnreadablePairs, require_few
 from losses import deep_supervision_loss
 from models import CamouflageSegmenter, NetworkSettings, build_network
+from runtime import console
 from runtime.checkpoint import CheckpointStore, find_checkpoint
 from runtime.files import write_json
 from runtime.folder import CONFIG, INCIDENTS, config_begun, require_free
@@ -350,7 +351,7 @@ def find_unreadable(
     named = list(zip(pairs, names, strict=True))
     if settings.cache:
         cache_dir = default_directory() if settings.cache_dir is None else Path(settings.cache_dir)
-        cache = open_cache(pairs, root, settings.img_size, cache_dir, num_cores(), masks)
+        cache = open_cache(pairs, root, settings.img_size, cache_dir, num_cores(), masks, console.progress_bar)
         return cache, {name: cache.problems[pair.image] for pair, name in named if pair.image in cache.problems}
     problems = {names[position]: problem for position, problem in header_problems(pairs).items()}
     again = {name: problem_of(pair.image, pair.mask) for pair, name in named if name in known}
