@@ -132,7 +132,7 @@ def look_at(image: Image.Image, lossy: bool) -> Look:
         lossy=lossy,
         kind=kind_of(values),
         colours=None if rgb is None else levels_of(rgb),
-        is_coloured=rgb is not None and _is_coloured(rgb),
+        is_coloured=rgb is not None and _is_coloured(_bands(rgb)),
         alpha=alpha,
         has_opaque_background=has_opaque_background,
         index=index,

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageChops
 
 BoolArray = NDArray[np.bool_]
 UInt8Array = NDArray[np.uint8]
@@ -125,7 +125,10 @@ def brightest(mask: Image.Image) -> NDArray[Any]:
     if mask.mode.startswith("F"):
         return np.nan_to_num(np.array(mask))
     grey = mask.mode == "L" or mask.mode.startswith("I")
-    return np.array(mask) if grey else np.array(to_rgb(mask)).max(axis=2)
+    if grey:
+        return np.array(mask)
+    red, green, blue = to_rgb(mask).split()
+    return np.array(ImageChops.lighter(ImageChops.lighter(red, green), blue))  # NumPy's max takes ten times as long
 
 
 def to_rgb(mask: Image.Image) -> Image.Image:

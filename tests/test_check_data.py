@@ -372,9 +372,9 @@ def test_closed_pipe_is_no_error(scenes: Path) -> None:
 
 
 def test_interrupt_ends_all_processes_without_a_traceback(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    Image.new("RGB", (2000, 2000)).save(buffer, "PNG")  # a small file that takes a while to decode
-    for kind in ("Imgs", "GT"):
+    for kind, side in (("Imgs", 2000), ("GT", 20)):
+        buffer = io.BytesIO()
+        Image.new("RGB", (side, side)).save(buffer, "PNG")  # a small file that takes a while to decode
         (tmp_path / "TrainDataset" / kind).mkdir(parents=True)
         for number in range(300):
             (tmp_path / "TrainDataset" / kind / f"{number}.png").write_bytes(buffer.getvalue())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from conftest import ROOT, Argv
+from conftest import ROOT, Argv, train
 from test_settings import FROZEN
 
 from commands import cli
@@ -161,9 +161,10 @@ finally:
 
 
 def test_a_process_parses_its_command_line_once(tiny_argv: Argv, tiny_dataset: Path, tmp_path: Path) -> None:
-    train = tiny_argv("--epochs", "1", "--stage1-epochs", "1")
+    resume = [*tiny_argv("--epochs", "1", "--stage1-epochs", "1"), "--resume", "auto"]
+    assert train(resume) == 0
     evaluate = ["evaluate", "--checkpoint", str(tmp_path / "run"), "--dataset-path", str(tiny_dataset)]
-    for argv in (train, [*train, "--resume", "auto"], [*evaluate, "--device", "cpu"]):
+    for argv in (resume, [*evaluate, "--device", "cpu"]):
         command = [sys.executable, "-c", COUNTING, "train_ultimate.py", *argv]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr

@@ -412,7 +412,7 @@ def test_reader_of_json_logs_that_has_gone_costs_nothing(tiny_argv: Argv, tmp_pa
     "redirected",
     [
         pytest.param(">/dev/full", id="full"),
-        pytest.param("--quiet 2>/dev/full", id="quiet"),
+        pytest.param("--quiet 2>/dev/full", id="quiet", marks=pytest.mark.slow),
         pytest.param(">&- 2>&-", id="closed", marks=pytest.mark.slow),
         pytest.param("| head -n 1", id="gone", marks=pytest.mark.slow),
     ],

@@ -141,6 +141,7 @@ def test_backbone_of_one_size_leaves_only_the_number_of_images_open(
     assert torch.export.load(tmp_path / "net.pt2").module()(torch.rand(3, 3, 160, 160)).shape == (3, 1, 160, 160)
 
 
+@pytest.mark.slow
 def test_exported_network_that_computes_something_else_is_not_kept(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -330,7 +330,10 @@ def test_statistics_of_older_programs_are_read(count: int) -> None:
         assert examine(detector, norm) == examine(older, norm)
 
 
-@pytest.mark.parametrize(("sigma", "least_caught"), [(0.2, 0.95), (0.4, 0.95), (0.7, 0.60)])
+@pytest.mark.parametrize(
+    ("sigma", "least_caught"),
+    [pytest.param(0.2, 0.95, marks=pytest.mark.slow), (0.4, 0.95), pytest.param(0.7, 0.60, marks=pytest.mark.slow)],
+)
 def test_spikes_of_twenty_times_are_caught_and_false_alarms_are_rare(sigma: float, least_caught: float) -> None:
     generator = torch.Generator().manual_seed(1)
     norms = torch.randn(20_000, generator=generator).mul(sigma)

@@ -90,6 +90,7 @@ def test_report_replaces_only_reports(finished: Path, tmp_path: Path, capsys: py
         assert main(argv) == 0
 
 
+@pytest.mark.slow
 def test_export_replaces_only_exported_networks(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -87,6 +87,7 @@ def test_only_rank_0_writes(two_ranks: Launch) -> None:
     assert len(read_events(two_ranks.directory, "run_start")) == 1
 
 
+@pytest.mark.slow
 def test_run_resumes_on_fewer_and_more_ranks_at_the_same_sample(
     two_ranks: Launch, odd_dataset: Path, tmp_path: Path
 ) -> None:
@@ -148,6 +149,7 @@ def test_signal_to_one_rank_makes_all_save_once_and_end(two_ranks: Launch, odd_d
     assert differing_tensors(launch.final(), two_ranks.final()) == []
 
 
+@pytest.mark.slow
 def test_killed_rank_ends_the_others_and_the_launcher_restarts_them(
     two_ranks: Launch, odd_dataset: Path, tmp_path: Path
 ) -> None:

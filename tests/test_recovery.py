@@ -67,7 +67,10 @@ def test_after_a_passing_fault_the_weights_are_bitwise_those_of_a_run_without(
     assert [attempt["verdict"] for attempt in incident["attempts"]][1] == "applied"
 
 
-@pytest.mark.parametrize(("precision", "faults"), [("bf16", ("nan-loss@6", "inf-grad@13")), ("fp16", ("nan-loss@6",))])
+@pytest.mark.parametrize(
+    ("precision", "faults"),
+    [("bf16", ("nan-loss@6", "inf-grad@13")), pytest.param("fp16", ("nan-loss@6",), marks=pytest.mark.slow)],
+)
 def test_the_same_in_half_precision(
     undisturbed: Callable[[str], Path], tiny_argv: Argv, tmp_path: Path, precision: str, faults: tuple[str, ...]
 ) -> None:
@@ -184,7 +187,7 @@ def weak(weaken: Callable[[nn.Module], None]) -> Callable[..., CamouflageSegment
     return build
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_poisoned_image_is_named_and_quarantined_and_the_run_finishes(
     tiny_dataset: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str
 ) -> None:
@@ -320,13 +323,14 @@ def test_loss_that_runs_away_without_a_nan_is_rolled_back_and_then_ends_the_run_
     assert "Learning rates are multiplied by 0.25, after 2 rollbacks" in out
 
 
+@pytest.mark.slow
 def test_without_rollbacks_a_loss_that_runs_away_is_left_alone(tiny_argv: Argv, tmp_path: Path) -> None:
     flags = ("--accumulation-steps", "1", "--epochs", "12", "--max-rollbacks", "0", "--spike-policy", "off")
     assert train(tiny_argv(*flags), loss=diverging(first=80, factor=3.0)) == 0
     assert read_events(tmp_path / "run", "incident") == []
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_when_every_rung_is_spent_the_run_ends_with_a_good_checkpoint(
     tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str
 ) -> None:

@@ -66,6 +66,7 @@ def whole_runs(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return {}
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(
     stops=st.lists(st.integers(1, 16), min_size=1, max_size=3, unique=True),
@@ -162,7 +163,9 @@ def last_batch(window: int) -> int:
     return 10 * epochs + min(3 * (position + 1), 10)
 
 
-@pytest.mark.parametrize(("place", "number"), [("window", 7), ("window", 14), ("validation", 3)])
+@pytest.mark.parametrize(
+    ("place", "number"), [pytest.param("window", 7, marks=pytest.mark.slow), ("window", 14), ("validation", 3)]
+)
 def test_uncaught_error_costs_no_window(
     finished: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, number: int
 ) -> None:
@@ -192,7 +195,13 @@ def test_uncaught_error_costs_no_window(
 
 
 @pytest.mark.parametrize(
-    ("fault", "counted"), [("nan-loss@6", False), ("inf-grad@14", False), ("spike@6", True), ("spike@14", True)]
+    ("fault", "counted"),
+    [
+        pytest.param("nan-loss@6", False, marks=pytest.mark.slow),
+        ("inf-grad@14", False),
+        ("spike@6", True),
+        pytest.param("spike@14", True, marks=pytest.mark.slow),
+    ],
 )
 def test_an_error_while_a_fault_is_pending_leaves_the_weights_of_a_run_that_met_the_fault_alone(
     tiny_argv: Argv, tmp_path: Path, fault: str, counted: bool

@@ -99,6 +99,7 @@ def test_rerun_that_does_not_fit_counts_as_not_finite() -> None:
 # Compiled
 
 
+@pytest.mark.slow
 def test_compiled_batches_give_the_same_loss_and_gradient_and_others_run_eagerly(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
