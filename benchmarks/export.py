@@ -39,7 +39,8 @@ def runners(
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     program, pixels = traced.program.module(), images.numpy()
-    network = on_device(ExportedNetwork(model), torch.device("cpu"), torch.channels_last)  # the layout of `evaluate`
+    exported = ExportedNetwork(model, any_size=False)
+    network = on_device(exported, torch.device("cpu"), torch.channels_last)  # the layout of `evaluate`
     channels_last = images.contiguous(memory_format=torch.channels_last)
     return {
         "torch": lambda: network(channels_last),

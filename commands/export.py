@@ -18,7 +18,7 @@ from runtime.checkpoint import read_checkpoint
 from runtime.files import first_line, replacing
 from runtime.log import environment
 
-MULTIPLE = 32  # pixels; sides that are left open are multiples of it
+MULTIPLE = 32  # pixels; networks take sides that are multiples of it
 TOLERANCE = 1e-4  # largest difference in probabilities between the exported network and the original
 _MOST_PIXELS, _MOST_IMAGES = 8192, 4096  # upper bounds that torch.export asks for
 _SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ""}
@@ -28,22 +28,46 @@ _ONNX_PACKAGES = ("onnx", "onnxscript")
 class ExportedNetwork(nn.Module):
     """Network as it is exported: only the finest output, as probabilities.
 
+    Args:
+        network: the trained network.
+        any_size: repeat the last row and column of images up to the next multiple of 32, and crop the output.
+
     Shape:
         images (B, 3, H, W) float32 RGB in [0, 1] -> (B, 1, H, W) float32 in [0, 1]
     """
 
-    def __init__(self, network: CamouflageSegmenter) -> None:
+    def __init__(self, network: CamouflageSegmenter, any_size: bool) -> None:
         super().__init__()
         self.network = network
+        self.any_size = any_size
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network(images)[-1].sigmoid()
+        if not self.any_size:
+            return self.network(images)[-1].sigmoid()
+        height, width = images.shape[-2:]
+        probabilities = self.network(_rows_and_columns(images, _next_multiple(height), _next_multiple(width)))[-1]
+        return _rows_and_columns(probabilities, height, width).sigmoid()
+
+
+def _next_multiple(side: int) -> int:
+    return (side + MULTIPLE - 1) // MULTIPLE * MULTIPLE
+
+
+def _rows_and_columns(images: Tensor, height: int, width: int) -> Tensor:
+    """Crop images at the bottom and on the right, or repeat their last row and column.
+
+    By numbers of rows: padding and slices would have torch.export compare sides that it does not know.
+    """
+    for dim, side in ((2, height), (3, width)):
+        images = images.index_select(dim, torch.arange(side, device=images.device).clamp(max=images.shape[dim] - 1))
+    return images
 
 
 class Traced(NamedTuple):
-    """Program of torch.export, and the smallest images it takes."""
+    """Program of torch.export, the module it was traced from, and the smallest images it takes."""
 
     program: torch.export.ExportedProgram
+    model: ExportedNetwork
     least_side: int | None  # pixels; None: all images have one size
 
 
@@ -87,7 +111,7 @@ def export(
                 traced = trace(network, size, fixed_size)
                 write(traced, unfinished, facts)
                 exported, sizes = load(unfinished), sizes_to_check(size, traced.least_side)
-                difference = None if exported is None else largest_difference(exported, ExportedNetwork(network), sizes)
+                difference = None if exported is None else largest_difference(exported, traced.model, sizes)
             if difference is not None and not difference <= TOLERANCE:  # NaN, too
                 raise _CheckError(f"differs by {difference:.2g} in probabilities, more than {TOLERANCE:g}: not kept")
     except _CheckError as error:
@@ -103,31 +127,28 @@ def trace(network: CamouflageSegmenter, img_size: int, fixed_size: bool) -> Trac
     Raises:
         ValueError: torch.export does not understand the backbone.
     """
-    model = ExportedNetwork(network).eval()
     batch = torch.export.Dim("batch", min=1, max=_MOST_IMAGES)
     reason = "--fixed-size" if fixed_size else "its backbone takes one size" if network.backbone.fixed_size else ""
     if not reason:
         # The smallest zoom must see two features side by side: torch.export treats a single one as a special case.
         smallest = min([1.0] if network.zoom is None else [1.0, *network.zoom.zooms])
-        least = math.ceil(2 / smallest)  # in multiples
-        height, width = (
-            MULTIPLE * torch.export.Dim(name, min=least, max=_MOST_PIXELS // MULTIPLE) for name in ("height", "width")
-        )
-        side = max(img_size, least * MULTIPLE)
+        least = (math.ceil(2 / smallest) - 1) * MULTIPLE + 1
+        height, width = (torch.export.Dim(name, min=least, max=_MOST_PIXELS) for name in ("height", "width"))
+        side = max(img_size, _next_multiple(least))
         images = torch.zeros(2, 3, side, side + MULTIPLE)
+        model = ExportedNetwork(network, any_size=True).eval()
         try:
             with padding_for_multiples():
                 program = torch.export.export(model, (images,), dynamic_shapes=({0: batch, 2: height, 3: width},))
-            print_lines(
-                [f"Images: any number, sides multiples of {MULTIPLE}, {least * MULTIPLE} to {_MOST_PIXELS} pixels"]
-            )
-            return Traced(program, least * MULTIPLE)
+            print_lines([f"Images: any number, sides of {least} to {_MOST_PIXELS} pixels"])
+            return Traced(program, model, least)
         except Exception as error:  # torch.export raises anything if it does not understand a network
             reason = f"torch.export cannot leave the size open for this backbone: {first_line(error)}"
     print_lines([f"Images: any number, all of {img_size} x {img_size} pixels ({reason})"])
     try:
         images = torch.zeros(2, 3, img_size, img_size)
-        return Traced(torch.export.export(model, (images,), dynamic_shapes=({0: batch},)), None)
+        model = ExportedNetwork(network, any_size=False).eval()
+        return Traced(torch.export.export(model, (images,), dynamic_shapes=({0: batch},)), model, None)
     except Exception as error:
         raise ValueError(
             f"torch {torch.__version__} cannot export this backbone ({first_line(error)}); "
@@ -139,8 +160,8 @@ def sizes_to_check(img_size: int, least_side: int | None) -> list[tuple[int, int
     """Return (number, height, width) of images to check with: the training size, and others if the size is open."""
     if least_side is None:
         return [(1, img_size, img_size), (3, img_size, img_size)]
-    other = max(least_side, img_size // 2 // MULTIPLE * MULTIPLE)
-    return [(1, img_size, img_size), (2, img_size + 2 * MULTIPLE, other), (3, least_side, least_side + MULTIPLE)]
+    other = max(least_side, img_size // 2)
+    return [(1, img_size, img_size), (2, img_size + 2 * MULTIPLE + 5, other), (3, least_side, least_side + MULTIPLE)]
 
 
 def largest_difference(

@@ -81,11 +81,20 @@ def test_torch_export_computes_the_same_for_any_number_and_size_of_images(zoom: 
     path = untrained(tmp_path / "net.pth", "test_efficientnet", 128, zoom=zoom)
     assert main(["export", "--checkpoint", str(path), "--format", "torch"]) == 0
     module = torch.export.load(tmp_path / "net.pt2").module()
-    network = ExportedNetwork(network_of(path))
-    for shape in ((1, 3, 128, 128), (4, 3, 192, 160), (2, 3, 160, 256)):
+    network = ExportedNetwork(network_of(path), any_size=True)
+    for shape in ((1, 3, 128, 128), (4, 3, 192, 160), (2, 3, 160, 256), (1, 3, 107, 190)):
         images = torch.rand(shape)
         with torch.inference_mode():
             torch.testing.assert_close(module(images), network(images), rtol=0, atol=1e-5)
+
+
+def test_images_of_any_size_are_padded_to_the_next_multiple_and_the_output_is_cropped() -> None:
+    network = build_network(NetworkSettings("test_efficientnet", decoder_channels=16, img_size=64)).eval()
+    images = torch.rand(2, 3, 70, 96)
+    padded = torch.nn.functional.pad(images, (0, 0, 0, 26), mode="replicate")
+    with torch.inference_mode():
+        expected = network(padded)[-1].sigmoid()[:, :, :70]
+        torch.testing.assert_close(ExportedNetwork(network, any_size=True)(images), expected, rtol=0, atol=0)
 
 
 @pytest.mark.slow
@@ -100,7 +109,7 @@ def test_torch_export_runs_without_this_program(checkpoint: Path, tmp_path: Path
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     with torch.inference_mode():
-        expected = ExportedNetwork(network_of(checkpoint))(images)
+        expected = ExportedNetwork(network_of(checkpoint), any_size=True)(images)
     torch.testing.assert_close(torch.load(tmp_path / "probabilities.pt"), expected, rtol=0, atol=1e-5)
 
 
@@ -120,10 +129,11 @@ def test_onnx_is_one_file_with_named_dimensions_and_the_networks_probabilities(
     assert named == {"images": ["batch", 3, "height", "width"], "probabilities": ["batch", 1, "height", "width"]}
     metadata = {entry.key: entry.value for entry in onnx.load(exported).metadata_props}
     assert (metadata["backbone"], metadata["img_size"]) == ("test_efficientnet", "64")
-    images = torch.rand(3, 3, 96, 160)
-    with torch.inference_mode():
-        expected = ExportedNetwork(network_of(checkpoint))(images)
-    torch.testing.assert_close(run_onnx(exported, images), expected, rtol=0, atol=1e-5)
+    for shape in ((3, 3, 96, 160), (1, 3, 81, 113)):
+        images = torch.rand(shape)
+        with torch.inference_mode():
+            expected = ExportedNetwork(network_of(checkpoint), any_size=True)(images)
+        torch.testing.assert_close(run_onnx(exported, images), expected, rtol=0, atol=1e-5)
 
 
 def test_convolutions_that_leave_bf16_are_exported_as_plain_ones() -> None:
@@ -293,7 +303,7 @@ def test_onnx_agrees_with_torch_on_photographs_at_three_sizes(tmp_path: Path) ->
     weights = SHARED / "weights/tf_efficientnet_lite0.safetensors"
     path = untrained(tmp_path / "net.pth", "tf_efficientnet_lite0", 224, weights, zoom=[1.25])
     assert main(["export", "--checkpoint", str(path), "--format", "onnx"]) == 0
-    network = ExportedNetwork(network_of(path))
+    network = ExportedNetwork(network_of(path), any_size=True)
     photographs = sorted((SHARED / "data/CAMO/TestDataset/Imgs").iterdir())[:20]
     worst = {}
     for size in (160, 224, 352):
