@@ -249,7 +249,8 @@ def _add_training_flags(parser: argparse.ArgumentParser, preset: Mapping[str, An
         "inf-grad, spike, overflow, nan-weight, bad-sample or kill; may be given several times (default: none; of "
         f"demo: {' and '.join(DEMO_DRILLS)})", metavar="KIND@WINDOW[xCOUNT][rRANK]", action="append")
     add(group, "precision",
-        "number format of the forward pass; auto: bf16 if the hardware has it, else fp16 on CUDA, fp32 on CPU")
+        "number format of the forward pass; auto: bf16 if the hardware has it and, on a CPU, is faster with it, else "
+        "fp16 on CUDA, fp32 on CPU")
     add(group, "seed", "decides split, order, augmentation and initial weights")
     add(group, "deterministic", "the same bits from the same settings on CUDA too; slower")
 

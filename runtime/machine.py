@@ -2,6 +2,9 @@
 
 import logging
 import os
+import statistics
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar
@@ -15,6 +18,7 @@ logger = logging.getLogger("train_ultimate")
 
 Network = TypeVar("Network", bound=nn.Module)
 PrecisionName = Literal["fp16", "bf16", "fp32"]
+LEAST_GAIN = 1.1  # of bf16 on a CPU: less does not pay for its rounding, and might be another choice the next time
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -127,6 +131,25 @@ def _has_native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def gain_of_bf16(step: Callable[[Precision], object], seconds: float = 0.5) -> float:
+    """Return how many times as fast a step is in bf16 as in fp32 on this CPU.
+
+    Some CPUs have instructions for bf16 and are slower with them.
+
+    Args:
+        step: computes in the precision it is given.
+        seconds: least time to spend on each; each runs twice at least, and the first time does not count.
+    """
+    bf16, fp32 = Precision("bf16", "cpu"), Precision("fp32", "cpu")
+    times: dict[Precision, list[float]] = {bf16: [], fp32: []}
+    while any(len(durations) < 2 or sum(durations) < seconds for durations in times.values()):
+        for precision, durations in times.items():
+            start = time.perf_counter()
+            step(precision)
+            durations.append(time.perf_counter() - start)
+    return statistics.median(times[fp32][1:]) / statistics.median(times[bf16][1:])
 
 
 class LossScaler(torch.amp.GradScaler):

@@ -122,6 +122,12 @@ def test_sample_far_above_the_others_stands_out() -> None:
     assert stand_out([5.0]) == []
 
 
+def test_a_sample_is_at_fault_for_a_spike_only_if_its_gradient_explains_it() -> None:
+    assert stand_out([1.0, 2.0, 1.5, 40.0], spike_limit=15.0) == [3]
+    assert stand_out([1.0, 2.0, 1.5, 40.0], spike_limit=25.0) == []  # of four samples' mean it is 10
+    assert stand_out([1.0, 2.0, 1.5, math.inf], spike_limit=15.0) == []  # the window's norm was finite
+
+
 fine, broken = Diagnosis(1.0, 1.0, ""), Diagnosis(math.nan, math.nan, "head")
 
 

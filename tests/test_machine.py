@@ -1,6 +1,8 @@
 """What a run computes on: device and precision, the same on all ranks, and fp16 loss scaling."""
 
 import logging
+import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from runtime.machine import LossScaler, Machine, Precision, ScalerSettings, resolve_device, resolve_precision
+from runtime.machine import (
+    LossScaler,
+    Machine,
+    Precision,
+    ScalerSettings,
+    gain_of_bf16,
+    resolve_device,
+    resolve_precision,
+)
 from runtime.ranks import Ranks
 
 
@@ -93,6 +103,19 @@ def test_auto_precision_is_bf16_only_if_the_cpu_computes_in_it(monkeypatch: pyte
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         assert resolve_precision("auto", torch.device("cpu")).name == expected
+
+
+@pytest.mark.parametrize("slow", ["fp32", "bf16"])
+def test_gain_of_bf16_is_what_a_step_takes_in_each_without_the_first_time(slow: str) -> None:
+    runs: Counter[str] = Counter()
+
+    def step(precision: Precision) -> None:
+        runs[precision.name] += 1
+        first = runs[precision.name] == 1
+        time.sleep(0.3 if first else 0.08 if precision.name == slow else 0.02)  # long enough for a busy machine
+
+    gain = gain_of_bf16(step, seconds=0.2)
+    assert gain > 2 if slow == "fp32" else gain < 0.5
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,18 @@
 """``prepare``: what a run is built from, new or resumed."""
 
 import json
+import re
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Argv, failing, prepare_again, train
 from launching import read_events
 
+from models.network import CamouflageSegmenter, build_network
 from runtime.checkpoint import read_checkpoint, write_checkpoint
 
 
@@ -49,6 +53,34 @@ def test_another_number_format_on_resume_is_reported(
     out = capsys.readouterr().out
     assert "precision in use: fp32 -> bf16" in out
     assert "Device: cpu" in out
+
+
+def test_auto_precision_on_a_cpu_is_the_one_that_trains_this_network_faster(
+    tiny_argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A CPU can have bf16 and compute more slowly in it. A resumed run keeps what the first one chose."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    slow = ["bf16"]
+
+    def network(*args: Any) -> CamouflageSegmenter:
+        model = build_network(*args)
+
+        def wait(*_: object) -> None:
+            if torch.is_autocast_enabled("cpu") == (slow == ["bf16"]):
+                time.sleep(0.2)
+
+        model.register_forward_pre_hook(wait)
+        return model
+
+    argv = tiny_argv("--precision", "auto", "--epochs", "1", "--stage1-epochs", "1", "--batch-size", "8")
+    assert train(argv, build_network=network) == 0
+    assert re.search(r"precision fp32 \(bf16 is 0.\d+ times as fast as fp32 here\)", capsys.readouterr().out)
+    slow[:] = ["fp32"]
+    assert train([*argv, "--resume", "auto", "--epochs", "2"], build_network=network) == 0
+    assert "precision fp32 (as before)" in capsys.readouterr().out
+    new = tiny_argv("--precision", "auto", "--epochs", "1", "--stage1-epochs", "1", checkpoint_dir=tmp_path / "new")
+    assert train(new, build_network=network) == 0
+    assert read_checkpoint(tmp_path / "new" / "epoch_0001.pth")["config"]["precision"] == "bf16"
 
 
 def test_saved_settings_out_of_range_are_refused_with_the_flags_name(

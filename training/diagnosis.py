@@ -119,10 +119,19 @@ def find_culprits(num_samples: int, is_bad: Callable[[Sequence[int]], bool]) -> 
     return among(range(num_samples)) if num_samples else []
 
 
-def stand_out(norms: Sequence[float]) -> list[int]:
-    """Return the positions of samples whose gradient norm is far above those of the others."""
+def stand_out(norms: Sequence[float], spike_limit: float = 0.0) -> list[int]:
+    """Return the positions of samples that make a window's gradient norm spike.
+
+    Their own norm is far above those of the others, and large enough to explain the window's: the window's gradient is
+    the mean of its samples'.
+
+    Args:
+        norms: gradient norm of each sample of the window, unscaled.
+        spike_limit: norm above which the window is a spike.
+    """
+    least = len(norms) * spike_limit / 2  # half: each sample was run alone, with other BatchNorm statistics
     others = [median([*norms[:index], *norms[index + 1 :]]) for index in range(len(norms))] if len(norms) > 1 else []
-    return [index for index, usual in enumerate(others) if norms[index] > STANDS_OUT * usual]
+    return [index for index, usual in enumerate(others) if max(STANDS_OUT * usual, least) < norms[index] < math.inf]
 
 
 def name_cause(

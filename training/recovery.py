@@ -125,7 +125,7 @@ class Recovery:
         if verdict is StepVerdict.SPIKE and window.attempt == 0:
             self.state.optimizer.zero_grad(set_to_none=True)
             guard.restore()
-            if culprits := self._spike_culprits(window):
+            if culprits := self._spike_culprits(window, outcome):
                 self._open(window, outcome, verdict.value)
                 assert self._record is not None
                 self._record.attempts.append(_attempt(window, outcome))
@@ -223,20 +223,22 @@ class Recovery:
             self._skip_or_roll_back(ladder.skip(verdict), self._record.action)
         return []
 
-    def _spike_culprits(self, window: Window) -> list[int]:
+    def _spike_culprits(self, window: Window, outcome: WindowOutcome) -> list[int]:
         """Return the positions of this rank's samples that made a gradient norm spike; no rank has any if none has.
 
-        A sample is at fault if its gradient alone is far larger than that of the window's other samples, or if it was
-        in spike after spike, more often than any other sample. Costs a forward and backward pass per sample.
+        A sample is at fault if its gradient alone explains the spike, or if it was in spike after spike, more often
+        than any other sample. Costs a forward and backward pass per sample.
         """
         clean, ladder = replace(window, drill=None), self.state.ladder
         with whole_weights(self.state.model), running_statistics(self.state.model):
-            found = [self._diagnose(clean.only([position])) for position in range(window.num_samples)]
+            found = [
+                self._diagnose(clean.only([position]), outcome.loss_scale) for position in range(window.num_samples)
+            ]
         mine = [math.nan if diagnosis is None else diagnosis.grad_norm for diagnosis in found]
         per_rank = self.ranks.gather((mine, [self.images[index] for index in window.sample_indices]))
         norms = [norm for part, _ in per_rank for norm in part]
         names = [name for _, part in per_rank for name in part]
-        at_fault = {names[position] for position in stand_out(norms)}
+        at_fault = {names[position] for position in stand_out(norms, outcome.spike_limit)}
         if not at_fault:
             at_fault = ladder.suspect(names)
         if 2 * len(at_fault) > len(names):

@@ -37,7 +37,17 @@ from runtime.checkpoint import CheckpointStore, find_checkpoint
 from runtime.files import write_json
 from runtime.folder import CONFIG, INCIDENTS, config_begun, require_free
 from runtime.log import environment
-from runtime.machine import Machine, use_deterministic_algorithms
+from runtime.machine import (
+    LEAST_GAIN,
+    Machine,
+    Precision,
+    gain_of_bf16,
+    memory_format_of,
+    on_device,
+    resolve_device,
+    resolve_precision,
+    use_deterministic_algorithms,
+)
 from runtime.ranks import Ranks, is_launched, is_started_again
 from runtime.sharding import shard
 from runtime.signals import Signals
@@ -135,7 +145,7 @@ def prepare(
     """
     parts = parts or Parts()
     plan = ranks.from_first(lambda: plan_run(given, preset, ranks.size, parts.scenes))
-    machine = set_up_machine(plan.settings, ranks)
+    machine = set_up_machine(plan, ranks, parts.build_network)
     files = examine_files(plan, ranks)
     state = build_state(plan, machine, parts.build_network)
     resume_state(state, plan, machine, files)
@@ -296,23 +306,54 @@ def reading_of_masks(
     return survey.reading
 
 
-def set_up_machine(settings: Settings, ranks: Ranks) -> Machine:
+def choose_precision(plan: Plan, build_network: NetworkBuilder) -> tuple[str, str]:
+    """Return the precision to use, and the reason in brackets if it was chosen here.
+
+    On a CPU that has bf16, "auto" is what trains this network faster. A resumed run keeps the precision it began with,
+    so that it ends in the same weights.
+
+    Raises:
+        ValueError: The device is not available, or there is no such backbone.
+    """
+    settings, device = plan.settings, resolve_device(plan.settings.device)
+    if settings.precision != "auto" or device.type != "cpu" or resolve_precision("auto", device).name != "bf16":
+        return settings.precision, ""
+    before = plan.config_before
+    if before is not None and before["precision"] != "fp16":
+        return before["precision"], " (as before)"
+    size, memory_format = settings.img_size, memory_format_of(settings.channels_last)
+    model = on_device(build_network(NetworkSettings.of(settings.to_dict()), False, None), device, memory_format).eval()
+    images = torch.rand(min(settings.batch_size, 2), 3, size, size).to(memory_format=memory_format)
+
+    def step(precision: Precision) -> None:
+        with precision.autocast():
+            loss = torch.stack([logits.float().square().mean() for logits in model(images)]).sum()
+        loss.backward()
+
+    gain = gain_of_bf16(step)
+    name = "bf16" if gain >= LEAST_GAIN else "fp32"
+    return name, f" (bf16 is {gain:.2g} times as fast as fp32 here)"
+
+
+def set_up_machine(plan: Plan, ranks: Ranks, build_network: NetworkBuilder) -> Machine:
     """Resolve device, precision and memory layout, configure torch for them, and log what the run computes on.
 
     Raises:
-        ValueError: The device is not available.
+        ValueError: The device is not available, or there is no such backbone.
     """
-    machine = Machine.of(settings.device, settings.precision, settings.channels_last, settings.shard, ranks)
+    settings = plan.settings
+    torch.set_num_threads(min(torch.get_num_threads(), num_cores()))  # torch ignores a container's share of the cores
+    precision, reason = choose_precision(plan, build_network)
+    machine = Machine.of(settings.device, precision, settings.channels_last, settings.shard, ranks)
     if settings.deterministic:
         use_deterministic_algorithms()
     torch.backends.cudnn.benchmark = not settings.deterministic  # tries kernels for each new shape; there are few
     keep_freed_memory()
-    torch.set_num_threads(min(torch.get_num_threads(), num_cores()))  # torch ignores a container's share of the cores
     no_cuda = "" if torch.cuda.is_available() else " (no CUDA device found)"
     together = f", {ranks.size} ranks" if ranks.size > 1 else ""
     frozen = f" (frozen up to its feature level {settings.frozen_levels})" if settings.frozen_levels else ""
     logger.info(
-        f"Device: {machine.device}{no_cuda}{together}, precision {machine.precision.name}, backbone "
+        f"Device: {machine.device}{no_cuda}{together}, precision {machine.precision.name}{reason}, backbone "
         f"{settings.backbone}{frozen}"
     )
     if settings.shard and ranks.size == 1:
