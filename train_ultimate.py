@@ -20,6 +20,7 @@ from typing import Any
 import commands
 
 if __name__ == "__main__":  # help, mistakes and commands that need no torch answer before it is imported
+    commands.prepare_for_torch()
     REQUEST = commands.answer()
     if isinstance(REQUEST, int):
         sys.exit(REQUEST)

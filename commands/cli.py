@@ -266,6 +266,8 @@ def _add_training_flags(parser: argparse.ArgumentParser, preset: Mapping[str, An
 
     group = parser.add_argument_group("machine")
     add(group, "device", "auto: CUDA if there is one")
+    add(group, "threads", "CPU threads that torch computes with, in each process (default: CPU cores); fewer leave "
+        "room for other programs")
     add(group, "rank_timeout",
         "with several processes (torchrun): end the run when a process has been silent for this long",
         metavar="SECONDS")

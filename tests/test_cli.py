@@ -22,7 +22,7 @@ def resolved(argv: list[str]) -> Settings:
 
 def test_flags_of_train_have_the_frozen_defaults() -> None:
     settings = resolved(["train", "--dataset-path", "somewhere"]).to_dict()
-    assert settings.pop("num_workers") is None
+    assert settings.pop("num_workers") is None is settings.pop("threads")
     assert settings == {**FROZEN, "dataset_path": "somewhere"}
 
 
@@ -56,7 +56,7 @@ def test_the_list_of_flags_has_each_with_its_default() -> None:
         r"^\| `(--[a-z0-9-]+)[^`]*` \| ([^|]*) \|", (ROOT / "docs" / "flags.md").read_text(), flags=re.MULTILINE
     )
     documented = {flag[2:].replace("-", "_"): default.strip().strip("`") for flag, default in rows}
-    assert documented.keys() == {*FROZEN, "num_workers"}
+    assert documented.keys() == {*FROZEN, "num_workers", "threads"}
     for name, default in FROZEN.items():
         if isinstance(default, list):
             default = " ".join(f"{value:g}" for value in default) or None

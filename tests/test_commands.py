@@ -61,3 +61,19 @@ def test_a_cheap_mistake_is_answered_before_torch_is_imported(tmp_path: Path, ar
     )  # fmt: skip
     assert "torch was imported" not in result.stdout + result.stderr
     assert result.returncode == (0 if "--help" in argv else 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+def test_idle_threads_are_told_to_sleep_before_torch_is_imported(
+    tmp_path: Path, given: dict[str, str], spins: str
+) -> None:
+    """What the environment says already stays."""
+    (tmp_path / "torch.py").write_text("import os; raise SystemExit('spins ' + str(os.environ.get('GOMP_SPINCOUNT')))")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train_ultimate.py"), "train", "--dataset-path", "synthetic"], cwd=tmp_path,
+        capture_output=True, text=True, check=False, env={**environment, "PYTHONPATH": str(tmp_path), **given},
+    )  # fmt: skip
+    assert f"spins {spins}\n" in result.stderr

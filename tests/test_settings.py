@@ -32,13 +32,18 @@ def saved_settings(**changes: Any) -> dict[str, Any]:
 
 
 def test_names_and_defaults_are_frozen() -> None:
-    expected = {**FROZEN, "dataset_path": "somewhere", "num_workers": None}  # None: one for each core but one
+    expected = {
+        **FROZEN,
+        "dataset_path": "somewhere",
+        "num_workers": None,
+        "threads": None,
+    }  # None: by the number of cores
     assert asdict(Settings(dataset_path="somewhere")) == expected
     assert Settings.resolve({"dataset_path": "somewhere"}).to_dict() == expected
 
 
 def test_every_default_is_in_its_range_and_among_its_choices() -> None:
-    assert {*RANGES, *CHOICES} <= {*FROZEN, "num_workers"}
+    assert {*RANGES, *CHOICES} <= {*FROZEN, "num_workers", "threads"}
     Settings(dataset_path="somewhere").check()
 
 

@@ -132,3 +132,12 @@ def test_a_folder_with_only_damaged_checkpoints_is_not_taken_for_an_empty_one(
     assert "not one checkpoint is intact" in failing(tiny_argv("--resume", "auto"), capsys)
     (tmp_path / "run" / "epoch_0001.pth").rename(tmp_path / "run" / "foreign.pth")
     assert train(tiny_argv("--resume", "auto", "--epochs", "1", "--stage1-epochs", "1")) == 0
+
+
+def test_threads_are_as_many_as_asked_for(finished: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        prepare_again(finished, threads=3)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

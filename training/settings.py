@@ -71,7 +71,7 @@ RANGES: Mapping[str, Range] = {
     "batch_size": whole(1), "accumulation_steps": whole(1), "lr": above(0), "stage2_lr_scale": above(0),
     "backbone_lr_scale": above(0), "weight_decay": Range(0), "ema_decay": Range(0, 1), "grad_clip": above(0),
     "max_rollbacks": whole(0), "seed": whole(0, 2**63 - 1), "checkpoint_every": whole(0), "keep_checkpoints": whole(1),
-    "rank_timeout": above(0),
+    "rank_timeout": above(0), "threads": whole(1),
 }  # fmt: skip
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "spike_policy": ("skip", "clip", "off"),
@@ -132,6 +132,7 @@ class Settings:
     keep_checkpoints: int = 3
     # machine
     device: str = "auto"
+    threads: int | None = None  # None: as many as cores, of whichever machine the run is on
     rank_timeout: float = 60.0  # seconds
     shard: bool = False
     augment_on: str = "loader"

@@ -342,7 +342,8 @@ def set_up_machine(plan: Plan, ranks: Ranks, build_network: NetworkBuilder) -> M
         ValueError: The device is not available, or there is no such backbone.
     """
     settings = plan.settings
-    torch.set_num_threads(min(torch.get_num_threads(), num_cores()))  # torch ignores a container's share of the cores
+    usual = min(torch.get_num_threads(), num_cores())  # torch ignores a container's share of the cores
+    torch.set_num_threads(settings.threads or usual)
     precision, reason = choose_precision(plan, build_network)
     machine = Machine.of(settings.device, precision, settings.channels_last, settings.shard, ranks)
     if settings.deterministic:
