@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import epoch_lines_only
+from packaging.requirements import Requirement
 
 from commands import cli
 from data.synthetic import write_synthetic_dataset
@@ -39,6 +40,13 @@ def test_program_takes_every_command() -> None:
     assert len(found) > 25
     for _, arguments in found:
         assert cli.parse(arguments).command == arguments[0]
+
+
+def test_versions_of_the_constraints_are_allowed_by_the_requirements() -> None:
+    tested = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(tested[requirement.name]), line
 
 
 def test_every_link_leads_somewhere() -> None:
