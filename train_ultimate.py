@@ -43,6 +43,7 @@ from reporting.closing import closing_lines, resume_command
 from reporting.listeners import listeners_of
 from runtime import console
 from runtime.files import first_line
+from runtime.folder import FolderLostError
 from runtime.log import Listener
 from runtime.ranks import join, rank_before_joining
 from runtime.sharding import whole_weights
@@ -235,7 +236,12 @@ def run_stage(run: Run, stage: Stage, validate: Validation = validate) -> None:
 
 
 def finish_epoch(run: Run, stage: Stage, scores: dict[str, float]) -> None:
-    """Log the epoch, move on to the next one, and begin the checkpoint."""
+    """Log the epoch, move on to the next one, and begin the checkpoint.
+
+    Raises:
+        FolderLostError: Another run has the folder now.
+    """
+    run.mend_folder()
     state, stats = run.state, run.state.epoch_stats
     run.folder.log.event(
         "epoch",
@@ -302,6 +308,8 @@ def outcome_of(run: Run, validate: Validation) -> tuple[int, str]:
         if not ranks.all(store.failure is None):
             message = save_and_wait(run)  # a last attempt, for a state that is in no file yet
             return 0 if ranks.all(store.failure is None) else 1, message
+        if ranks.from_first(lambda: not store.files()):
+            return 1, f"the checkpoints in {store.directory} were removed: {save_and_wait(run)}"
         if run.state.progress.epoch > epochs_before and run.state.progress.best_iou < 0:
             return 1, (
                 f"the network's output was not finite in any validation, so there is no {store.best_path.name}. Train "
@@ -315,6 +323,8 @@ def outcome_of(run: Run, validate: Validation) -> tuple[int, str]:
         return 1, f"out of memory with the smallest batches; {way_out}. {go_on}{rescue(run)}"
     except UnreadableDataError as error:
         return 2, f"{error}; then go on with: {resume_command(run)}{rescue(run)}"
+    except FolderLostError as error:
+        return 1, str(error)
     except KeyboardInterrupt:
         return 130, f"stopped at once. Go on from the newest checkpoint with: {resume_command(run)}"
     except Exception as error:

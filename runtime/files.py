@@ -4,13 +4,14 @@ import json
 import math
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 UNFINISHED = ".*.unfinished*"  # pattern of what a kill during ``replacing`` leaves behind
-_LONGEST_NAME = 200  # bytes; file systems take 255, and ``replacing`` adds to a name
+_LONGEST_NAME = 180  # bytes; file systems take 255, and ``replacing`` adds to a name
 
 
 @contextmanager
@@ -24,7 +25,8 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
         suffix: ending of the temporary name, for writers that choose a format by it.
     """
     name = os.fsdecode(os.fsencode(path.name)[:_LONGEST_NAME])
-    unfinished = path.with_name(f".{name}.{os.getpid()}.unfinished{suffix}")  # two processes may write one report
+    writer = f"{socket.gethostname()[:24]}-{os.getpid()}"  # two processes may write one report
+    unfinished = path.with_name(f".{name}.{writer}.unfinished{suffix}")
     try:
         yield unfinished
         os.replace(unfinished, path)

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -47,6 +48,7 @@ class RunLog:
 
     def __init__(self, directory: Path | None, echo: TextIO | None = None) -> None:
         self._file: FileIO | None = None
+        self._beginning = b""  # the line that began the run
         self._echo = echo
         self.listeners: list[Listener] = []
         if directory is None:
@@ -62,12 +64,33 @@ class RunLog:
         if self._file is None:
             return
         line = json.dumps({"event": event, "time": round(time.time(), 3), **json_safe(fields)}, allow_nan=False)
+        if event in ("run_start", "resume"):
+            self._beginning = line.encode() + b"\n"
         if (error := self._append(line.encode() + b"\n")) and not self._has_failed:
             self._has_failed = True
             logger.warning(f"{self._file.name}: cannot be written ({error}); training goes on, its events are lost")
         if self._echo is not None and not write_line(self._echo, line):
             self._echo = None  # its reader has gone
         self._notify(lambda listener: listener.event(event, fields))
+
+    def reopen(self) -> None:
+        """Begin a new file, with the line that began the run, if the old one was removed or replaced.
+
+        Raises:
+            OSError: It cannot be created.
+        """
+        if self._file is None:
+            return
+        path, mine = Path(str(self._file.name)), os.fstat(self._file.fileno())
+        with suppress(FileNotFoundError):
+            found = path.stat()
+            if (found.st_dev, found.st_ino) == (mine.st_dev, mine.st_ino):
+                return
+        new = FileIO(str(path), "ab")
+        self._file.close()
+        self._file, self._has_failed, self._is_mid_line = new, False, _ends_mid_line(path)
+        logger.warning(f"{path}: was removed or replaced; it goes on in a new file, without its earlier lines")
+        self._append(self._beginning)
 
     def close(self) -> None:
         if self._file is not None:

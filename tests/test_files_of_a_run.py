@@ -4,13 +4,15 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import Argv, differing_tensors, failing, final_state, scripted_validation, train
+from conftest import Argv, differing_tensors, failing, final_state, prepare_run, scripted_validation, train
 from launching import read_events
 
 from runtime.checkpoint import read_checkpoint
+from train_ultimate import ScriptParts, run_to_its_end, validate
 
 
 def test_run_leaves_the_files_and_events_of_the_design(finished: Path) -> None:
@@ -90,3 +92,50 @@ def test_a_run_resumed_in_another_folder_leaves_a_best_model_there(finished: Pat
     other = tmp_path / "other"
     assert train(["train", "--resume", str(finished / "epoch_0003.pth"), "--checkpoint-dir", str(other)]) == 0
     assert (other / "best_model.pth").exists()
+
+
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_a_folder_removed_in_mid_run_is_made_anew(
+    tiny_argv: Argv, tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str], is_replaced: bool
+) -> None:
+    run, validations = tmp_path / "run", 0
+
+    def removing(*args: Any) -> dict[str, float]:
+        nonlocal validations
+        validations += 1
+        if validations == 3:
+            run.rename(tmp_path / "elsewhere")
+            if is_replaced:
+                run.mkdir()
+        return validate(*args)
+
+    assert train(tiny_argv(), validate=removing) == 0
+    out = capsys.readouterr().out
+    assert f"Warning: {run}: was removed or replaced, and is made anew" in out
+    assert {path.name for path in run.iterdir()} >= {"best_model.pth", "epoch_0004.pth", "config.json"}
+    assert [event["epoch"] for event in read_events(run, "epoch")] == [3, 4]
+    assert read_events(run, "run_start")
+    assert json.loads((run / "config.json").read_text()) == json.loads((tmp_path / "elsewhere/config.json").read_text())
+    assert differing_tensors(final_state(run), final_state(finished)) == []
+    for path in re.findall(r"^Weights: (\S+), curves: (\S+)$", out, re.MULTILINE)[0]:
+        assert Path(path).exists()
+
+
+def test_a_folder_removed_after_the_last_checkpoint_ends_with_exit_code_1_and_the_state_saved(
+    tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = prepare_run(tiny_argv("--epochs", "1", "--stage1-epochs", "1"))
+    saved = run.folder.store.on_saved
+    assert saved is not None
+
+    def removing(name: str) -> None:
+        saved(name)
+        if name == "epoch_0001.pth":
+            shutil.rmtree(tmp_path / "run")
+
+    run.folder.store.on_saved = removing
+    assert run_to_its_end(run, ScriptParts()) == 1
+    error = capsys.readouterr().err
+    path = tmp_path / "run" / "step_00000004.pth"
+    assert f"the checkpoints in {path.parent} were removed: saved {path}" in error
+    assert read_checkpoint(path)["progress"]["epoch"] == 1

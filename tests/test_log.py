@@ -92,6 +92,22 @@ def test_line_cut_short_by_a_full_disk_does_not_spoil_the_next(
     assert f"{tmp_path / 'metrics.jsonl'}: cannot be written" in record.getMessage()
 
 
+def test_a_log_that_was_removed_goes_on_in_a_new_file_with_its_first_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = RunLog(tmp_path)
+    log.event("run_start", settings={})
+    log.event("window")
+    log.reopen()
+    assert len(lines_of(tmp_path)) == 2
+    (tmp_path / "metrics.jsonl").unlink()
+    log.reopen()
+    log.event("epoch")
+    assert [json.loads(line)["event"] for line in lines_of(tmp_path)] == ["run_start", "epoch"]
+    assert "was removed or replaced" in caplog.text
+    log.close()
+
+
 def test_listeners_hear_each_event_once_it_is_written(tmp_path: Path) -> None:
     log, listener = RunLog(tmp_path), Recorder()
     log.listeners.append(listener)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,8 +12,8 @@ from data.masks import MaskReading
 from data.sampler import Share
 from data.unreadable import UnreadablePairs
 from runtime.checkpoint import CheckpointStore
-from runtime.files import remove_leftovers
-from runtime.folder import LOG, lock_directory, unlock_directory
+from runtime.files import remove_leftovers, write_json
+from runtime.folder import CONFIG, LEASE, LOG, FolderLock
 from runtime.log import RunLog
 from runtime.machine import Machine, Precision
 from runtime.ranks import Ranks
@@ -63,7 +63,8 @@ class RunFolder:
     store: CheckpointStore
     log: RunLog
     had_best: bool  # it held the best weights of the run so far
-    lock: int | None  # file descriptor
+    lock: FolderLock | None  # on rank 0
+    config: dict[str, Any] = field(default_factory=dict)  # content of config.json
 
     @classmethod
     def claim(cls, store: CheckpointStore, ranks: Ranks, resumed_at: int | None, json_logs: Any = None) -> Self:
@@ -78,8 +79,9 @@ class RunFolder:
         Raises:
             ValueError: Another run is writing there, or the folder cannot be written to.
         """
+        locks: list[FolderLock] = []  # only rank 0's, which takes it
 
-        def take() -> tuple[int | None, bool]:
+        def take() -> bool:
             try:
                 store.directory.mkdir(parents=True, exist_ok=True)
                 (store.directory / LOG).touch()
@@ -88,22 +90,45 @@ class RunFolder:
                 raise ValueError(
                     f"--checkpoint-dir {store.directory}: cannot be written to ({reason}); choose another"
                 ) from error
-            lock = lock_directory(store.directory)
+            locks.append(FolderLock(store.directory))
+            if locks[0].is_lease:
+                logger.warning(f"{store.directory}: no locks on its file system; the file {LEASE} keeps other runs out")
             remove_leftovers(store.directory)
             for path in store.set_aside_after(resumed_at) if resumed_at is not None else ():
                 logger.warning(f"set aside as {path}: further on than the checkpoint being resumed")
-            return lock, store.best_path.exists()
+            return store.best_path.exists()
 
-        lock, had_best = ranks.from_first(take)
+        had_best = ranks.from_first(take)
         store.last_window = resumed_at or 0
         log = RunLog(store.directory if ranks.is_first else None, echo=json_logs)
         store.on_saved = lambda name: log.event("checkpoint", file=name)
-        return cls(store.directory, store, log, had_best, lock if ranks.is_first else None)
+        return cls(store.directory, store, log, had_best, locks[0] if locks else None)
+
+    def mend(self) -> None:
+        """Make anew what somebody has removed: the folder, ``config.json``, the log. Costs three stats, on rank 0.
+
+        Raises:
+            FolderLostError: Another run has the folder now.
+        """
+        if self.lock is None:
+            return
+        try:
+            if not self.lock.still_there:
+                logger.warning(
+                    f"{self.path}: was removed or replaced, and is made anew; what it held before is not in it"
+                )
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.lock = self.lock.renewed()
+            if not (self.path / CONFIG).exists():
+                write_json(self.path / CONFIG, self.config)
+            self.log.reopen()
+        except OSError as error:
+            logger.warning(f"{self.path}: cannot be made anew ({error}); tried again with the next checkpoint")
 
     def release(self) -> None:
         """Let another run have the folder."""
         if self.lock is not None:
-            unlock_directory(self.lock)
+            self.lock.release()
 
 
 @dataclass
@@ -151,7 +176,30 @@ class Run:
         windows = self.state.progress.global_window - self.folder.store.last_window
         return self.signals.save or 0 < self.settings.checkpoint_every <= windows
 
+    def mend_folder(self) -> None:
+        """Make anew what somebody has removed from the folder. Without its best weights, the next ones are the best.
+
+        Call on all ranks.
+
+        Raises:
+            FolderLostError: Another run has the folder now.
+        """
+        store, progress = self.folder.store, self.state.progress
+
+        def best_has_gone() -> bool:
+            self.folder.mend()
+            store.wait()
+            return store.failure is None and not store.best_path.exists()
+
+        if self.machine.ranks.from_first(best_has_gone):
+            progress.best_iou = -1.0
+
     def save_step(self) -> Path:
-        """Begin a mid-epoch checkpoint and return its path. Training waits for a copy of the state only."""
+        """Begin a mid-epoch checkpoint and return its path. Training waits for a copy of the state only.
+
+        Raises:
+            FolderLostError: Another run has the folder now.
+        """
+        self.folder.mend()
         self.signals.saved()
         return self.folder.store.save_step(self.state.progress.global_window, self.checkpoint())

@@ -530,6 +530,7 @@ def record_start(run: Run, resumed: bool) -> None:
         **run.config,
         **environment(Path(__file__), ("torch", "torchvision", "timm", "numpy", "pillow")),
     }
+    run.folder.config = facts
     if run.machine.ranks.is_first:
         write_json(run.folder.path / CONFIG, facts)
     run.folder.log.event("resume" if resumed else "run_start", **facts, progress=asdict(run.state.progress))
