@@ -22,7 +22,7 @@ import json
 import multiprocessing
 import random
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -136,7 +136,7 @@ def builder_of(model: str, seed: int) -> NetworkBuilder:
     """Return the function that builds a model; rivals draw their decoder's weights from the seed."""
 
     def build(
-        settings: NetworkSettings, pretrained: bool = False, backbone_weights: Path | None = None
+        settings: NetworkSettings, pretrained: bool = False, backbone_weights: Mapping[str, Tensor] | None = None
     ) -> CamouflageSegmenter:
         ours = build_network(settings, pretrained, backbone_weights)
         if model == "ours":

@@ -3,9 +3,8 @@
 import difflib
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -20,6 +19,13 @@ _MAX_LEVELS = 4
 # Silenced while timm builds a network: it warns about every classifier weight that a feature extractor does not use
 # (missing weights are an error below), and the hub logs a page of retries if there is no connection.
 _NOISY_LOGGERS = ("timm.models._builder", "huggingface_hub")
+
+
+_USUAL = (  # to guess from when weights do not fit
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "res2net50_26w_4s", "pvt_v2_b0", "pvt_v2_b1",
+    "pvt_v2_b2", "pvt_v2_b4", "tf_efficientnet_lite0", "tf_efficientnet_lite1", "efficientnet_b0", "convnext_tiny",
+    "mobilenetv3_large_100", "swin_tiny_patch4_window7_224", "vit_base_patch16_224",
+)  # fmt: skip
 
 
 class Backbone(nn.Module):
@@ -145,17 +151,17 @@ def padding_for_multiples() -> Iterator[None]:
         timm.layers.padding.get_same_padding = original
 
 
-def build_backbone(name: str, pretrained: bool, weights_file: Path | None, img_size: int) -> Backbone:
-    """Create a backbone with weights from timm's hub or a file, or with random ones.
+def build_backbone(name: str, pretrained: bool, weights: Mapping[str, Tensor] | None, img_size: int) -> Backbone:
+    """Create a backbone with weights from timm's hub, with given ones, or with random ones.
 
     Args:
         name: any timm model that supports ``features_only``.
-        pretrained: download timm's weights; ignored if ``weights_file`` is given.
-        weights_file: .pth or .safetensors with timm's key names, or with names that timm can convert.
+        pretrained: download timm's weights; ignored if ``weights`` are given.
+        weights: with timm's names, or with names that timm can convert.
         img_size: side of the square input in pixels; models with a fixed input size are built for it.
 
     Raises:
-        ValueError: unknown name, no feature pyramid, or weights that cannot be loaded or do not fit.
+        ValueError: unknown name, no feature pyramid, or weights that cannot be downloaded or do not fit.
     """
     if not timm.is_model(name):
         matches = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
@@ -165,8 +171,8 @@ def build_backbone(name: str, pretrained: bool, weights_file: Path | None, img_s
             else "; python -c 'import timm; print(timm.list_models())' lists all"
         )
         raise ValueError(f"--backbone {name}: timm {timm.__version__} has no model of that name{hint}")
-    if weights_file is not None:
-        return Backbone(_create_from_file(name, weights_file, img_size))
+    if weights is not None:
+        return Backbone(_create_with(name, weights, img_size))
     try:
         return Backbone(_create(name, img_size, pretrained=pretrained))
     except (OSError, RuntimeError) as error:
@@ -195,35 +201,51 @@ def _create(name: str, img_size: int, **options: Any) -> nn.Module:
         raise ValueError(f"--backbone {name}: timm offers no feature pyramid for it; choose another") from error
 
 
-def _create_from_file(name: str, weights_file: Path, img_size: int) -> nn.Module:
-    """Load weights from a file with timm, but strictly.
+def _create_with(name: str, weights: Mapping[str, Tensor], img_size: int) -> nn.Module:
+    """Load weights with timm, but strictly.
 
-    timm loads feature extractors non-strictly: it silently accepts a file of another architecture and leaves random
-    weights. So build the model twice from one seed, with and without the file: a weight that is equal in both was not
-    in the file.
+    timm loads feature extractors non-strictly: it silently accepts weights of another architecture and leaves random
+    ones. So build the model twice from one seed, with and without the weights: one that is equal in both was not given.
     """
-    if not weights_file.is_file():
-        raise ValueError(f"--backbone-weights {weights_file}: no such file")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         initial = _create(name, img_size, pretrained=False)
         torch.manual_seed(0)
         try:
-            weights = timm.models.load_state_dict(str(weights_file), weights_only=True)
-            loaded = _create(name, img_size, pretrained=True, pretrained_cfg_overlay={"state_dict": weights})
-        except Exception as error:  # safetensors, pickle, zip and shape errors share no base class
+            loaded = _create(name, img_size, pretrained=True, pretrained_cfg_overlay={"state_dict": dict(weights)})
+        except Exception as error:  # timm's conversions of names raise anything
+            own = initial.state_dict()
+            fit = sum(own[key].shape == weights[key].shape for key in own.keys() & weights.keys())
             raise ValueError(
-                f"--backbone-weights {weights_file}: does not load into {name} ({reason_of(error)})"
+                f"--backbone-weights: not the weights of {name}: {fit} of its {len(own)} tensors fit"
+                f"{_likeness(name, weights)} ({reason_of(error)})"
             ) from error
     before = dict(initial.named_parameters())
     matrices = [(key, weight) for key, weight in loaded.named_parameters() if weight.ndim >= 2]
     missing = [key for key, weight in matrices if torch.equal(weight, before[key])]
-    if missing:
-        raise ValueError(
-            f"--backbone-weights {weights_file}: not the weights of {name}: {len(missing)} of its {len(matrices)} "
-            f"weight tensors are not in the file, the first being {missing[0]}"
-        )
+    likeness = _likeness(name, weights)
+    if missing or likeness:  # a smaller network's tensors may all be among a larger one's
+        what = f"{len(missing)} of its {len(matrices)} weight tensors are not in the file" if missing else "all fit"
+        first = f", the first being {missing[0]}" if missing else ""
+        raise ValueError(f"--backbone-weights: not the weights of {name}: {what}{first}{likeness}")
     return loaded
+
+
+def _likeness(name: str, weights: Mapping[str, Tensor]) -> str:
+    """Say which other usual backbone these weights look like, for an error message; "" if none."""
+
+    def shapes(tensors: Mapping[str, Tensor]) -> set[tuple[str, torch.Size]]:
+        return {(key, value.shape) for key, value in tensors.items() if value.ndim >= 2}
+
+    for candidate in (name, *_USUAL):
+        try:
+            with torch.device("meta"):  # no memory, no random numbers: at most 0.3 s each
+                own = shapes(timm.create_model(candidate).state_dict())
+        except Exception:  # networks whose construction needs values: nothing can be said
+            continue
+        if len(own ^ shapes(weights)) <= 4:  # no classifier, or one for other classes
+            return "" if candidate == name else f"; they look like those of {candidate}, try --backbone {candidate}"
+    return ""
 
 
 @contextmanager

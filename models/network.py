@@ -198,14 +198,14 @@ class CamouflageSegmenter(nn.Module):
 
 
 def build_network(
-    settings: NetworkSettings, pretrained: bool = False, backbone_weights: Path | None = None
+    settings: NetworkSettings, pretrained: bool = False, backbone_weights: Mapping[str, Tensor] | None = None
 ) -> CamouflageSegmenter:
     """Build the network and run it on an empty image, at each of the scales it will train at.
 
     Args:
         settings: the architecture.
         pretrained: start the backbone from timm's pretrained weights.
-        backbone_weights: file to load the backbone's weights from; takes precedence over ``pretrained``.
+        backbone_weights: weights to start the backbone from; take precedence over ``pretrained``.
 
     Raises:
         ValueError: unknown backbone, unusable weights, or images of a size that the backbone does not take.

@@ -24,6 +24,14 @@ logger = logging.getLogger("train_ultimate")
 
 FORMAT = "train_ultimate/2"
 
+# Other programs keep weights in one of these entries, averaged ones first, and inside it maybe in another.
+_WRAPPERS = (
+    "state_dict_ema", "model_ema", "params_ema", "state_dict", "model_state_dict", "model", "net", "network", "params",
+    "weights", "module",
+)  # fmt: skip
+_DEEPEST = 4  # entries inside each other; a crafted file may contain itself
+_PREFIXES = ("module.", "_orig_mod.", "model.")  # of parallel training, torch.compile, Lightning and others
+
 
 class CheckpointError(ValueError):
     """The error of a file that is no usable checkpoint; the message says why."""
@@ -299,6 +307,8 @@ def _save(payload: dict[str, Any], file: BinaryIO) -> None:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Load a checkpoint to host memory, verified: every byte by its checksum, every tensor finite.
 
+    Weights that another program saved have the single key "model", see ``bare_weights``.
+
     ``torch.load`` accepts a flipped bit silently, so the zip container's CRC-32 is checked first. Nothing in the file
     is executed (``weights_only``).
 
@@ -321,6 +331,63 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if problem:
         raise CheckpointError(f"{path}: {problem}")
     return checkpoint
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """Load the weights in a file of any program, ``.safetensors`` or saved by torch, see ``bare_weights``.
+
+    Raises:
+        CheckpointError: The file is missing, cannot be read, or holds no weights.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        try:
+            content = load_file(path)
+        except Exception as error:  # safetensors' own errors are no OSErrors
+            raise CheckpointError(f"{path}: not readable ({first_line(error, 120)})") from error
+    else:
+        content = _load_any(path, mmap=False)
+    return _weights_of_another_program(path, content)
+
+
+def bare_weights(content: Any) -> tuple[dict[str, Any], str]:
+    """Find the weights in what another program saved.
+
+    Entries such as "state_dict" are opened. Prefixes such as "module." that all names share are dropped.
+
+    Returns:
+        weights by name, empty if there are none; and what was dropped, in words.
+    """
+    dropped: list[str] = []
+    for _ in range(_DEEPEST):
+        if not isinstance(content, dict) or not content:
+            return {}, ""
+        if all(isinstance(value, Tensor) for value in content.values()):
+            break
+        entry = next((name for name in _WRAPPERS if isinstance(content.get(name), dict)), None)
+        others = ", ".join(str(name) for name in content if name != entry)
+        dropped.append(f"all but its entry {entry}" + (f" ({others[:80]})" if others else ""))
+        content = content.get(entry)
+    else:
+        return {}, ""
+    prefix = ""
+    while longer := next((p for p in _PREFIXES if all(str(name).startswith(prefix + p) for name in content)), ""):
+        prefix += longer
+    if prefix:
+        dropped.append(f"the prefix {prefix} of all names")
+    return {str(name).removeprefix(prefix): weight for name, weight in content.items()}, " and ".join(dropped)
+
+
+def _weights_of_another_program(path: Path, content: Any, quiet: bool = False) -> dict[str, Any]:
+    weights, dropped = bare_weights(content)
+    if not weights:
+        raise CheckpointError(f"{path}: not a checkpoint of this program (no format mark {FORMAT!r}), and no weights")
+    if dropped and not quiet:
+        logger.info(f"{path}: weights of another program, without {dropped}")
+    return weights
 
 
 def _all_tensors(checkpoint: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -370,12 +437,22 @@ def _require_archive(path: Path) -> None:
 
 
 def _load(path: Path, mmap: bool) -> dict[str, Any]:
+    checkpoint = _load_any(path, mmap)
+    if isinstance(checkpoint, dict) and isinstance(mark := checkpoint.get("format"), str):
+        if mark == FORMAT:
+            return checkpoint
+        if mark.startswith(FORMAT.partition("/")[0]):
+            raise CheckpointError(f"{path}: not a checkpoint of this version (format mark {mark!r}, not {FORMAT!r})")
+    return {"model": _weights_of_another_program(path, checkpoint, quiet=mmap)}
+
+
+def _load_any(path: Path, mmap: bool) -> Any:
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:  # torch maps no file whose name is not UTF-8
         mmap = False
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise CheckpointError(
@@ -385,8 +462,3 @@ def _load(path: Path, mmap: bool) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not a readable checkpoint ({first_line(error, 120)})") from error
     except Exception as error:  # damaged archives raise anything from OSError to RuntimeError
         raise CheckpointError(f"{path}: not a readable checkpoint ({first_line(error, 120)})") from error
-    if isinstance(checkpoint, dict) and checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values()):
-        return {"model": {str(name).removeprefix("module."): weight for name, weight in checkpoint.items()}}
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not a checkpoint of this program (no format mark {FORMAT!r})")
-    return checkpoint

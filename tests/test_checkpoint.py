@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from runtime.checkpoint import (
     FORMAT,
@@ -23,6 +24,7 @@ from runtime.checkpoint import (
     CheckpointStore,
     find_checkpoint,
     read_checkpoint,
+    read_weights,
     write_checkpoint,
 )
 from runtime.files import remove_leftovers
@@ -380,6 +382,66 @@ def test_bare_weights_are_recognized_and_lose_the_prefix_of_parallel_training(tm
     assert loaded["model"].keys() == {"layer.weight", "layer.bias"}
     shutil.copy(tmp_path / "weights.pth", tmp_path / "epoch_0009.pth")
     assert CheckpointStore(tmp_path, keep=1).newest() is None
+
+
+def test_weights_of_other_programs_are_found_in_their_entries_and_under_their_prefixes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Lightning, segmentation repositories, parallel training and torch.compile save them, in any order."""
+    caplog.set_level(logging.INFO)
+    weights, path = {"backbone.weight": torch.ones(2), "decoder.bias": torch.zeros(2)}, tmp_path / "other.pth"
+    other = {"epoch": 3, "optimizer": {"state": {0: {"step": torch.ones(1)}}, "param_groups": []}}
+
+    def prefixed(prefix: str) -> dict[str, torch.Tensor]:
+        return {prefix + name: weight for name, weight in weights.items()}
+
+    for content, dropped in [
+        ({"state_dict": weights}, "all but its entry state_dict"),
+        ({**other, "model_state_dict": weights}, "all but its entry model_state_dict (epoch, optimizer)"),
+        ({"net": weights}, "all but its entry net"),
+        ({"network": weights}, "all but its entry network"),
+        ({"params": {"model": weights}}, "all but its entry params and all but its entry model"),
+        (
+            {"state_dict": weights, "model_ema": prefixed("module.")},
+            "entry model_ema (state_dict) and the prefix module.",
+        ),
+        (prefixed("_orig_mod."), "the prefix _orig_mod. of all names"),
+        (prefixed("module._orig_mod."), "the prefix module._orig_mod. of all names"),
+        ({"state_dict": prefixed("model._orig_mod.module.")}, "the prefix model._orig_mod.module. of all names"),
+    ]:
+        torch.save(content, path)
+        caplog.clear()
+        for found in (read_checkpoint(path)["model"], read_weights(path)):
+            assert {name: tensor.tolist() for name, tensor in found.items()} == {
+                "backbone.weight": [1, 1], "decoder.bias": [0, 0]
+            }  # fmt: skip
+        first, second = caplog.messages
+        assert first == second
+        assert first.startswith(f"{path}: weights of another program, without ")
+        assert dropped in first
+
+
+def test_names_that_only_some_weights_begin_with_are_no_prefix(tmp_path: Path) -> None:
+    save_file({"model.a": torch.ones(2), "head": torch.ones(2)}, tmp_path / "weights.safetensors")
+    assert read_weights(tmp_path / "weights.safetensors").keys() == {"model.a", "head"}
+
+
+def test_files_without_weights_are_refused(tmp_path: Path) -> None:
+    nested: dict[str, Any] = {}
+    nested["model"] = nested
+    contents = {"itself": nested, "numbers": {"state_dict": {"a": 1}}, "list": [torch.ones(2)], "empty": {}}
+    for content in contents.values():
+        torch.save(content, tmp_path / "a.pth")
+        for read in (read_checkpoint, read_weights):
+            with pytest.raises(CheckpointError, match=r"not a checkpoint of this program .* and no weights"):
+                read(tmp_path / "a.pth")
+    torch.save({"format": "train_ultimate/1", **payload(1)}, tmp_path / "older.pth")
+    with pytest.raises(CheckpointError, match=r"older\.pth: not a checkpoint of this version"):
+        read_checkpoint(tmp_path / "older.pth")
+    (tmp_path / "text.safetensors").write_text("hello")
+    for name, problem in (("text.safetensors", "not readable"), ("nowhere.pth", "no such file")):
+        with pytest.raises(CheckpointError, match=problem):
+            read_weights(tmp_path / name)
 
 
 def test_every_cut_and_every_flipped_bit_is_found_or_harmless(tmp_path: Path) -> None:

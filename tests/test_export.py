@@ -23,7 +23,7 @@ from data.dataset import load_image
 from evaluation.predictor import load_network
 from models.backbone import build_backbone
 from models.network import CamouflageSegmenter, NetworkSettings, build_network
-from runtime.checkpoint import read_checkpoint, write_checkpoint
+from runtime.checkpoint import read_checkpoint, read_weights, write_checkpoint
 from train_ultimate import main
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +55,7 @@ def untrained(
         "backbone": backbone, "decoder_channels": 16, "img_size": img_size, "zoom": list(zoom),
         "pretrained": False, "backbone_weights": None if weights is None else str(weights),
     }  # fmt: skip
-    model = build_network(NetworkSettings.of(settings), backbone_weights=weights)
+    model = build_network(NetworkSettings.of(settings), backbone_weights=weights and read_weights(weights))
     progress = {"epoch": 0, "window": 0, "best_epoch": 0, "best_iou": -1.0}
     saved = {"config": {"settings": settings}, "model": model.state_dict(), "ema": None, "progress": progress}
     write_checkpoint(path, saved)
@@ -220,7 +220,7 @@ def test_folder_of_a_zoomed_network_saves_and_loads_again(tmp_path: Path) -> Non
 def test_folder_is_one_that_huggingface_hubs_own_mixin_loads(folder: Path) -> None:
     class Mixed(PyTorchModelHubMixin, CamouflageSegmenter):  # type: ignore[misc]  # the mixin's methods hide ours
         def __init__(self, backbone: str, decoder_channels: int, img_size: int, zooms: list[float]) -> None:
-            body = build_backbone(backbone, pretrained=False, weights_file=None, img_size=img_size)
+            body = build_backbone(backbone, pretrained=False, weights=None, img_size=img_size)
             CamouflageSegmenter.__init__(self, body, decoder_channels, True, zooms)
 
     mixed = Mixed.from_pretrained(str(folder))

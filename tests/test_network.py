@@ -37,12 +37,12 @@ def test_settings_that_an_older_version_did_not_have_take_their_defaults() -> No
     assert NetworkSettings.of(older) == NetworkSettings("resnet10t", 32, 96)
 
 
-def test_the_source_of_pretrained_weights_is_logged(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_the_source_of_pretrained_weights_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="train_ultimate")
     settings = NetworkSettings("nonsense", 16, 64)
-    for pretrained, file in ((False, None), (True, tmp_path / "weights.pth"), (True, None)):
+    for pretrained, weights in ((False, None), (True, {"weight": torch.ones(1)}), (True, None)):
         with pytest.raises(ValueError, match="no model of that name"):
-            build_network(settings, pretrained, file)
+            build_network(settings, pretrained, weights)
     assert caplog.messages == [
         "Pretrained weights of nonsense: from the Hugging Face hub, or its cache on this machine"
     ]

@@ -305,6 +305,10 @@ def test_bare_weights_are_used_with_a_warning(
     assert run.state.ema is not None
     assert differing_tensors(run.state.ema.module.state_dict(), weights) == []
     assert run.state.progress.epoch == 0
+    wrapped = {"epoch": 7, "state_dict": {f"module._orig_mod.{name}": weight for name, weight in weights.items()}}
+    torch.save(wrapped, tmp_path / "wrapped.pth")
+    run = prepare_run(tiny_argv("--resume", str(tmp_path / "wrapped.pth"), checkpoint_dir=tmp_path / "wrapped"))
+    assert differing_tensors(run.state.model.state_dict(), weights) == []
     torch.save({"weight": torch.ones(3)}, tmp_path / "other.pth")
     other = tiny_argv("--resume", str(tmp_path / "other.pth"), checkpoint_dir=tmp_path / "other")
     assert "do not fit this network" in failing(other, capsys)

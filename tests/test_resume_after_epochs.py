@@ -63,7 +63,7 @@ def test_a_resumed_run_draws_the_same_scales_for_its_windows(tiny_argv: Argv, tm
 
 
 def test_frozen_levels_keep_their_weights_and_a_resumed_run_keeps_them_frozen(tiny_argv: Argv, tmp_path: Path) -> None:
-    pretrained = build_backbone("test_efficientnet", pretrained=False, weights_file=None, img_size=64).body.state_dict()
+    pretrained = build_backbone("test_efficientnet", pretrained=False, weights=None, img_size=64).body.state_dict()
     save_file(pretrained, tmp_path / "weights.safetensors")
     whole = tmp_path / "whole"
     flags = ("--pretrained", "--backbone-weights", str(tmp_path / "weights.safetensors"), "--frozen-levels", "1")

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Argv, failing, prepare_again, train
+from conftest import Argv, differing_tensors, failing, prepare_again, prepare_run, train
 from launching import read_events
 
+from models.backbone import build_backbone
 from models.network import CamouflageSegmenter, build_network
 from runtime.checkpoint import read_checkpoint, write_checkpoint
 
@@ -22,6 +23,19 @@ def test_weights_have_the_memory_format_asked_for(finished: Path, channels_last:
     weight = run.state.model.get_parameter("decoder.blocks.3.head.weight")
     assert weight.shape == (1, 16, 3, 3)
     assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+
+
+def test_backbone_weights_come_out_of_the_entry_of_another_programs_checkpoint(
+    tiny_argv: Argv, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    body = build_backbone("test_efficientnet", pretrained=False, weights=None, img_size=64).body.state_dict()
+    torch.save({"epoch": 3, "net": {f"module.{name}": weight for name, weight in body.items()}}, tmp_path / "other.pth")
+    run = prepare_run(tiny_argv("--backbone-weights", str(tmp_path / "other.pth")))
+    assert isinstance(run.state.model, CamouflageSegmenter)
+    assert differing_tensors(run.state.model.backbone.body.state_dict(), body) == []
+    dropped = "all but its entry net (epoch) and the prefix module. of all names"
+    assert f"{tmp_path / 'other.pth'}: weights of another program, without {dropped}" in caplog.messages
 
 
 def test_deterministic_asks_torch_for_deterministic_algorithms(finished: Path) -> None:

@@ -118,9 +118,10 @@ def test_files_that_are_no_checkpoint_of_a_run_are_refused(checkpoint: Path, tmp
     with pytest.raises(ValueError, match=r"text.pth: not a checkpoint"):
         load_model(tmp_path / "text.pth")
     state = torch.load(checkpoint, weights_only=True)
-    torch.save(state["model"], tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"weights.pth: holds only weights"):
-        load_model(tmp_path / "weights.pth")
+    for content in (state["model"], {"state_dict": state["model"]}):
+        torch.save(content, tmp_path / "weights.pth")
+        with pytest.raises(ValueError, match=r"weights.pth: holds only weights"):
+            load_model(tmp_path / "weights.pth")
     state["config"]["settings"]["decoder_channels"] = 8
     with pytest.raises(ValueError, match="do not fit its network"):
         network_of(state, "changed.pth")

@@ -33,7 +33,7 @@ from data.unreadable import UnreadablePairs, require_few
 from losses import deep_supervision_loss
 from models import CamouflageSegmenter, NetworkSettings, build_network
 from runtime import console
-from runtime.checkpoint import CheckpointStore, find_checkpoint
+from runtime.checkpoint import CheckpointStore, find_checkpoint, read_weights
 from runtime.files import write_json
 from runtime.folder import CONFIG, INCIDENTS, config_begun, require_free
 from runtime.log import environment
@@ -62,7 +62,7 @@ from training.stages import build_stages
 from training.state import TrainState, load_weights, resume, window_size
 from training.window import Loss
 
-NetworkBuilder = Callable[[NetworkSettings, bool, Path | None], CamouflageSegmenter]
+NetworkBuilder = Callable[[NetworkSettings, bool, Mapping[str, torch.Tensor] | None], CamouflageSegmenter]
 
 logger = logging.getLogger("train_ultimate")
 
@@ -431,9 +431,9 @@ def build_state(plan: Plan, machine: Machine, build_network: NetworkBuilder) -> 
     """
     settings = plan.settings
     is_new = plan.checkpoint is None and plan.weights is None  # else the file brings all weights
-    weights_file = Path(settings.backbone_weights) if is_new and settings.backbone_weights else None
+    weights = read_weights(Path(settings.backbone_weights)) if is_new and settings.backbone_weights else None
     torch.manual_seed(settings.seed)
-    model = build_network(NetworkSettings.of(settings.to_dict()), is_new and settings.pretrained, weights_file)
+    model = build_network(NetworkSettings.of(settings.to_dict()), is_new and settings.pretrained, weights)
     if not machine.ranks.shards:
         model = machine.place(model)
     if settings.gradient_checkpointing and not model.checkpoint_gradients():
