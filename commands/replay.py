@@ -11,8 +11,10 @@ import torch
 
 from commands.output import print_lines
 from models.network import CamouflageSegmenter, NetworkSettings, build_network
+from runtime.checkpoint import made_by_modified_copy
 from runtime.files import first_line
 from runtime.machine import on_device, resolve_device
+from runtime.tensors import first_difference
 from training.batchnorm import running_statistics, statistics_kept
 from training.diagnosis import Diagnosis, diagnose, find_culprits, name_cause, stand_out
 from training.gate import StepVerdict
@@ -46,7 +48,7 @@ def replay(folder: Path, device_name: str, build_network: NetworkBuilder = build
     record, payload = read_incident(folder)
     device = resolve_device(device_name)
     try:
-        model, window = _rebuild(payload, device, build_network)
+        model, window = _rebuild(folder, payload, device, build_network)
         full = window.in_full_precision(halve=False)
         recorded_again = _diagnose(model, window, record.loss_scale)
         full_again = _diagnose(model, full) if full is not window else recorded_again
@@ -82,11 +84,13 @@ def replay(folder: Path, device_name: str, build_network: NetworkBuilder = build
 
 
 def _rebuild(
-    payload: dict[str, Any], device: torch.device, build_network: NetworkBuilder
+    folder: Path, payload: dict[str, Any], device: torch.device, build_network: NetworkBuilder
 ) -> tuple[CamouflageSegmenter, Window]:
     settings = payload["settings"]
     memory_format = torch.channels_last if settings.get("channels_last", True) else torch.contiguous_format
     model = on_device(build_network(NetworkSettings.of(settings)), device, memory_format)
+    if difference := first_difference(payload["model"], model.state_dict()):
+        raise made_by_modified_copy(folder, difference)
     model.load_state_dict(payload["model"])
     model.set_backbone_frozen(payload["backbone_frozen"])
     return model.train(), window_from_payload(payload["window"], device.type, memory_format)

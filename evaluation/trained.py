@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from data.decoding import fixed_size, upright_rgb
-from models.backbone import reason_of
 from models.network import CamouflageSegmenter, NetworkSettings, build_network
-from runtime.checkpoint import read_checkpoint
+from runtime.checkpoint import made_by_modified_copy, read_checkpoint
+from runtime.tensors import first_difference
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ def network_of(checkpoint: Mapping[str, Any], path: str | Path, img_size: int | 
         model = build_network(replace(settings, scales=(1.0,), frozen_levels=0))
     except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:  # written by other programs
         raise ValueError(f"{path}: its settings describe no network ({type(error).__name__}: {error})") from error
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: the checkpoint's weights do not fit its network ({reason_of(error)})") from error
+    if difference := first_difference(weights, model.state_dict()):
+        raise made_by_modified_copy(path, difference)
+    model.load_state_dict(weights)
     return model.eval()

@@ -37,6 +37,19 @@ class CheckpointError(ValueError):
     """The error of a file that is no usable checkpoint; the message says why."""
 
 
+def made_by_modified_copy(where: str | Path, difference: str) -> CheckpointError:
+    """Return the error of a file with this program's mark that holds something else than this program writes.
+
+    Args:
+        where: the file or folder.
+        difference: the first thing that differs, in words.
+    """
+    return CheckpointError(
+        f"{where} was made by a modified copy of this program, or with another version of timm: first difference: "
+        f"{difference}. Use that copy and version (config.json of its run names both), or train again"
+    )
+
+
 class CheckpointStore:
     """Checkpoint files of one run, written in the background while training goes on.
 

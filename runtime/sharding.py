@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from runtime.tensors import first_difference
+
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
@@ -82,13 +84,12 @@ def load_whole_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load whole tensors into a module that may be sharded, like ``load_state_dict``.
 
     Raises:
-        RuntimeError: The tensors belong to another module.
+        ValueError: The tensors belong to another module; the message is the first difference.
     """
     current = module.state_dict()
-    fits = {name for name, value in state.items() if name in current and current[name].shape == value.shape}
-    module.load_state_dict(
-        {name: split_like(value, current[name]) if name in fits else value for name, value in state.items()}
-    )
+    if difference := first_difference(state, current):
+        raise ValueError(difference)
+    module.load_state_dict({name: split_like(value, current[name]) for name, value in state.items()})
 
 
 @contextmanager

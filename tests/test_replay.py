@@ -99,4 +99,6 @@ def test_weights_of_another_network_are_refused(
     payload["settings"]["decoder_channels"] = 24
     torch.save(payload, folder / "replay.pt")
     assert main(["replay", str(folder)]) == 2
-    assert "its settings, weights and samples cannot be rerun" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{folder} was made by a modified copy of this program" in error
+    assert "first difference: decoder." in error

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import train_ultimate
 from losses import deep_supervision_loss
 from models.network import CamouflageSegmenter, build_network
-from runtime.checkpoint import CheckpointStore, read_checkpoint
+from runtime.checkpoint import CheckpointStore, read_checkpoint, write_checkpoint
 from runtime.log import Listener
 from runtime.signals import Signals
 from train_ultimate import validate
@@ -311,7 +311,59 @@ def test_bare_weights_are_used_with_a_warning(
     assert differing_tensors(run.state.model.state_dict(), weights) == []
     torch.save({"weight": torch.ones(3)}, tmp_path / "other.pth")
     other = tiny_argv("--resume", str(tmp_path / "other.pth"), checkpoint_dir=tmp_path / "other")
-    assert "do not fit this network" in failing(other, capsys)
+    assert "do not fit this network; first difference: " in failing(other, capsys)
+
+
+def with_another_shape(state: dict[str, Any]) -> None:
+    for weights in (state["model"], state["ema"]["model"]):
+        weights["decoder.blocks.3.head.weight"] = weights["decoder.blocks.3.head.weight"][:, :8].clone()
+
+
+def with_another_layer(state: dict[str, Any]) -> None:
+    for weights in (state["model"], state["ema"]["model"]):
+        weights["decoder.attention.weight"] = torch.ones(3)
+
+
+def with_another_moment(state: dict[str, Any]) -> None:
+    moments = next(iter(state["optimizer"]["state"].values()))
+    moments["exp_avg"] = moments["exp_avg"].flatten()[:1].clone()
+
+
+def with_another_field(state: dict[str, Any]) -> None:
+    state["progress"]["patience"] = 3
+
+
+def without_a_detector(state: dict[str, Any]) -> None:
+    del state["detector"]
+
+
+def without_a_setting(state: dict[str, Any]) -> None:
+    del state["config"]["settings"]["batch_size"]
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (
+            with_another_shape,
+            "decoder.blocks.3.head.weight has the shape (1, 8, 3, 3) in the file, not (1, 16, 3, 3)",
+        ),
+        (with_another_layer, "decoder.attention.weight is only in the file"),
+        (with_another_moment, "exp_avg of parameter "),
+        (with_another_field, "TypeError: Progress.__init__() got an unexpected keyword argument 'patience'"),
+        (without_a_detector, "KeyError: 'detector'"),
+        (without_a_setting, "its config has no batch_size"),
+    ],
+)
+def test_a_checkpoint_of_a_modified_copy_of_the_program_is_refused_with_the_first_difference(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[..., None], difference: str
+) -> None:
+    state = read_checkpoint(finished / "epoch_0003.pth")
+    change(state)
+    write_checkpoint(tmp_path / "epoch_0003.pth", state)
+    error = failing(["train", "--resume", "auto", "--checkpoint-dir", str(tmp_path)], capsys)
+    assert f"{tmp_path / 'epoch_0003.pth'} was made by a modified copy of this program" in error
+    assert f"first difference: {difference}" in error
 
 
 def test_checkpoint_that_would_run_code_is_refused(

@@ -2,7 +2,7 @@
 
 import torch
 
-from runtime.tensors import map_tensors, named_tensors
+from runtime.tensors import first_difference, map_tensors, named_tensors
 
 NESTED = {
     "model": {"weight": torch.ones(2)},
@@ -35,3 +35,13 @@ def test_map_leaves_the_original_as_it_is() -> None:
     assert mapped["list"][0] == 2
     assert nested["list"][0] == 1
     assert mapped["list"] is not nested["list"]
+
+
+def test_first_difference_of_weights_is_named() -> None:
+    expected = {"a": torch.ones(2, 3), "b": torch.ones(4)}
+    assert first_difference({**expected}, expected) == ""
+    assert first_difference({"a": torch.ones(2, 3)}, expected) == "b is not in the file"
+    assert first_difference({**expected, "c": torch.ones(1)}, expected) == "c is only in the file"
+    wrong = "a has the shape (2,) in the file, not (2, 3)"
+    assert first_difference({"a": torch.ones(2), "b": torch.ones(1)}, expected) == wrong
+    assert first_difference([torch.ones(2)], expected) == "a list in place of weights by name"

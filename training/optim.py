@@ -53,6 +53,13 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         index: {name: split_like(value, parameters[index]) if value.ndim else value for name, value in moments.items()}
         for index, moments in state["state"].items()
     }
+    for index, moments in split.items():  # AdamW's fused kernel does not check: it would write beyond their memory
+        for name, value in moments.items():
+            if value.ndim and value.shape != parameters[index].shape:
+                raise ValueError(
+                    f"{name} of parameter {index} has the shape {tuple(value.shape)} in the file, "
+                    f"not {tuple(parameters[index].shape)}"
+                )
     optimizer.load_state_dict({**state, "state": split})
     for group, hyperparameters in zip(optimizer.param_groups, current, strict=True):
         group.update(hyperparameters)

@@ -33,7 +33,7 @@ from data.unreadable import UnreadablePairs, require_few
 from losses import deep_supervision_loss
 from models import CamouflageSegmenter, NetworkSettings, build_network
 from runtime import console
-from runtime.checkpoint import CheckpointStore, find_checkpoint, read_weights
+from runtime.checkpoint import CheckpointStore, find_checkpoint, made_by_modified_copy, read_weights
 from runtime.files import write_json
 from runtime.folder import CONFIG, INCIDENTS, config_begun, require_free
 from runtime.log import environment
@@ -49,7 +49,7 @@ from runtime.machine import (
     use_deterministic_algorithms,
 )
 from runtime.ranks import Ranks, is_launched, is_started_again
-from runtime.sharding import shard
+from runtime.sharding import load_whole_state, shard
 from runtime.signals import Signals
 from training.drill import Drill
 from training.gate import SpikeDetector
@@ -59,12 +59,14 @@ from training.run import Run, RunFolder, TrainingData
 from training.runner import WindowRunner
 from training.settings import NOT_RESUMED, PATHS, Settings
 from training.stages import build_stages
-from training.state import TrainState, load_weights, resume, window_size
+from training.state import TrainState, resume, window_size
 from training.window import Loss
 
 NetworkBuilder = Callable[[NetworkSettings, bool, Mapping[str, torch.Tensor] | None], CamouflageSegmenter]
 
 logger = logging.getLogger("train_ultimate")
+
+_OF_A_RUN = ("settings", "validation", "data", "precision", "batch_size", "accumulation_steps")  # in each checkpoint
 
 
 @dataclass(frozen=True)
@@ -173,8 +175,12 @@ def plan_run(
     weights = None
     if checkpoint is not None and "config" not in checkpoint:
         logger.warning(f"{source} holds only weights: epochs, moments, learning rates and average start afresh")
-        source, checkpoint, weights = None, None, checkpoint["model"]
+        source, checkpoint, weights = None, None, checkpoint.get("model")
     before = None if checkpoint is None else checkpoint["config"]
+    if before is not None:
+        present = {*before, *before.get("settings", {})}
+        if missing := [key for key in _OF_A_RUN if key not in present]:
+            raise made_by_modified_copy(str(source), f"its config has no {missing[0]}")
     config = before
     if before is None and given.get("resume") == "auto" and (config := config_begun(directory)) is not None:
         logger.info(f"{directory / CONFIG}: settings that are not given are those of the run begun here")
@@ -441,7 +447,12 @@ def build_state(plan: Plan, machine: Machine, build_network: NetworkBuilder) -> 
             f"timm has no gradient checkpointing for {settings.backbone}: only the decoder's will save memory"
         )
     if plan.weights is not None:
-        load_weights(model, plan.weights)
+        try:
+            load_whole_state(model, plan.weights)
+        except ValueError as error:
+            raise ValueError(
+                f"--resume {settings.resume}: the weights do not fit this network; first difference: {error}"
+            ) from error
     if not all_finite(model.state_dict().values()):
         raise ValueError(
             f"--backbone {settings.backbone}: its initial weights are not finite; are the right ones loaded?"
@@ -462,13 +473,17 @@ def resume_state(state: TrainState, plan: Plan, machine: Machine, files: FileRep
     """Restore a freshly built state from the plan's checkpoint, if there is one.
 
     Raises:
-        ValueError: The weights belong to another network.
+        ValueError: A modified copy of this program wrote it.
     """
     if plan.checkpoint is None:
         return
     settings = plan.settings.to_dict()
     identity = {"data": files.fingerprint, "window_size": plan.window_size, "precision": machine.precision.name}
-    resume(state, plan.checkpoint, {"settings": settings, **identity}, build_stages(plan.settings), machine.precision)
+    config, stages = {"settings": settings, **identity}, build_stages(plan.settings)
+    try:
+        resume(state, plan.checkpoint, config, stages, machine.precision)
+    except ValueError as error:
+        raise made_by_modified_copy(str(plan.source), str(error)) from error
     # A user who resumes a diverged run has changed something. A launcher that restarts it has not.
     saved = plan.checkpoint["config"]["settings"]
     changed = any(saved.get(name) != value for name, value in settings.items() if name not in NOT_RESUMED)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from runtime.files import first_line
 from runtime.machine import LossScaler, Precision
 from runtime.sharding import load_whole_state
 from training.drill import Drill
@@ -162,17 +163,15 @@ class TrainState:
         """Restore everything except the scaler, whose settings are the stage's: see ``resume``.
 
         Raises:
-            ValueError: The weights or moments belong to another network.
+            ValueError: The weights or moments belong to another network; the message is the first difference.
+            KeyError, TypeError, ...: Another program wrote the state.
         """
-        load_weights(self.model, state["model"])
-        try:
-            load_optimizer_state(self.optimizer, state["optimizer"])
-            if self.ema is not None and state["ema"] is not None:
-                self.ema.load_state_dict(state["ema"])
-            elif self.ema is not None:  # averaging begins now, from these weights
-                load_whole_state(self.ema.module, state["model"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise _misfit(error) from error
+        load_whole_state(self.model, state["model"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.load_state_dict(state["ema"])
+        elif self.ema is not None:  # averaging begins now, from these weights
+            load_whole_state(self.ema.module, state["model"])
         self.detector.load_state_dict(state["detector"])
         self.progress = Progress(**{key: value for key, value in state["progress"].items() if key != "samples_seen"})
         self.epoch_stats = EpochStats(**state["epoch_stats"])
@@ -184,24 +183,6 @@ def window_size(config: dict[str, Any]) -> int:
     """Return the samples per optimizer step, over all ranks. Older checkpoints, of one rank, do not name it."""
     settings = config["settings"]
     return config.get("window_size", settings["batch_size"] * settings["accumulation_steps"])
-
-
-def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
-    """Load weights under this network's own names.
-
-    Raises:
-        ValueError: They belong to another network.
-    """
-    try:
-        load_whole_state(model, weights)
-    except RuntimeError as error:
-        raise _misfit(error) from error
-
-
-def _misfit(error: Exception) -> ValueError:
-    """Return the error of weights that belong to another network; torch names the first key in its second line."""
-    reason = " ".join(line.strip() for line in str(error).splitlines()[:2])[:300]
-    return ValueError(f"the checkpoint's weights do not fit this network ({reason})")
 
 
 def resume(
@@ -219,9 +200,12 @@ def resume(
         precision: precision of this run.
 
     Raises:
-        ValueError: The weights belong to another network.
+        ValueError: A modified copy of this program wrote the checkpoint; the message is the first difference.
     """
-    state.load_state_dict(checkpoint)
+    try:
+        state.load_state_dict(checkpoint)
+    except (RuntimeError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{type(error).__name__}: {first_line(error)}") from error
     for stage in stages:
         if stage.number == state.progress.stage:
             state.scaler = precision.new_scaler(stage.scaler)
