@@ -28,6 +28,7 @@ _EPOCH_SCALARS = (
 )  # fmt: skip
 _WINDOW_SCALARS = ("loss", "grad_norm", "loss_scale", "lr")
 _FLUSH_SECONDS = 30
+_LAST_WORDS_SECONDS = 5  # for the writer's thread to raise its error, before the hook that drops it is gone
 _NUM_SAMPLES = 4
 
 logger = logging.getLogger("train_ultimate")
@@ -146,6 +147,7 @@ class TensorBoardCurves:
         self._window: dict[str, Any] | None = None  # the newest one, kept back because recovery may rerun it
 
     def event(self, event: str, fields: dict[str, Any]) -> None:
+        self._require_thread()
         if event == "window":
             if self._window is not None and self._window["global_window"] != fields["global_window"]:
                 self._write_window()
@@ -162,10 +164,23 @@ class TensorBoardCurves:
 
     def close(self) -> None:
         try:
+            self._require_thread()
             self._write_window()
             self._writer.close()
         finally:
+            for thread in self._writing_threads:
+                thread.join(_LAST_WORDS_SECONDS)
             threading.excepthook = self._excepthook
+
+    def _require_thread(self) -> None:
+        """Check that the writer's thread lives: the writer waits forever for one that has ended without an error.
+
+        Raises:
+            RuntimeError: it has ended.
+        """
+        if not all(thread.is_alive() for thread in self._writing_threads):
+            self._writer.add_scalar("epoch/epoch", 0, self._step)  # raises the thread's error if it had one
+            raise RuntimeError("its thread has ended")
 
     def _drop_error_of_writing_thread(self, arguments: threading.ExceptHookArgs) -> None:
         """Print no traceback for the writer's thread: its error is raised again by the next event."""

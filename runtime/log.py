@@ -117,7 +117,18 @@ class RunLog:
                 call(listener)
             except Exception as error:  # a full disk, a bug in a plot: not worth a run
                 self.listeners.remove(listener)
+                _drop_tracebacks(error)
                 logger.warning(f"{type(listener).__name__} stopped ({first_line(error)}); training goes on without it")
+
+
+def _drop_tracebacks(error: BaseException | None) -> None:
+    """Free the frames of an error that its raiser may keep.
+
+    Among them is training's own with the loader, whose processes Python would wait for at its exit, for a minute.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def environment(program: Path, packages: Sequence[str]) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 import io
 import json
 import logging
+import multiprocessing
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,12 +22,14 @@ import torch
 from conftest import Argv, differing_tensors, prepare_run, signal_at_step, train
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
 
+from data.dataset import Batch
 from data.layouts import Pair
 from reporting.listeners import EpochLines, FinalReport, SamplePredictions, TensorBoardCurves, listeners_of
 from runtime.checkpoint import read_checkpoint
 from runtime.log import RunLog
-from train_ultimate import main
+from train_ultimate import ScriptParts, main, validate
 from training.run import Run
 
 EPOCH = {
@@ -170,6 +174,36 @@ def test_a_full_disk_costs_a_warning_and_no_traceback(
     assert "training goes on" in warnings
     assert "Traceback" not in err
     assert [event["epoch"] for event in logged(tmp_path, "epoch")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("fails_at", ["epoch", "close"])
+def test_a_writer_whose_thread_has_ended_is_dropped_and_not_waited_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, fails_at: str
+) -> None:
+    curves = TensorBoardCurves(tmp_path / "tensorboard", 0, None)
+    (thread,) = curves._writing_threads
+    thread._queue.put(thread._shutdown_signal)  # type: ignore[attr-defined]  # it ends, and nobody knows
+    thread.join()
+    log = RunLog(tmp_path)
+    log.listeners.append(curves)
+    if fails_at == "epoch":
+        log.event("epoch", epoch=1)
+    log.close()
+    assert caplog.messages == ["TensorBoardCurves stopped (its thread has ended); training goes on without it"]
+
+
+def test_a_folder_that_is_removed_during_the_run_costs_a_warning_and_no_time(
+    tiny_argv: Argv, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The loader's processes end with the run. Python waited a minute for them when it exited."""
+
+    def remove_once(run: Run, loader: DataLoader[Batch]) -> dict[str, float]:
+        shutil.rmtree(tmp_path / "run" / "tensorboard", ignore_errors=True)
+        return validate(run, loader)
+
+    assert main(tiny_argv("--num-workers", "1"), ScriptParts(validate=remove_once)) == 0
+    assert caplog.text.count("TensorBoardCurves stopped") == 1
+    assert multiprocessing.active_children() == []
 
 
 def test_errors_of_other_threads_are_reported_while_curves_are_written_and_after(

@@ -7,6 +7,7 @@ import math
 import os
 import resource
 import subprocess
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,6 +129,32 @@ def test_listener_that_fails_is_dropped_with_one_warning(tmp_path: Path, caplog:
         (logging.WARNING, "Recorder stopped (no room); training goes on without it")
     ]
     assert len(lines_of(tmp_path)) == 3
+
+
+def test_an_error_that_a_listener_keeps_does_not_keep_what_the_caller_holds(tmp_path: Path) -> None:
+    """A writer's thread keeps its error. Frames in the traceback would keep loader processes from ending."""
+
+    class Keeping(Recorder):
+        def event(self, event: str, fields: dict[str, Any]) -> None:
+            try:
+                super().event(event, fields)
+            except RuntimeError as error:
+                self.error = ValueError("again")
+                raise self.error from error
+
+    class Loader:
+        pass
+
+    log, listener = RunLog(tmp_path), Keeping(fails_at="one")
+    log.listeners.append(listener)
+
+    def train() -> weakref.ref[Loader]:
+        loader = Loader()
+        log.event("one")
+        return weakref.ref(loader)
+
+    assert train()() is None
+    assert str(listener.error) == "again"
 
 
 def test_rank_without_a_folder_writes_and_echoes_nothing() -> None:
