@@ -25,6 +25,7 @@ from training.settings import (
 )
 from training.settings import flag as flag_of
 
+EXPORT_FORMATS = ("onnx", "torch", "safetensors")
 _SEVERAL_GPUS = ("--gpus", "--num-gpus", "--devices", "--ngpus", "--nproc-per-node", "--distributed")  # elsewhere
 
 
@@ -368,7 +369,7 @@ def _add_export(commands: "argparse._SubParsersAction[_Parser]") -> None:
     flag = parser.add_argument
     flag("--checkpoint", metavar="FILE", type=Path, required=True,
          help="a checkpoint of train, such as best_model.pth; its averaged weights are exported")
-    flag("--format", choices=("onnx", "torch", "safetensors"), required=True,
+    flag("--format", type=_export_format, required=True, metavar="{onnx,torch,safetensors}",
          help="onnx: a file for onnxruntime and others; torch: a .pt2 of torch.export, runs without this program; "
          "safetensors: a folder for from_pretrained and the Hugging Face hub")
     flag("--output", metavar="PATH", type=Path,
@@ -407,6 +408,18 @@ def _check_evaluate(args: argparse.Namespace) -> None:
         raise UsageError("--tta goes with --checkpoint; these predictions are made already")
     if args.img_size is not None:
         check_img_size(args.img_size)
+
+
+def _export_format(text: str) -> str:
+    """Return a format of ``export``; name the way to others that users ask for."""
+    if text in EXPORT_FORMATS:
+        return text
+    way = ""
+    if text.lower() in ("tflite", "litert"):
+        way = ". TFLite files are made from an ONNX file by other programs: --format onnx --fixed-size, then onnx2tf"
+    elif text.lower() in ("tensorrt", "trt", "engine", "openvino", "coreml"):
+        way = f". {text} starts from an ONNX file: export --format onnx, then that program's own converter"
+    raise argparse.ArgumentTypeError(f"no such format: {text!r}; choose from {', '.join(EXPORT_FORMATS)}{way}")
 
 
 def _number(accepted: Range) -> Callable[[str], float]:

@@ -306,6 +306,7 @@ def _cases_of_folder(args: argparse.Namespace) -> tuple[Iterator[Case | str], in
         masks = Path(args.masks)
         if not masks.is_dir():
             raise ValueError(f"--masks {masks}: no such folder; name the folder with the masks")
+        _require_no_dataset(masks)
         pairs = [Pair(mask, mask) for mask in _listed(masks, MASK_SUFFIXES).values()]
         if not pairs:
             kinds = ", ".join(MASK_SUFFIXES)
@@ -339,6 +340,25 @@ def _cases_of_folder(args: argparse.Namespace) -> tuple[Iterator[Case | str], in
             )
             cases.append(case)
     return iter(cases), len(cases), {**source, "predictions": str(root), "stretch": args.stretch}
+
+
+def _require_no_dataset(masks: Path) -> None:
+    """Check that ``--masks`` names no folder above the masks' own: photographs below it would be taken for masks.
+
+    Raises:
+        ValueError: it holds images and masks; the message names the folders of the masks.
+    """
+    try:
+        subsets = find_subsets(masks)
+    except ValueError:  # no images and masks below it
+        return
+    folders = sorted({str(pair.mask.parent) for subset in subsets for pair in subset.pairs})
+    if folders and str(masks) not in folders:
+        more = f" and {len(folders) - 3} others" if len(folders) > 3 else ""
+        raise ValueError(
+            f"--masks {masks}: is the folder of a dataset, whose masks are in {', '.join(folders[:3])}{more}; name "
+            f"that folder, or give --dataset-path {masks} instead of --masks"
+        )
 
 
 def _mask_readings(

@@ -105,6 +105,21 @@ def test_mistakes_are_explained_in_one_line(flags: list[str], message: str) -> N
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("form", "way"),
+    [
+        ("tflite", "choose from onnx, torch, safetensors. TFLite files are made from an ONNX file by other programs: "),
+        ("TensorRT", "TensorRT starts from an ONNX file"),
+        ("jpeg", "no such format: 'jpeg'; choose from onnx, torch, safetensors (see"),
+    ],
+)
+def test_a_format_of_export_that_is_missing_is_answered_with_the_way_to_it(form: str, way: str) -> None:
+    with pytest.raises(UsageError) as error:
+        cli.parse(["export", "--checkpoint", "a.pth", "--format", form])
+    assert way in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_a_flag_before_the_command_is_refused() -> None:
     with pytest.raises(UsageError, match="--dataset-path: the command comes first, one of train, demo"):
         cli.parse(["--dataset-path", "x", "train"])

@@ -675,3 +675,16 @@ def test_masks_of_one_name_in_several_folders_keep_their_predictions_apart(
     assert [image["name"] for image in sets[0]["images"]] == ["frog/1.png", "frog/2.png", "owl/1.png", "owl/2.png"]
     assert sets[0]["images"] == sets[1]["images"]
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_masks_one_or_two_levels_too_high_are_answered_with_the_folder_of_the_masks(
+    tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], level: int
+) -> None:
+    """Photographs below it were taken for masks."""
+    masks = tmp_path / "data" / "CAMO" / "GT"
+    shutil.copytree(tiny_dataset / "TestDataset", masks.parent)
+    above = masks.parents[level - 1]
+    line = failing(["--predictions", str(masks), "--masks", str(above)], capsys)
+    assert f"--masks {above}: is the folder of a dataset, whose masks are in {masks}; name that folder" in line
+    assert f"or give --dataset-path {above}" in line
