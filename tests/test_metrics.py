@@ -111,6 +111,17 @@ def test_scores_equal_the_reference_for_errors_far_from_the_object(size: tuple[i
     )
 
 
+def test_a_pixel_at_a_threshold_counts_as_object_as_in_the_reference_and_not_as_in_the_matlab_code() -> None:
+    """MATLAB's E takes pixels above a threshold, of which there are none at the highest."""
+    mask = np.zeros((8, 8), dtype=np.bool_)
+    mask[2:6, 2:6] = True
+    prediction = np.where(mask, 255, 0).astype(np.uint8)
+    e_curve, expected = score_image(prediction, mask).e_curve, reference(prediction, mask)["e_curve"]
+    nothing_found = score_image(np.zeros_like(prediction), mask).e_curve[255]
+    assert e_curve[255] == pytest.approx(expected[255]) == pytest.approx(64 / 63)
+    assert e_curve[255] > nothing_found + 0.5
+
+
 def test_empty_prediction_of_an_empty_mask_has_iou_and_dice_of_one() -> None:
     """The only deviation from the reference, which gives 0."""
     nothing = np.zeros((8, 8), dtype=np.uint8)
@@ -118,6 +129,21 @@ def test_empty_prediction_of_an_empty_mask_has_iou_and_dice_of_one() -> None:
     assert (scores.iou, scores.dice, scores.mae, scores.s_measure) == (1, 1, 0, 1)
     assert scores.weighted_f == 0
     assert reference(nothing, nothing > 0)["iou"] == 0
+
+
+def test_a_faint_prediction_of_an_empty_mask_is_wrong_after_the_stretch_and_right_without() -> None:
+    nothing, faint = np.zeros((10, 10), dtype=np.bool_), np.zeros((10, 10), dtype=np.uint8)
+    faint[:, 7:] = 51  # a fifth of the range, on three tenths of the pixels
+    as_it_is, stretched = score_image(faint, nothing, stretch=False), score_image(faint, nothing)
+    for scores, iou, mean in ((as_it_is, 1, 0.06), (stretched, 0, 0.3)):
+        assert (scores.iou, scores.dice, scores.weighted_f, scores.adaptive_f) == (iou, iou, 0, 0)
+        assert (scores.mae, scores.s_measure) == (pytest.approx(mean), pytest.approx(1 - mean))
+        assert not scores.f_curve.any()
+    expected = np.where(np.arange(256) > 51, 100, 70)  # the pixels that are not found at each threshold
+    expected[0] = 0
+    np.testing.assert_allclose(as_it_is.e_curve, expected / 99)
+    np.testing.assert_allclose(stretched.e_curve, np.where(np.arange(256) > 0, 70, 0) / 99)
+    assert quick_scores(faint, nothing)["iou"] == 1
 
 
 def test_quick_scores_do_not_stretch_a_faint_prediction() -> None:
