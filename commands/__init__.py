@@ -32,6 +32,9 @@ def begin() -> None:
     """Set up signals and streams of a process of this program."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):  # before and after training there is nothing to save
+        if signal.getsignal(number) is signal.SIG_DFL:  # which would end the process
+            signal.signal(number, signal.SIG_IGN)
     if isinstance(sys.stdout, io.TextIOWrapper):  # None if it was closed
         sys.stdout.reconfigure(line_buffering=True)  # a redirected log can be read as it grows
 

@@ -1,6 +1,7 @@
 """commands/__init__.py: what is answered before torch is imported."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -77,3 +78,10 @@ def test_idle_threads_are_told_to_sleep_before_torch_is_imported(
         capture_output=True, text=True, check=False, env={**environment, "PYTHONPATH": str(tmp_path), **given},
     )  # fmt: skip
     assert f"spins {spins}\n" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_request_to_save_before_training_begins_ends_nothing(number: signal.Signals) -> None:
+    program = f"import commands, os; commands.begin(); os.kill(os.getpid(), {int(number)}); print('alive')"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout == "alive\n"
