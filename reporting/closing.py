@@ -1,5 +1,6 @@
 """The last lines of a run on the terminal: the result, where it is, and the next command."""
 
+import math
 import shlex
 import sys
 from contextlib import suppress
@@ -10,6 +11,9 @@ from runtime.folder import LOG
 from training.run import Run
 
 FEW_WINDOWS = 300  # too few for a network to learn much at the default learning rate
+ENOUGH_WINDOWS, ENOUGH_EPOCHS = 600, 15  # docs/recipes.md has a table of them
+FEW_VALIDATION_IMAGES = 30
+_DEVIATION_OF_IOU = 0.3  # between the images of a dataset, typically: most objects are found well, some not at all
 
 
 def resume_command(run: Run) -> str:
@@ -27,11 +31,7 @@ def closing_lines(run: Run) -> list[str]:
     with suppress(ValueError, OSError):  # the dataset may have gone
         if any(subset.split == "test" for subset in find_subsets(data)):
             next_command = ["evaluate", "--checkpoint", str(best), "--dataset-path", str(data)]
-    windows, few = progress.global_window, []
-    if windows < FEW_WINDOWS and not is_synthetic:
-        few = [
-            f"Only {windows} windows (optimizer steps) were trained: docs/recipes.md has settings for small datasets"
-        ]
+    few = [] if is_synthetic else _too_few(run)
     result = "Done"
     if progress.best_iou >= 0:
         result += f": validation IoU {progress.best_iou:.4f}, reached at epoch {progress.best_epoch}"
@@ -41,6 +41,33 @@ def closing_lines(run: Run) -> list[str]:
         f"Weights: {best}, curves: {run.folder.path / LOG}",
         f"Next: {shlex.join(['python', sys.argv[0], *next_command])}",
     ]
+
+
+def enough_epochs(num_images: int, window_size: int) -> int:
+    """Return the epochs that make enough optimizer steps of this many training images."""
+    return max(ENOUGH_EPOCHS, math.ceil(ENOUGH_WINDOWS / math.ceil(num_images / window_size)))
+
+
+def _too_few(run: Run) -> list[str]:
+    """Say what there was too little of: optimizer steps, validation images."""
+    windows, num_images, num_validated = (
+        run.state.progress.global_window,
+        len(run.data.images),
+        len(run.data.validation),
+    )
+    lines = []
+    if windows < FEW_WINDOWS:
+        lines.append(
+            f"Only {windows} windows (optimizer steps) were trained, too few to learn much: with {num_images} training "
+            f"images, --epochs {enough_epochs(num_images, run.data.window_size)} is enough; docs/recipes.md has other "
+            "settings for small datasets"
+        )
+    if num_validated < FEW_VALIDATION_IMAGES:
+        lines.append(
+            f"Only {num_validated} images to validate on: the standard error of their mean IoU is about "
+            f"{_DEVIATION_OF_IOU / math.sqrt(num_validated):.2f}; smaller differences between epochs or runs are chance"
+        )
+    return lines
 
 
 def _weights(run: Run) -> Path:
