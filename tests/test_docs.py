@@ -10,6 +10,8 @@ from conftest import epoch_lines_only
 from packaging.requirements import Requirement
 
 from commands import cli
+from data.masks import READINGS
+from data.opening import LIMIT_VARIABLE, MAX_MEGAPIXELS
 from data.synthetic import write_synthetic_dataset
 from train_ultimate import ScriptParts, main
 
@@ -47,6 +49,13 @@ def test_versions_of_the_constraints_are_allowed_by_the_requirements() -> None:
     for line in (ROOT / "requirements.txt").read_text().splitlines():
         requirement = Requirement(line)
         assert requirement.specifier.contains(tested[requirement.name]), line
+
+
+def test_data_document_has_all_ways_to_read_masks_and_the_limit_of_megapixels() -> None:
+    text = (ROOT / "docs" / "data.md").read_text()
+    assert set(re.findall(r"^\| `([a-z][a-z0-9-]*)` \|", text, flags=re.MULTILINE)) == READINGS.keys()
+    assert f"more than {MAX_MEGAPIXELS} megapixels" in text
+    assert f"`{LIMIT_VARIABLE}=" in text
 
 
 def test_every_link_leads_somewhere() -> None:
