@@ -13,7 +13,7 @@ from training.run import Run
 FEW_WINDOWS = 300  # too few for a network to learn much at the default learning rate
 ENOUGH_WINDOWS, ENOUGH_EPOCHS = 600, 15  # docs/recipes.md has a table of them
 FEW_VALIDATION_IMAGES = 30
-_DEVIATION_OF_IOU = 0.3  # between the images of a dataset, typically: most objects are found well, some not at all
+_DEVIATION_OF_IOU = 0.25  # from image to image: .246 on 199 images of CAMO whose mean was .586
 
 
 def resume_command(run: Run) -> str:
