@@ -4,11 +4,13 @@ import builtins
 import errno
 import itertools
 import logging
+import math
 import os
 import pickle
 import re
 import shutil
 import signal
+import stat
 import threading
 import time
 from pathlib import Path
@@ -118,6 +120,28 @@ def test_weights_that_are_not_finite_never_get_a_name(
     assert store.failure.__traceback__ is None  # it would keep the frames of training alive, with loaders and windows
     assert names(tmp_path) == ["best_model.pth", "epoch_0001.pth"]
     assert read_checkpoint(tmp_path / "best_model.pth")["progress"]["global_window"] == 1
+
+
+def test_a_tensor_in_a_list_that_is_not_finite_is_found_too(tmp_path: Path) -> None:
+    lists = {"deep": [{"inside": (torch.ones(2), [torch.tensor([1.0, math.nan])])}]}
+    with pytest.raises(CheckpointError, match="is not finite"):
+        write_checkpoint(tmp_path / "epoch_0001.pth", {**payload(1), **lists})
+    assert names(tmp_path) == []
+
+
+def test_the_folder_is_flushed_after_the_file_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a loss of power could take the name back after older files have been removed."""
+    flushed: list[list[str]] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        fsync(descriptor)
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            flushed.append(names(tmp_path))
+
+    monkeypatch.setattr(os, "fsync", watched)
+    write_checkpoint(tmp_path / "epoch_0001.pth", payload(1))
+    assert flushed == [["epoch_0001.pth"]]
 
 
 def test_saved_state_is_that_of_the_moment_of_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

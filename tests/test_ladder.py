@@ -88,6 +88,18 @@ def test_loss_at_twice_its_mean_for_five_windows_rolls_back() -> None:
     assert feed(ladder, 5.0) == [Action.ROLL_BACK]
 
 
+def test_weights_are_not_kept_until_five_windows_after_a_skipped_one() -> None:
+    ladder = Ladder()
+    feed(ladder, *[2.0] * 60)
+    assert ladder.is_healthy
+    ladder.skip(StepVerdict.NONFINITE_LOSS)
+    for _ in range(4):
+        feed(ladder, 2.0)
+        assert not ladder.is_healthy
+    feed(ladder, 2.0)
+    assert ladder.is_healthy
+
+
 def test_loss_that_has_risen_for_long_rolls_back_although_no_window_stands_out() -> None:
     ladder = Ladder()
     feed(ladder, *[2.0] * 100)

@@ -106,6 +106,12 @@ def test_uncertainty_loss_is_one_at_a_half_and_zero_at_certainty() -> None:
     torch.testing.assert_close(fully - without, torch.tensor(1.0))
 
 
+def test_only_the_finest_output_has_an_uncertainty_loss() -> None:
+    levels, masks = [torch.zeros(2, 1, 16, 16), torch.zeros(2, 1, 32, 32)], square_mask(32)
+    without, fully = (deep_supervision_loss(levels, masks, weight) for weight in (0.0, 1.0))
+    torch.testing.assert_close(fully - without, torch.tensor(1.0))
+
+
 def marked(masks: torch.Tensor) -> torch.Tensor:
     """Mark the lower quarter of each mask, and the outline of its object, as pixels that do not count."""
     marked = masks.clone()

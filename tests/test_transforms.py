@@ -75,6 +75,12 @@ def test_everything_is_drawn_from_its_range() -> None:
         assert min(one.height, one.width) > 0.92 * 352
         assert {name for name, _ in one.colour_steps} == {"brightness", "contrast", "saturation"}
         assert all(0.8 <= factor <= 1.2 for _, factor in one.colour_steps)
+    rooms = [(one.top, 352 - one.height) for one in drawn], [(one.left, 352 - one.width) for one in drawn]
+    for places in rooms:  # anywhere: a crop always at one edge would be in range too
+        shares = np.array([place / room for place, room in places if room > 3])
+        assert len(shares) > 1000
+        assert np.mean(shares) == pytest.approx(0.5, abs=0.04)  # four standard errors of 1,000
+        assert np.std(shares) == pytest.approx(1 / math.sqrt(12), rel=0.15)
     assert len({tuple(name for name, _ in one.colour_steps) for one in drawn}) == 6
 
 
