@@ -75,3 +75,8 @@ def test_a_single_sample_can_be_examined_though_batchnorm_would_refuse_it() -> N
     with running_statistics(model):
         model(torch.randn(1, 4))
     assert [module.training for module in model] == [True, True, False]
+
+
+def test_batches_of_a_single_sample_are_too_small_only_while_statistics_learn() -> None:
+    assert BufferGuard(Norms().train()).least_batch == 2
+    assert BufferGuard(Norms().eval()).least_batch == 1

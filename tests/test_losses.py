@@ -120,6 +120,13 @@ def marked(masks: torch.Tensor) -> torch.Tensor:
     return marked
 
 
+def test_pixels_that_do_not_count_are_background_to_the_boundary_weights_of_others() -> None:
+    masks, logits = marked(square_mask()), torch.randn(2, 1, 64, 64)
+    counts = masks < 2
+    expected = structure_loss(logits, masks * counts, boundary_weights((masks * counts).float()) * counts)
+    torch.testing.assert_close(deep_supervision_loss([logits], masks, 0.0), expected)
+
+
 def test_pixels_that_do_not_count_change_no_loss_and_get_no_gradient() -> None:
     masks = marked(square_mask())
     losses, gradients = [], []

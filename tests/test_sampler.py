@@ -50,3 +50,9 @@ def test_derived_seeds_fit_torchs_generators_and_repeat(parts: list[int]) -> Non
     seed = derive_seed(*parts)
     assert 0 <= seed < 2**63
     assert seed == derive_seed(*parts)
+
+
+def test_the_last_window_has_the_samples_that_are_left() -> None:
+    sampler = EpochBatchSampler(num_samples=10, batch_size=2, seed=0, window_size=4)
+    assert [sampler.samples_in(window) for window in range(3)] == [4, 4, 2]
+    assert [sampler.batches_in(window) for window in range(3)] == [2, 2, 1]

@@ -90,11 +90,10 @@ def test_auto_precision_on_a_cpu_is_the_one_that_trains_this_network_faster(
     assert train(argv, build_network=network) == 0
     assert re.search(r"precision fp32 \(bf16 is 0.\d+ times as fast as fp32 here\)", capsys.readouterr().out)
     slow[:] = ["fp32"]
-    assert train([*argv, "--resume", "auto", "--epochs", "2"], build_network=network) == 0
-    assert "precision fp32 (as before)" in capsys.readouterr().out
-    new = tiny_argv("--precision", "auto", "--epochs", "1", "--stage1-epochs", "1", checkpoint_dir=tmp_path / "new")
-    assert train(new, build_network=network) == 0
-    assert read_checkpoint(tmp_path / "new" / "epoch_0001.pth")["config"]["precision"] == "bf16"
+    resumed = prepare_run([*argv, "--resume", "auto", "--epochs", "2"], build_network=network)
+    assert resumed.config["precision"] == "fp32"
+    new = prepare_run(tiny_argv("--precision", "auto", checkpoint_dir=tmp_path / "new"), build_network=network)
+    assert new.config["precision"] == "bf16"
 
 
 def test_saved_settings_out_of_range_are_refused_with_the_flags_name(
