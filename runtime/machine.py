@@ -133,18 +133,19 @@ def _has_native_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def gain_of_bf16(step: Callable[[Precision], object], seconds: float = 0.5) -> float:
+def gain_of_bf16(step: Callable[[Precision], object], seconds: float = 1.0) -> float:
     """Return how many times as fast a step is in bf16 as in fp32 on this CPU.
 
     Some CPUs have instructions for bf16 and are slower with them.
 
     Args:
         step: computes in the precision it is given.
-        seconds: least time to spend on each; each runs twice at least, and the first time does not count.
+        seconds: least time to spend; each runs twice at least, and the first time does not count.
     """
     bf16, fp32 = Precision("bf16", "cpu"), Precision("fp32", "cpu")
     times: dict[Precision, list[float]] = {bf16: [], fp32: []}
-    while any(len(durations) < 2 or sum(durations) < seconds for durations in times.values()):
+    begin = time.perf_counter()
+    while len(times[fp32]) < 2 or time.perf_counter() - begin < seconds:
         for precision, durations in times.items():
             start = time.perf_counter()
             step(precision)
