@@ -362,6 +362,7 @@ def test_last_line_is_the_next_command_and_it_works(tiny_argv: Argv, capsys: pyt
     assert train_ultimate.main(command[3:]) == 0
 
 
+@pytest.mark.slow
 def test_quiet_shows_incidents_and_nothing_else(tiny_argv: Argv) -> None:
     result = run(*tiny_argv(*SHORT, "--quiet", *DRILL))
     assert result.returncode == 0

@@ -76,7 +76,8 @@ def failing(argv: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) 
     return error
 
 
-@pytest.mark.parametrize("zoom", [[1], pytest.param([0.5, 1, 1.5], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("zoom", [[1], [0.5, 1, 1.5]])
 def test_torch_export_computes_the_same_for_any_number_and_size_of_images(zoom: list[float], tmp_path: Path) -> None:
     path = untrained(tmp_path / "net.pth", "test_efficientnet", 128, zoom=zoom)
     assert main(["export", "--checkpoint", str(path), "--format", "torch"]) == 0
@@ -142,6 +143,7 @@ def test_convolutions_that_leave_bf16_are_exported_as_plain_ones() -> None:
     assert not [node for node in graph.nodes if "autocast" in str(node.target) or "_to_copy" in str(node.target)]
 
 
+@pytest.mark.slow
 def test_backbone_of_one_size_leaves_only_the_number_of_images_open(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,6 +166,7 @@ def test_exported_network_that_computes_something_else_is_not_kept(
     assert [path.read_text() for path in tmp_path.iterdir()] == ["an earlier export, exported_with torch"]
 
 
+@pytest.mark.slow
 def test_missing_check_is_reported(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

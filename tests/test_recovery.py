@@ -218,6 +218,7 @@ def test_poisoned_image_is_named_and_quarantined_and_the_run_finishes(
     assert "Cause: data" in out
 
 
+@pytest.mark.slow
 def test_quarantine_lasts_its_epochs_even_over_a_restart(tiny_dataset: Path, tiny_argv: Argv, tmp_path: Path) -> None:
     """The image offends in epoch 1, is out in epochs 2 and 3, returns in epoch 4 and offends again."""
     root, build = with_flat_image(tiny_dataset, tmp_path / "data"), weak(broken_normalisation)
