@@ -2,16 +2,22 @@
 
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import nullcuda
 import pytest
 import torch
 from launching import Launch
+from nullcuda.emulate import Emulation
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -35,6 +41,35 @@ Argv = Callable[..., list[str]]
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background; child processes would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, most of all on a busy machine
+if nullcuda.is_active():
+    nullcuda.begin()
+
+
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """Run ``-m rehearsal`` in a pytest of its own that has null CUDA devices; see ``nullcuda``."""
+    asked_for = re.search(r"(?<!not )\brehearsal\b", config.option.markexpr)
+    if not asked_for or nullcuda.is_active() or nullcuda.why_not():
+        return None
+    capture: Any = config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled(), tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pytest", *config.invocation_params.args]
+        return subprocess.call(command, env=nullcuda.environment(nullcuda.build(Path(folder))))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests of the CUDA code where there is no device, not even a null one."""
+    if item.get_closest_marker("rehearsal") and not torch.cuda.is_available():
+        pytest.skip(nullcuda.why_not() or "runs with -m rehearsal")
+
+
+@pytest.fixture
+def arithmetic() -> Iterator[Emulation | None]:
+    """Let operations on a null device have results; a GPU has them anyway."""
+    if not nullcuda.is_active():
+        yield None
+        return
+    with Emulation() as emulation:
+        yield emulation
 
 
 def epoch_lines_only(run: Run) -> list[Listener]:
