@@ -189,14 +189,16 @@ def begin_stage(run: Run, stage: Stage) -> None:
     state, progress = run.state, run.state.progress
     assert isinstance(state.model, CamouflageSegmenter)
     state.model.set_backbone_frozen(stage.freeze_backbone)
-    if progress.stage != stage.number:
+    begins = progress.stage != stage.number
+    if begins:
         progress.stage = stage.number
         state.scaler = run.machine.precision.new_scaler(stage.scaler)
         state.detector.reset(run.machine.device)
         if not stage.freeze_backbone and not state.model.freeze_norm_statistics:
             state.ladder.losses = LossHistory()  # BatchNorm begins to learn its statistics: losses of another level
     fresh_moments(state.optimizer, everywhere=False)
-    run.runner.replicate(state.model.train(), run.precision_in_use)
+    share_of_window = len(run.share.of(run.data.window_size))
+    run.runner.replicate(state.model.train(), run.precision_in_use, share_of_window if begins else None)
     run.recovery.begin_stage()
 
 
@@ -210,15 +212,17 @@ def run_stage(run: Run, stage: Stage, validate: Validation = validate) -> None:
     state, progress, settings = run.state, run.state.progress, run.settings
     begin_stage(run, stage)
     num_workers = default_num_workers() if settings.num_workers is None else settings.num_workers
-    num_workers = workers_that_fit(num_workers, settings.img_size, stage.batch_size, stage.accumulation_steps)
-    shape: dict[str, Any] = {"img_size": settings.img_size, "batch_size": stage.batch_size, "share": run.share}
+    batch_size = run.runner.batch_size
+    per_window = -(-len(run.share.of(run.data.window_size)) // batch_size)
+    num_workers = workers_that_fit(num_workers, settings.img_size, batch_size, per_window)
+    shape: dict[str, Any] = {"img_size": settings.img_size, "share": run.share}
     workers = {"num_workers": num_workers, "pin_memory": run.machine.device.type == "cuda"}
     files = {"cache": run.data.cache, "masks": run.data.masks}
     train_loader = training_loader(
-        run.data.train_pairs, **shape, **workers, **files, seed=settings.seed, window_size=run.data.window_size,
-        augment_on_device=settings.augment_on == "device",
+        run.data.train_pairs, **shape, **workers, **files, batch_size=batch_size, seed=settings.seed,
+        window_size=run.data.window_size, augment_on_device=settings.augment_on == "device",
     )  # fmt: skip
-    val_loader = validation_loader(run.data.val_pairs, **shape, **workers, **files)
+    val_loader = validation_loader(run.data.val_pairs, **shape, **workers, **files, batch_size=settings.batch_size)
     backbone = "frozen" if stage.freeze_backbone else f"lr {stage.lr * stage.backbone_lr_scale:g}"
     epochs = f"epochs {stage.first_epoch + 1} to {stage.end_epoch}"
     console.logger.info(f"Stage {stage.number}: {epochs}, lr {stage.lr:g}, backbone {backbone}")

@@ -49,8 +49,18 @@ class Batch(NamedTuple):
         indices = torch.full((size,), -1)
         return self._replace(images=images, masks=masks, indices=indices, augmentations=augmentations)
 
+    def part(self, start: int, end: int) -> "Batch":
+        """Return samples ``start`` to ``end - 1``, in the same memory: a part of a pinned batch is pinned."""
+        augmentations = None if self.augmentations is None else self.augmentations[start:end]
+        return self._replace(
+            images=self.images[start:end],
+            masks=self.masks[start:end],
+            indices=self.indices[start:end],
+            augmentations=augmentations,
+        )
+
     def take(self, positions: Sequence[int]) -> "Batch":
-        """Return the samples at these positions of the batch, in this order."""
+        """Return copies of the samples at these positions of the batch, in this order."""
         chosen = torch.tensor(positions, dtype=torch.int64)
         augmentations = None if self.augmentations is None else self.augmentations[chosen]
         return self._replace(

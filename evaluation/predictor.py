@@ -16,7 +16,7 @@ from evaluation.metrics import ByteArray
 from evaluation.trained import network_of
 from models.network import CamouflageSegmenter
 from runtime.checkpoint import read_checkpoint
-from runtime.machine import Precision, on_device, resolve_device, resolve_precision
+from runtime.machine import Precision, memory_errors, on_device, resolve_device, resolve_precision
 
 OUT_OF_MEMORY = "out of memory with one image: choose a smaller --img-size, or --device cpu"
 
@@ -115,7 +115,8 @@ def _predict(
         logits = None
         while logits is None:
             try:
-                logits = torch.cat([network.logits(part) for part in inputs.tensor_split(min(parts, len(inputs)))])
+                with memory_errors():
+                    logits = torch.cat([network.logits(part) for part in inputs.tensor_split(min(parts, len(inputs)))])
             except torch.OutOfMemoryError:
                 if parts >= len(inputs):
                     raise ValueError(OUT_OF_MEMORY) from None
@@ -131,7 +132,8 @@ def _levels_that_fit(
 ) -> ByteArray:
     """Compute grey levels, on the CPU if the photograph is too large for the device's memory."""
     try:
-        return levels(logits, size)
+        with memory_errors():
+            return levels(logits, size)
     except torch.OutOfMemoryError:
         pass
     return levels(logits.cpu(), size)

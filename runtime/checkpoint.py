@@ -29,6 +29,7 @@ _WRAPPERS = (
     "state_dict_ema", "model_ema", "params_ema", "state_dict", "model_state_dict", "model", "net", "network", "params",
     "weights", "module",
 )  # fmt: skip
+_PIECE = 2**26  # bytes of host memory allocated at once; torch rounds pinned memory up to a power of 2
 _DEEPEST = 4  # entries inside each other; a crafted file may contain itself
 _PREFIXES = ("module.", "_orig_mod.", "model.")  # of parallel training, torch.compile, Lightning and others
 
@@ -213,21 +214,31 @@ class CheckpointStore:
 class HostCopy:
     """Copier of nested state to host memory, into the same memory each time: fresh pages cost more than the copy.
 
-    From a CUDA device, copies are queued behind the current work, and nothing waits for them here.
+    From a CUDA device to pinned memory, copies are queued behind the current work, and nothing waits for them here.
+
+    Args:
+        pinned: Pin the memory for copies from a CUDA device. It is then no longer free for other programs.
     """
 
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+    def __init__(self, pinned: bool = True) -> None:
+        self._pinned = pinned
+        self._tensors: dict[str, Tensor] = {}
 
     def take(self, payload: dict[str, Any]) -> Callable[[], dict[str, Any]]:
         """Begin to copy. Return a function that waits for the copy and returns it.
 
         The next call overwrites this copy.
         """
-        copied = map_tensors(payload, self._copy)
-        if not any(tensor.is_cuda for _, tensor in named_tensors(payload)):
+        sources = dict(named_tensors(payload))
+        on_cuda = any(source.is_cuda for source in sources.values())
+        if not _are_alike(self._tensors, sources):
+            self._tensors = _host_tensors(sources, self._pinned and on_cuda)
+        for name, source in sources.items():
+            self._tensors[name].copy_(source.detach(), non_blocking=True)
+        copied = map_tensors(payload, lambda name, _: self._tensors[name])
+        if not on_cuda:
             return lambda: copied
-        arrived = torch.cuda.Event()
+        arrived = torch.cuda.Event(blocking=True)
         arrived.record()
 
         def complete() -> dict[str, Any]:
@@ -236,13 +247,51 @@ class HostCopy:
 
         return complete
 
-    def _copy(self, name: str, value: Tensor) -> Tensor:
-        buffer = self._buffers.get(name)
-        layout = value.shape, value.dtype, value.stride()
-        if buffer is None or (buffer.shape, buffer.dtype, buffer.stride()) != layout:
-            buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
-            self._buffers[name] = buffer
-        return buffer.copy_(value.detach(), non_blocking=True)
+
+def _are_alike(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    """Return whether tensors have the same names, shapes and dtypes, and the memory layout that a copy would have."""
+    return tensors.keys() == others.keys() and all(
+        (tensor.shape, tensor.dtype, tensor.stride()) == (other.shape, other.dtype, _dense_strides(other))
+        for tensor, other in zip(tensors.values(), others.values(), strict=True)
+    )
+
+
+def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    return torch.empty_like(tensor, device="meta").stride()
+
+
+def _host_tensors(sources: dict[str, Tensor], pinned: bool) -> dict[str, Tensor]:
+    """Return tensors in host memory, laid out like the sources. Values are arbitrary.
+
+    Memory is allocated in few pieces, because pinning a piece makes the device wait. Each tensor is a storage of its
+    own nevertheless, so that a file of a few of them does not hold them all.
+    """
+    pieces: list[list[str]] = [[]]
+    filled = 0
+    for name, source in sources.items():
+        if filled + _bytes_of(source) > _PIECE and pieces[-1]:
+            pieces.append([])
+            filled = 0
+        pieces[-1].append(name)
+        filled += _bytes_of(source)
+    tensors: dict[str, Tensor] = {}
+    for names in pieces:
+        memory = torch.empty(sum(_bytes_of(sources[name]) for name in names), dtype=torch.uint8, pin_memory=pinned)
+        start = 0
+        for name in names:
+            source = sources[name]
+            if source.numel():
+                flat = torch.frombuffer(memory.numpy(), dtype=source.dtype, count=source.numel(), offset=start)
+                tensors[name] = flat.as_strided(source.shape, _dense_strides(source))
+            else:
+                tensors[name] = torch.empty_like(source, device="cpu", requires_grad=False)
+            start += _bytes_of(source)
+    return {name: tensors[name] for name in sources}
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    """Return the bytes that a tensor takes, up to where the next one may begin."""
+    return -(-tensor.numel() * tensor.element_size() // 64) * 64
 
 
 def find_checkpoint(requested: str | None, directory: Path) -> tuple[Path | None, dict[str, Any] | None]:

@@ -2,16 +2,18 @@
 
 import logging
 import os
+import re
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from runtime.files import first_line
 from runtime.ranks import Ranks
 
 logger = logging.getLogger("train_ultimate")
@@ -19,6 +21,9 @@ logger = logging.getLogger("train_ultimate")
 Network = TypeVar("Network", bound=nn.Module)
 PrecisionName = Literal["fp16", "bf16", "fp32"]
 LEAST_GAIN = 1.1  # of bf16 on a CPU: less does not pay for its rounding, and might be another choice the next time
+# What cuBLAS, cuDNN, the driver and the CPU's allocator say when there is no memory for their part of the work; cuBLAS
+# cannot make its handle then.
+_NO_MEMORY = re.compile(r"out of memory|ALLOC(ATION)?_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|can't allocate memory", re.I)
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -110,6 +115,22 @@ def resolve_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device; see nvidia-smi and torch.version.cuda, or use cpu")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raise ``torch.OutOfMemoryError`` whoever runs out of memory: torch does so only for its own allocations.
+
+    Also a decorator.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+            raise torch.OutOfMemoryError(first_line(error)) from error
+        raise
 
 
 def use_deterministic_algorithms() -> None:
@@ -215,6 +236,18 @@ class LossScaler(torch.amp.GradScaler):
         assert self._scale is not None
         return self._scale.to(like.device, copy=True)  # a copy: update() changes the scale in place
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's entries, with scale and growth counter as tensors where they are: numbers are a host sync."""
+        if not self.is_enabled() or self._scale is None:
+            return super().state_dict()
+        return {
+            "scale": self._scale,
+            "growth_factor": self._growth_factor,
+            "backoff_factor": self._backoff_factor,
+            "growth_interval": self._growth_interval,
+            "_growth_tracker": self._growth_tracker,
+        }
+
     def resume(self, state: dict[str, Any]) -> None:
         """Load scale and growth counter from a checkpoint, and keep this stage's growth and backoff settings.
 
@@ -222,9 +255,10 @@ class LossScaler(torch.amp.GradScaler):
         of a run without scaling.
         """
         if self.is_enabled() and state:
+            numbers = {key: value.item() if isinstance(value, Tensor) else value for key, value in state.items()}
             ours = {"growth_factor", "backoff_factor", "growth_interval"}
             kept = {key: value for key, value in self.state_dict().items() if key in ours}
-            self.load_state_dict({**state, **kept})
+            self.load_state_dict({**numbers, **kept})
 
 
 def memory_format_of(channels_last: bool) -> torch.memory_format:

@@ -1,6 +1,6 @@
 """BatchNorm's running statistics: kept until a window's verdict is known, and while a window is only examined."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,8 +14,11 @@ class BufferGuard:
     The forward pass has changed the statistics by the time the verdict is known, and a NaN in them would stay for ever.
     Layers in evaluation mode, as in a pretrained backbone, do not change and cost nothing.
 
+    All statistics are copied by one kernel, chosen by another: there are hundreds of them, each a few bytes.
+
     Attributes:
-        at_start: name -> value of each statistic at the start of the current window; empty between windows.
+        at_start: name -> value of each statistic at the start of the current window; empty between windows. The next
+            window overwrites the values.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -26,6 +29,17 @@ class BufferGuard:
             for name, buffer in module.named_buffers(recurse=False)
         }
         self.at_start: dict[str, Tensor] = {}
+        self._copies: dict[str, Tensor] = {}  # views of one tensor per dtype
+        self._flat: dict[torch.dtype, Tensor] = {}
+
+    def _allocate(self) -> None:
+        """Allocate memory for the copies, at the first window: many guards never see one."""
+        for dtype in {buffer.dtype for buffer in self._buffers.values()}:
+            alike = {name: buffer for name, buffer in self._buffers.items() if buffer.dtype == dtype}
+            sizes = [buffer.numel() for buffer in alike.values()]
+            self._flat[dtype] = torch.empty(sum(sizes), dtype=dtype, device=next(iter(alike.values())).device)
+            parts = zip(alike.items(), self._flat[dtype].split(sizes), strict=True)
+            self._copies |= {name: part.view(buffer.shape) for (name, buffer), part in parts}
 
     @property
     def statistics(self) -> list[Tensor]:
@@ -44,20 +58,34 @@ class BufferGuard:
 
     @torch.no_grad()
     def begin_window(self) -> None:
-        self.at_start = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        if not self._copies:
+            self._allocate()
+        _copy_all(self._copies, self._buffers)
+        self.at_start = self._copies
 
     @torch.no_grad()
     def end_window(self, skip: Tensor) -> None:
         """Restore the statistics if ``skip`` is 1. Selected on the device: multiplying by 0 would keep a NaN."""
-        for name, buffer in self._buffers.items():
-            buffer.copy_(torch.where(skip > 0, self.at_start[name], buffer))
+        if self._buffers:
+            at_start = {dtype: flat.clone() for dtype, flat in self._flat.items()}
+            _copy_all(self._copies, self._buffers)
+            for dtype, flat in self._flat.items():
+                flat.copy_(torch.where(skip > 0, at_start[dtype], flat))
+            _copy_all(self._buffers, self._copies)
         self.at_start = {}
 
     @torch.no_grad()
     def restore(self) -> None:
         """Restore the statistics of the current window's start. Between windows, they stay as they are."""
-        for name, value in self.at_start.items():
-            self._buffers[name].copy_(value)
+        if self.at_start:
+            _copy_all(self._buffers, self.at_start)
+
+
+def _copy_all(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
+    """Copy tensors to those of the same name."""
+    for dtype in {target.dtype for target in targets.values()}:
+        names = [name for name, target in targets.items() if target.dtype == dtype]
+        torch._foreach_copy_([targets[name] for name in names], [sources[name] for name in names])
 
 
 @contextmanager

@@ -89,6 +89,7 @@ class Recovery:
         self.max_rollbacks = settings.max_rollbacks
         self._runner = runner
         self._snapshots: deque[Snapshot] = deque(maxlen=2)
+        self._memory = deque([HostCopy(pinned=False), HostCopy(pinned=False)])  # theirs, that of the next one first
         self._windows_since_snapshot = 0
         self._last_rollback_at = 0.0  # time.perf_counter()
         self._last_applied: Window | None = None
@@ -339,13 +340,23 @@ class Recovery:
             assert self._snapshots, "a run begins with finite weights"
             return  # the next window will not be finite, and recovery acts then
         state = self.state
-        ema = None if state.ema is None else _on_host(local_state(state.ema.module))
-        num_averaged = 0 if state.ema is None else state.ema.num_updates
-        model = _on_host({**local_state(state.model), **buffers})
-        detector, losses = _on_host(state.detector.state_dict()), replace(state.ladder.losses)
-        now = time.perf_counter()
-        where = state.progress.global_window, state.progress.stage
-        self._snapshots.append(Snapshot(*where, now, model, ema, num_averaged, detector, losses))
+        on_device = {
+            "model": {**local_state(state.model), **buffers},
+            "ema": None if state.ema is None else local_state(state.ema.module),
+            "detector": state.detector.state_dict(),
+        }
+        on_host = self._memory[0].take(on_device)()
+        self._memory.rotate()
+        self._snapshots.append(
+            Snapshot(
+                global_window=state.progress.global_window,
+                stage=state.progress.stage,
+                taken_at=time.perf_counter(),
+                num_averaged=0 if state.ema is None else state.ema.num_updates,
+                losses=replace(state.ladder.losses),
+                **on_host,
+            )
+        )
 
     def _weights_finite(self) -> bool:
         """Check the weights, the averaged weights and BatchNorm's statistics of all ranks."""
@@ -381,7 +392,7 @@ class Recovery:
         weights = whole_on_first(model.state_dict(), self.ranks.is_first)
         if self.ranks.is_first:
             frozen = any(not parameter.requires_grad for parameter in model.parameters())
-            weights = _on_host(weights)
+            weights = HostCopy(pinned=False).take(weights)()
             payload = {"settings": self.settings.to_dict(), "backbone_frozen": frozen, "window": ran, "model": weights}
             self._folder = self.incidents.open(self._record, payload)
 
@@ -400,8 +411,3 @@ class Recovery:
 
 def _attempt(window: Window, outcome: WindowOutcome) -> dict[str, Any]:
     return {**asdict(outcome), "precision": window.precision.name}
-
-
-def _on_host(payload: dict[str, Any]) -> dict[str, Any]:
-    """Copy nested dicts of tensors to host memory, sharing nothing with the original."""
-    return HostCopy().take(payload)()

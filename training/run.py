@@ -164,6 +164,7 @@ class Run:
             "settings": self.settings.to_dict(),
             "working_directory": str(Path.cwd()),  # what relative paths in the settings start from
             "precision": self.machine.precision.name,
+            "batches": [self.runner.batch_size, self.runner.num_parts],
             **self.data.identity(),
         }
 

@@ -26,12 +26,13 @@ class WindowRunner:
     Args:
         machine: device, memory layout and ranks.
         img_size: S.
-        batch_size: largest batch of the loader.
+        batch_size: largest batch of the training loader, as asked for.
         scales: the windows' possible scales.
         recomputes: The model recomputes activations in the backward pass, see ``checkpoint_gradients``.
         loss: maps side logits, masks and uncertainty weight to a scalar.
 
     Attributes:
+        batch_size: largest batch of the training loader; on a GPU, ``replicate`` chooses it when a stage begins.
         num_parts: number of parts of each batch; doubled whenever the device runs out of memory.
     """
 
@@ -39,42 +40,50 @@ class WindowRunner:
         self, machine: Machine, img_size: int, batch_size: int, scales: Sequence[float] = (1.0,),
         recomputes: bool = False, loss: Loss = deep_supervision_loss,
     ) -> None:  # fmt: skip
+        self.batch_size = self._asked_for = batch_size
         self.num_parts = 1
         self._machine = machine
         self._img_size = img_size
         self._replica: nn.Module | None = None  # wrapped model of one of several ranks
-        self._batch_size = batch_size
         self._scales = sorted(scales, reverse=True)  # the largest, which needs most memory, first
         self._recomputes = recomputes
         self._loss = loss
         self._compiled: Callable[..., Tensor] | None = None
         self._compiled_for: Precision | None = None
 
-    def replicate(self, model: nn.Module, precision: Precision) -> None:
+    def replicate(self, model: nn.Module, precision: Precision, most: int | None = None) -> None:
         """Make ranks average gradients, if there are several. Call again whenever the trainable parameters change.
 
         Run out of memory here if at all: during a real window's all-reduce, the other ranks would hang. So every rank
-        tries a batch first, and all take the largest number of parts that one of them needs. Passes of a sharded model
-        involve all ranks, so there is no trial.
+        tries a batch first, and all take the smallest that one of them needs. Passes of a sharded model involve all
+        ranks, so there is no trial.
+
+        Args:
+            model: in training mode.
+            precision: of the passes.
+            most: images of a window on this rank, when a stage begins. On a GPU, as many of them as fit become one
+                batch: the same gradient by fewer kernels, whose launches are what a small batch waits for. Not if
+                layers normalise by the batch's statistics: its size matters then.
 
         Raises:
             torch.OutOfMemoryError: One image does not fit.
         """
-        ranks = self._machine.ranks
+        ranks, guard = self._machine.ranks, BufferGuard(model)
+        grows = self._machine.device.type == "cuda" and not guard.batch_matters and not ranks.shards
+        self._replica = None  # first: two replicas would both hook the same gradients
+        if most is not None:
+            self.batch_size = max(self._asked_for, most) if grows else self._asked_for
+            self.num_parts = 1 if grows else self.num_parts
+        wanted = self._largest_part
+        if (grows and most is not None) or (ranks.size > 1 and not ranks.shards):
+            self._shrink_until_it_fits(model, precision, guard, most or wanted + 1)
+            self.batch_size = min(ranks.gather(self.batch_size))
+        if grows and self.batch_size > self._asked_for:
+            logger.info(f"Batches of {self.batch_size} images: as many of a step's as fit into the GPU's memory")
+        elif self._largest_part < min(wanted, self._asked_for):
+            logger.warning(f"out of memory: batches of {self._largest_part} images instead of {self._asked_for}")
         if ranks.size == 1:
             return
-        self._replica = None  # first: two replicas would both hook the same gradients
-        if not ranks.shards:
-            guard = BufferGuard(model)
-            guard.begin_window()
-            self.backward(model, self._example(precision, guard.least_batch), guard)
-            model.zero_grad(set_to_none=True)
-            guard.restore()
-            torch.cuda.empty_cache()  # NCCL may need the memory
-            needed = max(ranks.gather(self.num_parts))
-            if needed > self.num_parts:
-                logger.warning(f"out of memory on another rank: each batch goes through in {needed} parts")
-            self.num_parts = needed
         device = torch.device(precision.device_type, ranks.local_rank)
         self._replica = ranks.replicate(model, device)
 
@@ -131,10 +140,7 @@ class WindowRunner:
             except torch.OutOfMemoryError:
                 if not can_be_cut and window.attempt == 0:
                     raise
-            # Retry outside `except`: the traceback keeps the failed pass's tensors alive.
-            model.zero_grad(set_to_none=True)
-            guard.restore()
-            torch.cuda.empty_cache()
+            self._clear(model, guard)  # outside `except`: the traceback keeps the failed pass's tensors alive
             if not can_be_cut:
                 return window, self._not_a_number(window)
             window, largest = window.in_parts(2, guard.least_batch), (largest + 1) // 2
@@ -148,6 +154,40 @@ class WindowRunner:
     def examine(self, model: nn.Module, window: Window) -> Tensor:
         """Run a window eagerly, as it is, on this rank only: for diagnosis. Gradients stay in ``.grad``."""
         return accumulate_gradients(model, window, self._eager_loss_of)
+
+    def _shrink_until_it_fits(self, model: nn.Module, precision: Precision, guard: BufferGuard, most: int) -> None:
+        """Halve ``batch_size`` until a window of ``most`` images fits: its second batch meets the first one's gradient.
+
+        Raises:
+            torch.OutOfMemoryError: The smallest batch does not fit.
+        """
+        guard.begin_window()
+        while True:
+            window = self._example(precision, guard.least_batch)
+            if self._largest_part < most:
+                window = replace(window, batches=[*window.batches, *window.batches])
+            if self._fits(model, window, guard):
+                return
+            if self._largest_part // 2 < guard.least_batch:
+                raise torch.OutOfMemoryError
+            self.batch_size = -(-self.batch_size // 2)
+
+    def _fits(self, model: nn.Module, window: Window, guard: BufferGuard) -> bool:
+        """Run a window, and leave no trace of it."""
+        fits = True
+        try:
+            self._accumulate(model, window)
+        except torch.OutOfMemoryError:
+            fits = False
+        self._clear(model, guard)
+        return fits
+
+    @staticmethod
+    def _clear(model: nn.Module, guard: BufferGuard) -> None:
+        """Forget a window's gradients, and give its memory back: other libraries may need it."""
+        model.zero_grad(set_to_none=True)
+        guard.restore()
+        torch.cuda.empty_cache()
 
     def _example(self, precision: Precision, least: int = 1) -> Window:
         """Return a window of one batch of the loader's size, or the part of it that fits, at the largest scale."""
@@ -172,13 +212,7 @@ class WindowRunner:
         assert self._replica is not None
         ranks, fits = self._machine.ranks, True
         if window.attempt and not ranks.shards:
-            try:
-                self._accumulate(model, window)
-            except torch.OutOfMemoryError:
-                fits = False
-            model.zero_grad(set_to_none=True)
-            guard.restore()
-            fits = ranks.all(fits)
+            fits = ranks.all(self._fits(model, window, guard))
         return self._accumulate(self._replica, window) if fits else self._not_a_number(window)
 
     @staticmethod
@@ -187,7 +221,7 @@ class WindowRunner:
 
     @property
     def _largest_part(self) -> int:
-        return -(-self._batch_size // self.num_parts)
+        return -(-self.batch_size // self.num_parts)
 
     def _accumulate(self, model: nn.Module, window: Window) -> Tensor:
         around_backward = (lambda: statistics_kept(model)) if self._recomputes else nullcontext

@@ -529,11 +529,15 @@ def open_data(plan: Plan, files: FileReport, state: TrainState, folder: RunFolde
 
 
 def build_runner(plan: Plan, machine: Machine, loss: Loss) -> WindowRunner:
-    """Build the runner for the loader's batches."""
+    """Build the runner for the loader's batches. A resumed run goes on with batches of the same size."""
     settings, batch_size = plan.settings, min(plan.settings.batch_size, len(plan.train_pairs))
-    return WindowRunner(
+    runner = WindowRunner(
         machine, settings.img_size, batch_size, settings.multi_scale, settings.gradient_checkpointing, loss
     )
+    before = plan.config_before
+    if before is not None and before["settings"]["batch_size"] == settings.batch_size and "batches" in before:
+        runner.batch_size, runner.num_parts = before["batches"]
+    return runner
 
 
 def record_start(run: Run, resumed: bool) -> None:

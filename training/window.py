@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data.dataset import Batch
 from data.loading import to_device
 from losses import deep_supervision_loss
-from runtime.machine import LossScaler, Precision, ScalerSettings
+from runtime.machine import LossScaler, Precision, ScalerSettings, memory_errors
 from training.drill import Drill
 
 Loss = Callable[[Sequence[Tensor], Tensor, Tensor], Tensor]  # side logits, masks, uncertainty weight -> scalar
@@ -107,7 +107,7 @@ class Window:
             size = len(batch.images)
             number = max(1, min(parts, size // least))
             ends = [-(-size * part // number) for part in range(number + 1)]  # the larger ones first
-            batches += [batch.take(range(start, end)) for start, end in pairwise(ends)]
+            batches += [batch.part(start, end) for start, end in pairwise(ends)]
         return replace(self, batches=batches, rounds=parts * self.rounds)
 
 
@@ -125,6 +125,7 @@ def batch_loss(
     return loss(side_logits, masks, uncertainty_weight)
 
 
+@memory_errors()
 def accumulate_gradients(
     model: nn.Module,
     window: Window,
@@ -147,6 +148,9 @@ def accumulate_gradients(
     Returns:
         the window's loss, unscaled, a scalar on the device: the mean over its samples, or this rank's part of it. A
         batch is weighted by its number of samples, so that a short last batch counts as it would in one large batch.
+
+    Raises:
+        torch.OutOfMemoryError: The device has no memory for it, whichever library found out.
     """
     device = torch.device(window.precision.device_type)
     total = torch.zeros((), device=device)
