@@ -127,7 +127,7 @@ def validate(run: Run, loader: DataLoader[Batch]) -> dict[str, float]:
         if not len(batch.images):
             continue
         images, _ = to_device(batch, run.machine.device, run.machine.memory_format)
-        with run.precision_in_use.autocast():
+        with run.precision_in_use.products(), run.precision_in_use.autocast():
             logits = model(images)[-1]
         probabilities = logits.float().sigmoid()
         if not torch.isfinite(probabilities).all():  # a host sync, once a batch, as is the copy below

@@ -40,7 +40,7 @@ class TrainedNetwork:
         Shape:
             (B, 3, S, S) float in [0, 1] -> (B, 1, S, S) float32
         """
-        with self.precision.autocast():
+        with self.precision.products(), self.precision.autocast():
             logits = self.model(images)[-1].float()
             if self.tta:
                 logits = (logits + self.model(images.flip(-1))[-1].float().flip(-1)) / 2
@@ -55,7 +55,7 @@ def load_network(
     Args:
         path: checkpoint of a run.
         device_name: auto, cpu or cuda.
-        precision_name: auto, fp16, bf16 or fp32.
+        precision_name: auto, fp16, bf16, tf32 or fp32.
         img_size: side of the network's input in pixels; None for that of training.
         tta: average over each image and its mirror image.
 

@@ -268,7 +268,7 @@ def _predictor(run: Run) -> Callable[[Tensor], Tensor]:
 
     def predict(image: Tensor) -> Tensor:
         network = run.state.model_for_use.train().eval()
-        with torch.inference_mode(), run.precision_in_use.autocast():
+        with torch.inference_mode(), run.precision_in_use.products(), run.precision_in_use.autocast():
             logits = network(unit_range(image.to(run.machine.device), run.machine.memory_format))[-1]
         return logits.float().sigmoid().cpu()
 

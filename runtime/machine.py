@@ -19,12 +19,12 @@ from runtime.ranks import Ranks
 logger = logging.getLogger("train_ultimate")
 
 Network = TypeVar("Network", bound=nn.Module)
-PrecisionName = Literal["fp16", "bf16", "fp32"]
+PrecisionName = Literal["fp16", "bf16", "tf32", "fp32"]
 LEAST_GAIN = 1.1  # of bf16 on a CPU: less does not pay for its rounding, and might be another choice the next time
 # What cuBLAS, cuDNN, the driver and the CPU's allocator say when there is no memory for their part of the work; cuBLAS
 # cannot make its handle then.
 _NO_MEMORY = re.compile(r"out of memory|ALLOC(ATION)?_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|can't allocate memory", re.I)
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,30 @@ CONSERVATIVE_SCALER = ScalerSettings(init_scale=2.0**10, growth_factor=1.5, back
 
 @dataclass(frozen=True)
 class Precision:
-    """Number format of the forward pass. Weights, gradients, losses and optimizer state are float32 in all three."""
+    """Number format of the forward pass. Weights, gradients, losses and optimizer state are float32 in all of them.
+
+    tf32 is float32 whose products are rounded to 10 bits on NVIDIA's GPUs since Ampere. torch takes it for fp32's
+    convolutions by default; here, fp32 is float32.
+    """
 
     name: PrecisionName
     device_type: str
 
     def autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device_type, dtype=_DTYPES[self.name], enabled=self.name != "fp32")
+        return torch.autocast(self.device_type, dtype=_DTYPES.get(self.name), enabled=self.name in _DTYPES)
+
+    @contextmanager
+    def products(self) -> Iterator[None]:
+        """Compute products of float32 numbers as the precision says: around forward and backward passes."""
+        kinds: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+        before = [kind.fp32_precision for kind in kinds]
+        for kind in kinds:
+            kind.fp32_precision = "tf32" if self.name == "tf32" else "ieee"
+        try:
+            yield
+        finally:
+            for kind, precision in zip(kinds, before, strict=True):
+                kind.fp32_precision = precision
 
     def full(self) -> "Precision":
         return Precision("fp32", self.device_type)
@@ -77,13 +94,13 @@ class Machine:
 
         Args:
             device: auto, cpu or cuda.
-            precision: auto, fp16, bf16 or fp32.
+            precision: auto, fp16, bf16, tf32 or fp32.
             channels_last: The memory layout that convolutions prefer.
             shard: Split weights over ranks, if there are several.
             ranks: The processes that train together.
 
         Raises:
-            ValueError: The device is not available.
+            ValueError: The device is not available, or does not have the precision.
         """
         ranks.shards = shard and ranks.size > 1  # before anything is built on it
         where = resolve_device(device)
@@ -141,10 +158,16 @@ def use_deterministic_algorithms() -> None:
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
-    """Return the precision; "auto" is bf16 if the hardware computes in it, else fp16 on CUDA and fp32 on a CPU."""
+    """Return the precision; "auto" is bf16 if the hardware computes in it, else fp16 on CUDA and fp32 on a CPU.
+
+    Raises:
+        ValueError: tf32 is asked for on a CPU.
+    """
     if name == "auto":
         name = "bf16" if _has_native_bf16(device) else "fp16" if device.type == "cuda" else "fp32"
-    assert name == "fp16" or name == "bf16" or name == "fp32", name
+    if name == "tf32" and device.type != "cuda":
+        raise ValueError("--precision tf32: only GPUs have it; on a CPU take auto, bf16 or fp32")
+    assert name == "fp16" or name == "bf16" or name == "tf32" or name == "fp32", name
     return Precision(name, device.type)
 
 

@@ -24,6 +24,7 @@ from runtime.checkpoint import (
     FORMAT,
     CheckpointError,
     CheckpointStore,
+    HostCopy,
     find_checkpoint,
     read_checkpoint,
     read_weights,
@@ -167,6 +168,36 @@ def test_saved_state_is_that_of_the_moment_of_the_save(tmp_path: Path, monkeypat
     assert saved["progress"]["global_window"] == 1
     save(store, 2, state)
     assert read_checkpoint(tmp_path / "epoch_0002.pth")["model"]["weight"].unique().tolist() == [2.0]
+
+
+def test_each_copied_tensor_is_a_storage_of_its_own_in_the_layout_of_its_source(tmp_path: Path) -> None:
+    """Tensors that shared one would all be written whenever one of them is saved."""
+    sources = {
+        "kernel": torch.rand(8, 3, 3, 3).contiguous(memory_format=torch.channels_last),
+        "step": torch.tensor(7),
+        "flags": torch.tensor([True, False]),
+        "none": torch.empty(0, 3),
+        "expanded": torch.rand(2, 1).expand(2, 1000),
+        "halves": torch.rand(5).to(torch.bfloat16),
+    }
+    copies = HostCopy()
+    first = copies.take(sources)()
+    for name, source in sources.items():
+        assert torch.equal(first[name], source), name
+        assert first[name].dtype == source.dtype
+        assert first[name].untyped_storage().nbytes() == first[name].numel() * first[name].element_size()
+    assert first["kernel"].is_contiguous(memory_format=torch.channels_last)
+    torch.save(first["step"], tmp_path / "step.pth")
+    assert (tmp_path / "step.pth").stat().st_size < 2000
+
+
+def test_second_copy_of_the_same_layout_takes_no_memory() -> None:
+    copies, state = HostCopy(), {"weights": torch.ones(1000), "step": torch.zeros(())}
+    before = [value.data_ptr() for value in copies.take(state)().values()]
+    after = copies.take({name: value + 1 for name, value in state.items()})()
+    assert [value.data_ptr() for value in after.values()] == before
+    assert after["step"] == 1
+    assert len(copies.take({"weights": torch.ones(3)})()["weights"]) == 3
 
 
 def test_saved_files_are_reported_when_they_are_there(tmp_path: Path) -> None:

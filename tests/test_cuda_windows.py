@@ -21,7 +21,7 @@ BACKBONES = ("pvt_v2_b2", "resnet50", "tf_efficientnet_lite0", "convnext_tiny", 
              "vit_tiny_patch16_224")  # fmt: skip
 OPTIONS = (
     "--zoom", "--multi-scale 0.5 1", "--gradient-checkpointing", "--augment-on device", "--no-channels-last",
-    "--ema-decay 0", "--spike-policy off",
+    "--ema-decay 0", "--spike-policy off", "--checkpoint-every 1",
 )  # fmt: skip
 
 
@@ -100,5 +100,5 @@ def test_deterministic_algorithms_exist_for_all_it_does(
 def test_no_option_makes_a_window_wait(
     options: str, two_windows: Path, tiny_argv: Argv, arithmetic: Emulation | None
 ) -> None:
-    argv = tiny_argv(*flags(two_windows, "--backbone", "resnet10t", "--precision", "bf16", *options.split()))
+    argv = tiny_argv(*flags(two_windows, "--backbone", "resnet10t", "--precision", "fp16", *options.split()))
     train_without_waiting(prepare_run(argv), arithmetic)

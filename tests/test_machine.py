@@ -14,8 +14,10 @@ from runtime.machine import (
     LossScaler,
     Machine,
     Precision,
+    PrecisionName,
     ScalerSettings,
     gain_of_bf16,
+    memory_errors,
     resolve_device,
     resolve_precision,
 )
@@ -87,6 +89,45 @@ def test_resumed_scaler_has_the_saved_scale_and_its_own_settings(parameter: torc
     state = after.state_dict()
     assert state["scale"] == 2.0**15
     assert (state["growth_factor"], state["backoff_factor"], state["growth_interval"]) == (1.5, 0.25, 1000)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("fp32", "ieee"), ("bf16", "ieee"), ("tf32", "tf32")])
+def test_products_of_float32_are_rounded_only_if_asked_for(name: PrecisionName, expected: str) -> None:
+    kinds: tuple[Any, ...] = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before = [kind.fp32_precision for kind in kinds]
+    with Precision(name, "cuda").products():
+        assert [kind.fp32_precision for kind in kinds] == [expected, expected]
+    assert [kind.fp32_precision for kind in kinds] == before
+
+
+def test_tf32_is_refused_on_a_cpu() -> None:
+    with pytest.raises(ValueError, match="--precision tf32: only GPUs have it"):
+        resolve_precision("tf32", torch.device("cpu"))
+    assert resolve_precision("tf32", torch.device("cuda")).full().name == "fp32"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+)
+def test_every_kind_of_no_memory_is_one_error(error: Exception) -> None:
+    with pytest.raises(torch.OutOfMemoryError), memory_errors():
+        raise error
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="illegal") as raised, memory_errors():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    assert not isinstance(raised.value, torch.OutOfMemoryError)
+    with pytest.raises(torch.OutOfMemoryError), memory_errors():
+        torch.empty(2**45)  # the CPU's allocator
 
 
 def test_scaler_resumes_from_a_run_without_scaling_and_into_one() -> None:

@@ -112,7 +112,7 @@ def test_the_network_cannot_change_on_resume_unless_there_are_no_weights_yet(
         ("batch_size", 2.5, "--batch-size must be a whole number, not 2.5"),
         ("epochs", True, "--epochs must be a whole number, not True"),
         ("multi_scale", [9.0], "--multi-scale must be at least 0.25 and at most 4, not 9"),
-        ("precision", "fp8", "--precision fp8: choose from auto, fp16, bf16, fp32"),
+        ("precision", "fp8", "--precision fp8: choose from auto, fp16, bf16, tf32, fp32"),
         ("img_size", 350, "--img-size 350 is not a multiple of 32"),
         ("stage1_epochs", 60, "--stage1-epochs 60 is more than --epochs 50"),
     ],

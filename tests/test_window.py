@@ -1,11 +1,13 @@
 """A window: its parts, its gradient, and its copy in an incident."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from windows import TinyNetwork, gradients, window
 
 from runtime.machine import PrecisionName
@@ -47,6 +49,24 @@ def test_gradients_are_scaled_and_the_loss_is_not() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
     ratio = gradients(model, scaled)[0].norm() / gradients(model, plain)[0].norm()
     assert ratio.item() == pytest.approx(8, rel=0.05)
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("fp32", "ieee"), ("tf32", "tf32")])
+def test_forward_and_backward_pass_round_products_as_the_precision_says(
+    precision: PrecisionName, expected: str
+) -> None:
+    seen: list[str] = []
+    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+
+    class Noting(TinyNetwork):
+        def forward(self, images: Tensor, scale: float = 1.0) -> list[Tensor]:
+            (logits,) = super().forward(images, scale)
+            logits.register_hook(lambda _: seen.append(convolutions.fp32_precision))
+            seen.append(convolutions.fp32_precision)
+            return [logits]
+
+    accumulate_gradients(Noting(), window((2,), precision))
+    assert seen == [expected, expected]
 
 
 def test_dropout_is_a_function_of_the_window() -> None:

@@ -75,7 +75,7 @@ RANGES: Mapping[str, Range] = {
 }  # fmt: skip
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "spike_policy": ("skip", "clip", "off"),
-    "precision": ("auto", "fp16", "bf16", "fp32"),
+    "precision": ("auto", "fp16", "bf16", "tf32", "fp32"),
     "device": ("auto", "cpu", "cuda"),
     "augment_on": ("loader", "device"),
     "mask_values": ("auto", "above-half", "nonzero", "nonzero-but-255", "alpha", "inverted"),

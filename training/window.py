@@ -164,7 +164,8 @@ def accumulate_gradients(
         counts = number < len(window.batches)
         share = num_ranks * len(images) / window.num_samples_everywhere if counts else 0.0
         is_last = number == len(batches) - 1
-        with model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last else nullcontext():
+        sums = nullcontext() if is_last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+        with sums, window.precision.products():
             loss = loss_of(model, images, masks, uncertainty_weight, window.precision, window.scale) * share
             if window.drill is not None:
                 loss = window.drill.spoil_loss(loss, window.scaler.is_enabled())
