@@ -42,16 +42,17 @@ def run_program(arguments: list[str], syncs: str) -> int:
 
 def main() -> int:
     """Build the runtime, and run this module again with it; there, run the program."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--memory", type=int, default=16 * 10**9, help="bytes of a device")
     parser.add_argument("--capability", type=int, default=90, help="compute capability times 10")
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--lazy", action="store_true", help="copies are as late as CUDA allows")
     parser.add_argument("--syncs", choices=["default", "warn", "error"], default="default", help="host syncs")
-    parser.add_argument("arguments", nargs="*", metavar="-- ARGUMENTS", help="of train_ultimate.py")
-    options = parser.parse_args()
+    options, arguments = parser.parse_known_args()  # the others are train_ultimate.py's; torchrun takes the "--" away
     if is_active():
-        return run_program(options.arguments, options.syncs)
+        return run_program([argument for argument in arguments if argument != "--"], options.syncs)
     if reason := why_not():
         print(f"error: {reason}", file=sys.stderr)
         return 2

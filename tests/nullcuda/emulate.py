@@ -169,33 +169,23 @@ def _on_cpu_if_cuda(value: Any) -> Any:
 
 
 def _communicate(name: str, args: tuple[Any, ...]) -> None:
-    """Do with gloo what NCCL leaves undone, if the process group has gloo as well."""
+    """Do with gloo what NCCL leaves undone for DDP, if the process group has gloo as well. Reductions are sums."""
     if "gloo" not in dist.get_backend_config():
         return
-    size, rank = dist.get_world_size(), dist.get_rank()
     if name == "c10d::allreduce_":
         for tensor in args[0]:
-            _all_reduce(on_cpu(tensor), args[2], size)
+            _add_up(on_cpu(tensor))
     elif name == "c10d::broadcast_":
         for tensor in args[0]:
             dist.broadcast(on_cpu(tensor), args[2])
-    elif name == "c10d::_allgather_base_":
-        dist.all_gather_into_tensor(on_cpu(args[0]), on_cpu(args[1]).contiguous())
     elif name == "c10d::allgather_":
         for targets, source in zip(args[0], args[1], strict=True):
             dist.all_gather([on_cpu(target) for target in targets], on_cpu(source).contiguous())
-    elif name == "c10d::_reduce_scatter_base_":
-        whole = on_cpu(args[1]).clone()
-        _all_reduce(whole, args[3], size)
-        target = on_cpu(args[0])
-        target.copy_(whole.view(size, -1)[rank].view_as(target))
     elif name != "c10d::barrier":
         raise NotImplementedError(f"{name} is not emulated")
 
 
-def _all_reduce(tensor: Tensor, operation: Any, size: int) -> None:
-    kind = dist.ReduceOp.RedOpType(getattr(operation, "op", operation))
-    is_mean = kind.name == "AVG"  # gloo has none
+def _add_up(tensor: Tensor) -> None:
     dense = tensor.float().contiguous() if tensor.dtype in _HALF else tensor.contiguous()
-    dist.all_reduce(dense, dist.ReduceOp.SUM if is_mean else kind)
-    tensor.copy_(dense / size if is_mean else dense)
+    dist.all_reduce(dense)
+    tensor.copy_(dense)
