@@ -1,24 +1,26 @@
-"""Memory of the README's presets for GPUs, measured on a CUDA device or else estimated.
+"""Memory of the README's presets on a GPU: the peak that torch reserves in two steps, and 0.7 GB for the CUDA context.
 
-    python benchmarks/device_memory.py [--device cpu|cuda]
+    python benchmarks/device_memory.py
 
-Measured: the peak of two optimizer steps with a weight average, and 0.7 GB for the CUDA context. Estimated: the bytes
-that the forward pass of two images keeps for the backward pass, scaled to the batch, a fifth more for temporary
-tensors, 20 bytes a parameter (weights, gradients, two moments, average), and the context. Neither includes the cuDNN
-workspace.
+Without a GPU, the same of torch's allocator alone, without cuDNN's workspaces:
+
+    python -m tests.nullcuda --memory 80000000000 --no-arithmetic --program benchmarks/device_memory.py
 """
 
-import argparse
+import sys
+from pathlib import Path
 
 import torch
-from runs import settings_of
-from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from commands import cli
 from losses import deep_supervision_loss
 from models import NetworkSettings, build_network
-from runtime.machine import Precision, on_device
+from runtime.machine import Precision, on_device, resolve_precision
 from training.batchnorm import BufferGuard
 from training.optim import Ema, build_optimizer
+from training.settings import Settings
 
 GB = 1e9
 CONTEXT = 0.7 * GB
@@ -27,62 +29,50 @@ PRESETS = {
     "24 GB": "--zoom --batch-size 8 --accumulation-steps 1",
     "80 GB": "--backbone pvt_v2_b4 --img-size 448 --zoom --batch-size 16 --accumulation-steps 1",
 }
+OTHERS = {
+    "frozen": "--frozen-levels 1 --batch-size 8 --accumulation-steps 1",
+    "checkpointing": "--gradient-checkpointing --batch-size 8 --accumulation-steps 1",
+    "resnet50": "--backbone resnet50 --batch-size 8 --accumulation-steps 1",
+    "resnet50, frozen": "--backbone resnet50 --frozen-levels 1 --batch-size 8 --accumulation-steps 1",
+}
 
 
-def bytes_kept(network: torch.nn.Module, img_size: int, batch_size: int, precision: Precision) -> int:
-    """Return the bytes of all storages that forward pass and loss keep, without the parameters."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
-    sizes: dict[int, int] = {}
+def peak(flags: str, precision: Precision) -> int:
+    """Return the most bytes of a GPU that two optimizer steps of stage 2 take, the context included.
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    images = torch.rand(batch_size, 3, img_size, img_size).contiguous(memory_format=torch.channels_last)
-    masks = (torch.rand(batch_size, 1, img_size, img_size) > 0.5).float()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        with precision.autocast():
-            side_logits = network(images)
-        deep_supervision_loss(side_logits, masks, 0.5)
-    return sum(sizes.values())
-
-
-def peak(network: torch.nn.Module, img_size: int, batch_size: int, precision: Precision) -> int:
-    """Return the most bytes that two steps reserve on the device."""
+    The backbone is treated as a pretrained one, whose normalisation statistics are fixed; its values do not matter.
+    """
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    optimizer = build_optimizer(network, network.get_submodule("backbone"), 1e-4)
+    before = torch.cuda.memory_reserved()
+    settings = Settings.resolve(cli.parse(["train", "--dataset-path", "x", *flags.split()]).given)
+    network = build_network(NetworkSettings.of(settings.to_dict()))
+    network = on_device(network, torch.device("cuda"), torch.channels_last).train()
+    network.set_backbone_frozen(False)
+    if settings.gradient_checkpointing:
+        network.checkpoint_gradients()
+    optimizer = build_optimizer(network, network.backbone, 1e-4)
     average = Ema(network, 0.999)
     guard = BufferGuard(network)
+    shape = settings.batch_size, 3, settings.img_size, settings.img_size
     for _ in range(2):
         guard.begin_window()
-        images = torch.rand(batch_size, 3, img_size, img_size, device="cuda")
-        masks = (torch.rand(batch_size, 1, img_size, img_size, device="cuda") > 0.5).float()
+        images = torch.rand(shape, device="cuda").contiguous(memory_format=torch.channels_last)
+        masks = (torch.rand(shape, device="cuda")[:, :1] > 0.5).float()
         with precision.autocast():
-            side_logits = network(images.contiguous(memory_format=torch.channels_last))
-        deep_supervision_loss(side_logits, masks, 0.5).backward()
+            side_logits = network(images)
+        deep_supervision_loss(side_logits, masks, torch.zeros((), device="cuda")).backward()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         average.update(network, guard.at_start)
-    return torch.cuda.max_memory_reserved()
+    return int(torch.cuda.max_memory_reserved() - before + CONTEXT)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    device = parser.parse_args().device
-    precision = Precision("bf16", device)
-    for name, flags in PRESETS.items():
-        settings = settings_of("--dataset-path", "x", "--no-pretrained", *flags.split())
-        network = build_network(NetworkSettings.of(settings.to_dict()))
-        network = on_device(network, torch.device(device), torch.channels_last)
-        parameters = sum(parameter.numel() for parameter in network.parameters())
-        if device == "cuda":
-            total, how = peak(network, settings.img_size, settings.batch_size, precision) + CONTEXT, "measured"
-        else:
-            kept = bytes_kept(network, settings.img_size, 2, precision) / 2
-            total, how = 1.2 * kept * settings.batch_size + 20 * parameters + CONTEXT, "estimated"
-        print(f"{name:6} {total / GB:5.1f} GB, {how}; {parameters / 1e6:.1f} M parameters: {flags}")
+    precision = resolve_precision("auto", torch.device("cuda"))
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {precision.name}")
+    for name, flags in {**PRESETS, **OTHERS}.items():
+        print(f"{name:17} {peak(flags, precision) / GB:5.1f} GB: {flags}")
 
 
 if __name__ == "__main__":

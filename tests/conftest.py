@@ -45,8 +45,14 @@ if nullcuda.is_active():
     nullcuda.begin()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
-    """Run ``-m rehearsal`` in a pytest of its own that has null CUDA devices; see ``nullcuda``."""
+    """Run ``-m rehearsal`` in a pytest of its own that has null CUDA devices, and ``-m gpu`` in one process.
+
+    Several processes would share a GPU's memory and its time.
+    """
+    if re.fullmatch(r"gpu2?", config.option.markexpr) and not nullcuda.is_active():
+        config.option.numprocesses = 0
     asked_for = re.search(r"(?<!not )\brehearsal\b", config.option.markexpr)
     if not asked_for or nullcuda.is_active() or nullcuda.why_not():
         return None

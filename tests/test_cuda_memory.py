@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,15 +10,17 @@ from pathlib import Path
 import nullcuda
 import pytest
 import torch
-from conftest import Argv, prepare_run, train
+from conftest import ROOT, Argv, prepare_run, train
 from nullcuda.emulate import Emulation
 from torch import Tensor
 
+from benchmarks.device_memory import GB, PRESETS, peak
 from data.dataset import Batch
 from data.loading import training_loader
 from data.synthetic import write_synthetic_dataset
 from losses import deep_supervision_loss
 from runtime.checkpoint import read_checkpoint
+from runtime.machine import Precision
 from train_ultimate import begin_stage, train_epoch
 from training.run import Run
 from training.window import Window
@@ -192,3 +195,15 @@ def test_one_image_that_does_not_fit_ends_the_run_with_what_to_do(
     err = capsys.readouterr().err
     assert "out of memory with the smallest batches; --gradient-checkpointing" in err
     assert "saved " in err
+
+
+@pytest.mark.skipif(not nullcuda.is_active(), reason="the README's figures are a null device's: -m rehearsal")
+def test_memory_of_the_readmes_presets_is_what_torch_allocates() -> None:
+    """Within 5 %, cuDNN's workspaces aside; docs/gpu.md has what a GPU measured."""
+    rows = re.findall(r"^\| GPU, (\d+ GB) \| `([^`]+)` \| ([\d.]+) GB \|$", (ROOT / "README.md").read_text(), re.M)
+    assert {name: sorted(flags.split()) for name, flags, _ in rows} == {
+        name: sorted(flags.split()) for name, flags in PRESETS.items()
+    }
+    with memory_limited_to(80 * 10**9), Emulation(computes=False):
+        for _, flags, gigabytes in rows:
+            assert peak(flags, Precision("bf16", "cuda")) / GB == pytest.approx(float(gigabytes), rel=0.05), flags

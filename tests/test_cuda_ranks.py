@@ -123,6 +123,7 @@ def test_sharded_window_adds_one_packet_to_what_fsdp_sends(
     assert counts["c10d::allreduce_"] == 1
 
 
+@pytest.mark.gpu2
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_launched_ranks_train_to_the_losses_of_cpu_ranks(precision: str, tiny_dataset: Path, tmp_path: Path) -> None:
     """Two processes by torchrun, over NCCL. On null devices, gloo sends what NCCL would."""
