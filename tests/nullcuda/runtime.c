@@ -213,6 +213,10 @@ int cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) { /* a device 
     return SUCCESS;
 }
 
+int cudaGetDeviceProperties_v2(struct cudaDeviceProp *p, int device) { /* its name in CUDA 12 */
+    return cudaGetDeviceProperties(p, device);
+}
+
 int cudaDeviceGetAttribute(int *value, int attribute, int device) {
     switch (attribute) {
         case cudaDevAttrMultiProcessorCount: *value = 108; break;
