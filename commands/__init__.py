@@ -12,6 +12,7 @@ from commands import cli
 from commands.output import print_error, print_lines
 from data.processes import num_cores
 from runtime import console
+from runtime.files import first_line
 from runtime.folder import BEST, CONFIG
 from training.settings import Settings, UsageError, flag
 
@@ -61,7 +62,7 @@ def answer(argv: Sequence[str] | None = None) -> int | cli.Request:
 
 
 def attempt(call: Callable[[], T]) -> T | int:
-    """Return the call's result. If a user's mistake or Ctrl-C ends it, print one line and return the exit code."""
+    """Return the call's result. If a user's mistake, the GPU or Ctrl-C ends it, print a line, return the exit code."""
     try:
         return call()
     except (ValueError, OSError) as error:
@@ -70,6 +71,14 @@ def attempt(call: Callable[[], T]) -> T | int:
         if not reported_by_rank_0:
             print_error(str(error))
         return 2
+    except RuntimeError as error:
+        if "CUDA" not in str(error):
+            raise
+        print_error(
+            f"the GPU cannot be used: {first_line(error)}. nvidia-smi shows what else uses it; CUDA_VISIBLE_DEVICES "
+            "chooses another, --device cpu none"
+        )
+        return 1
     except KeyboardInterrupt:
         print_lines(["interrupted"], to_stderr=True)
         return 130

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -216,6 +217,13 @@ class _Loader(DataLoader[Batch]):
             self._iterator = None
 
 
+def _is_reading(frame: FrameType | None) -> bool:
+    """Return whether a sample is being read where the process was interrupted."""
+    while frame is not None and frame.f_code.co_name != "__getitem__":  # of any dataset
+        frame = frame.f_back
+    return frame is not None
+
+
 def _recover(loader: DataLoader[Batch], error: Exception) -> None:
     """Prepare a loader to go on after worker processes have died, or could not hand over a batch.
 
@@ -261,18 +269,19 @@ def _collate_to_share(samples: Sequence[Sample]) -> Batch:
     return batch
 
 
-def begin_loader_process(_worker: int) -> None:
+def begin_loader_process(_worker: int, patience: int = 60) -> None:
     """Set up a loader process to leave signals to the main process, and to keep freed memory.
 
     Ctrl-C, ``timeout`` and Slurm signal whole process groups, but the main process decides whether the run ends. It may
-    need batches to finish its window, so a worker outlives SIGTERM by a minute. (A worker whose main process is gone
-    ends by itself.)
+    need batches to finish its window, so a worker outlives SIGTERM. If a read hangs, it ends after ``patience``
+    seconds, or twice that. (A worker whose main process is gone ends by itself.)
 
     Raises:
         HandoverError: Tensors cannot be handed over; a socket's path in TMPDIR may be too long.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(patience))
+    signal.signal(signal.SIGALRM, lambda _, frame: os._exit(1) if _is_reading(frame) else signal.alarm(patience))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
     # Silences the feeder thread's traceback if the main process exits first.
     sys.excepthook = lambda *_: None

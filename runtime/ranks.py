@@ -33,14 +33,14 @@ class Ranks:
     Attributes:
         rank: number of this process, from 0. Rank 0 prints and writes.
         size: number of processes (world size).
-        local_rank: number of this process on its machine, which is the number of its GPU.
+        gpu: number of its GPU among those that this process sees.
         shards: weights and gradients are split over ranks, see ``sharding.shard``; else each rank holds all of them.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, heartbeat: Heartbeat | None = None) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, gpu: int = 0, heartbeat: Heartbeat | None = None) -> None:
         self.rank = rank
         self.size = size
-        self.local_rank = local_rank
+        self.gpu = gpu
         self.shards = False
         self._heartbeat = heartbeat
 
@@ -182,11 +182,15 @@ def join(device_type: str, patience: float) -> Ranks:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
     rank, size, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    gpu, identity = local_rank, f"rank {rank}"
     if device_type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            here = f"{torch.cuda.device_count()} GPUs, and rank {rank} is number {local_rank + 1}"
+        num_gpus = torch.cuda.device_count()
+        gpu = 0 if num_gpus == 1 else local_rank  # Slurm shows each process one GPU: its own
+        if gpu >= num_gpus:
+            here = f"{num_gpus} GPUs, and rank {rank} is number {local_rank + 1}"
             raise ValueError(f"{socket.gethostname()} has {here} there; give torchrun --nproc-per-node=gpu")
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(gpu)
+        identity = f"{socket.gethostname()}: {torch.cuda.get_device_properties(gpu).uuid}"
     if not is_launched():
         where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         write_line(
@@ -204,13 +208,20 @@ def join(device_type: str, patience: float) -> Ranks:
             backend, store=dist.PrefixStore(f"ranks {gathering}", store), rank=rank, world_size=size,
             timeout=LONGEST_WAIT,
         )  # fmt: skip
-        ranks = Ranks(rank, size, local_rank, heartbeat)
-        kinds = ranks.gather(device_type)
+        ranks = Ranks(rank, size, gpu, heartbeat)
+        kinds, identities = zip(*ranks.gather((device_type, identity)), strict=True)
     except RuntimeError as error:  # torch's errors of communication are RuntimeErrors
         raise ValueError(f"rank {rank} of {size} did not find the others: {error}") from error
     if len(set(kinds)) > 1:
         listed = ", ".join(f"rank {rank}: {kind}" for rank, kind in enumerate(kinds))
         raise ValueError(f"ranks compute on different devices ({listed}); check driver and GPU of each machine")
+    if len(set(identities)) < size:
+        twice = next(name for name in identities if identities.count(name) > 1)
+        sharing = " and ".join(str(rank) for rank, name in enumerate(identities) if name == twice)
+        raise ValueError(
+            f"ranks {sharing} have the same GPU ({twice}); start as many processes as there are GPUs: torchrun "
+            "--nproc-per-node=gpu"
+        )
     if device_type == "cuda":  # NCCL allocates now, before the trial of how much memory is left
         dist.all_reduce(torch.zeros(1, device="cuda"))
     return ranks

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from losses import deep_supervision_loss
-from training.ladder import SPIKES_IN_COMMON, Ladder
+from training.ladder import Ladder
 
 BAD = "scene_00013"  # after the first windows of the run, in which nothing is a spike yet
 
@@ -54,7 +54,7 @@ def test_a_sample_of_huge_finite_loss_is_quarantined_and_its_neighbours_are_trai
 
 def test_an_image_in_spike_after_spike_is_at_fault_and_its_neighbours_are_not() -> None:
     ladder = Ladder()
-    for number in range(SPIKES_IN_COMMON - 1):
+    for number in range(2):
         assert ladder.suspect(["bad", f"a{number}", f"b{number}"]) == set()
     assert ladder.suspect(["c", "bad", "d"]) == {"bad"}
     assert "bad" not in ladder.suspects

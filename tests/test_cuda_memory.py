@@ -186,6 +186,21 @@ def test_libraries_that_run_out_of_memory_halve_the_batches_too(
     assert [len(batch.images) for batch in batches_of(train_first_epoch(run))] == [4, 4, 4, 4]
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_gpu_that_others_have_filled_is_reported_in_one_line(
+    command: str, argv: Argv, finished: Path, tiny_dataset: Path, arithmetic: Emulation | None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Before the first window, there is nothing to halve."""
+    score = ["evaluate", "--checkpoint", str(finished / "best_model.pth"), "--dataset-path", str(tiny_dataset)]
+    forget()
+    with memory_limited_to(torch.cuda.memory_reserved()):
+        assert train(argv() if command == "train" else [*score, "--device", "cuda", "--num-workers", "0"]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert line.startswith("error: the GPU cannot be used: CUDA out of memory")
+    assert "nvidia-smi" in line
+
+
 def test_one_image_that_does_not_fit_ends_the_run_with_what_to_do(
     argv: Argv, arithmetic: Emulation | None, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -123,6 +124,39 @@ def test_sharded_window_adds_one_packet_to_what_fsdp_sends(
     assert counts["c10d::allreduce_"] == 1
 
 
+def launched(*command: str, check: bool = True, devices: int = 2) -> "subprocess.CompletedProcess[str]":
+    """Start two processes by torchrun that see this many GPUs each."""
+    done = subprocess.run(
+        [*LAUNCHER, "--nproc-per-node=2", *command], capture_output=True, text=True, cwd=Path(__file__).parents[1],
+        timeout=300, env={**os.environ, "NULLCUDA_DEVICES": str(devices), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def test_parameters_that_no_gradient_reaches_are_left_out(
+    argv_of_eight: list[str], eight: Ranks, arithmetic: Emulation
+) -> None:
+    """DDP would wait for them in the second window: timm's pit has a norm that its features do not pass."""
+    argv = [*argv_of_eight, "--backbone", "pit_ti_224", "--precision", "fp32"]
+    run, sent = windows_of(argv, eight, arithmetic)
+    assert len(sent) > 2
+    frozen = [name for name, parameter in run.state.model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["backbone.body.body.norm.weight", "backbone.body.body.norm.bias"]
+
+
+def test_process_that_sees_one_gpu_uses_it_as_its_own(tiny_dataset: Path, tmp_path: Path) -> None:
+    """Slurm's --gpus-per-task=1: rank 1 is the machine's second process, and its GPU is the first that it sees."""
+    if not nullcuda.is_active():
+        pytest.skip("only null devices are certain to be there: -m rehearsal")
+    flags = "--device", "cuda", "--epochs", "1", "--stage1-epochs", "1"
+    arguments = tiny_arguments(tiny_dataset, tmp_path / "run", *flags)
+    program = " ".join([sys.executable, "-m", "tests.nullcuda", *arguments])
+    launched("--no-python", "bash", "-c", f"CUDA_VISIBLE_DEVICES=$LOCAL_RANK exec {program}", devices=1)
+    refused = launched("-m", "tests.nullcuda", "--", *arguments, check=False, devices=1)
+    assert "ranks 0 and 1 have the same GPU" in refused.stderr
+
+
 @pytest.mark.gpu2
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_launched_ranks_train_to_the_losses_of_cpu_ranks(precision: str, tiny_dataset: Path, tmp_path: Path) -> None:
@@ -134,11 +168,6 @@ def test_launched_ranks_train_to_the_losses_of_cpu_ranks(precision: str, tiny_da
         null = device == "cuda" and nullcuda.is_active()
         program = ("-m", "tests.nullcuda", "--") if null else ("train_ultimate.py",)
         flags = ("--device", device, "--precision", precision, "--epochs", "2", "--stage1-epochs", "1")
-        command = [*LAUNCHER, "--nproc-per-node=2", *program, *tiny_arguments(tiny_dataset, tmp_path / device, *flags)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=300,
-            env={**os.environ, "NULLCUDA_DEVICES": "2", "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        launched(*program, *tiny_arguments(tiny_dataset, tmp_path / device, *flags))
         losses[device] = [event["loss"] for event in read_events(tmp_path / device, "window")]
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3 if precision == "fp32" else 3e-2)

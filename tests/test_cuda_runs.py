@@ -44,7 +44,7 @@ def story(folder: Path) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("drill", DRILLS.values(), ids=DRILLS)
 def test_drill_ends_as_on_a_cpu(drill: str, tiny_argv: Argv, tmp_path: Path, arithmetic: Emulation | None) -> None:
-    """In fp16, with loss scaling on both. Spikes are known from the seventh window on."""
+    """Loss scaling is on, on both devices. Spikes are known from the seventh window on."""
     shape = "--batch-size", "6", "--accumulation-steps", "1", "--epochs", "2", "--stage1-epochs", "1"
     flags = *shape, "--precision", "fp16", "--drill", drill
     for device in ("cpu", "cuda"):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from runtime.machine import PrecisionName
 from training.gate import StepVerdict, WindowOutcome
-from training.ladder import AFTER_QUARANTINE, BAD_AMONG, PROGRESS_WINDOWS, Action, Ladder, LossHistory
+from training.ladder import AFTER_QUARANTINE, BAD_AMONG, Action, Ladder, LossHistory
 
 
 def outcome(verdict: StepVerdict, loss: float = 1.0) -> WindowOutcome:
@@ -218,7 +218,7 @@ def test_rollbacks_count_as_in_a_row_until_there_is_progress() -> None:
     ladder.rolled_back(10.0)
     ladder.rolled_back(5.0)
     assert (ladder.rollbacks_in_a_row, ladder.lr_factor, ladder.seconds_lost) == (2, 0.25, 15.0)
-    feed(ladder, *[1.0] * (PROGRESS_WINDOWS - 1))
+    feed(ladder, *[1.0] * 199)
     assert ladder.rollbacks_in_a_row == 2
     feed(ladder, 1.0)
     assert (ladder.rollbacks_in_a_row, ladder.num_rollbacks, ladder.lr_factor) == (0, 2, 0.25)

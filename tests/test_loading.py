@@ -1,18 +1,30 @@
 """Loaders: the same batches whatever the workers, and processes that leave signals to the main one."""
 
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from data.layouts import Pair, find_subsets, training_pairs
-from data.loading import batches_of, to_device, training_loader, validation_loader, windows, workers_that_fit
+from data.loading import (
+    batches_of,
+    begin_loader_process,
+    to_device,
+    training_loader,
+    validation_loader,
+    windows,
+    workers_that_fit,
+)
 from data.unreadable import UnreadableDataError
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +111,36 @@ del loader  # ends its processes
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 0, result.stderr
+
+
+class Hanging(Dataset[int]):
+    """A dataset on a disk that has gone: reads do not return."""
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(60)
+        return index
+
+
+def idle_then_reading(seconds: float, idle: Any) -> None:
+    """Be a loader process that gets SIGTERM, has nothing to do for some seconds, and then reads."""
+    begin_loader_process(0, patience=1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.1)
+    idle.set()
+    Hanging()[0]
+
+
+def test_loader_process_outlives_a_signal_until_a_read_hangs() -> None:
+    """A window may take longer than its patience: then it waits, and is needed again."""
+    context = multiprocessing.get_context("fork")
+    idle = context.Event()
+    process = context.Process(target=idle_then_reading, args=(2.5, idle))
+    process.start()
+    assert idle.wait(10)  # two alarms have gone off
+    process.join(10)
+    assert process.exitcode == 1
 
 
 def all_batches(pairs: list[Pair], num_workers: int, kill_before: tuple[int, ...] = ()) -> list[torch.Tensor]:

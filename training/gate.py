@@ -268,7 +268,7 @@ class PendingOutcome:
         self._arrived: torch.cuda.Event | None = None
         if packed.is_cuda:
             self._values = torch.empty(packed.shape, pin_memory=True).copy_(packed, non_blocking=True)
-            self._arrived = torch.cuda.Event()
+            self._arrived = torch.cuda.Event(blocking=True)
             self._arrived.record()
         else:
             self._values = packed

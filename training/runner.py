@@ -48,6 +48,7 @@ class WindowRunner:
         self._scales = sorted(scales, reverse=True)  # the largest, which needs most memory, first
         self._recomputes = recomputes
         self._loss = loss
+        self._unreached: list[nn.Parameter] = []  # by the trial's backward pass; timm's pit has a norm that it skips
         self._compiled: Callable[..., Tensor] | None = None
         self._compiled_for: Precision | None = None
 
@@ -76,7 +77,10 @@ class WindowRunner:
             self.num_parts = 1 if grows else self.num_parts
         wanted = self._largest_part
         if (grows and most is not None) or (ranks.size > 1 and not ranks.shards):
+            spare = sum(parameter.numel() for parameter in model.parameters()) if ranks.size > 1 else 0
+            buckets = torch.empty(spare, device=self._machine.device)  # DDP's come after the trial
             self._shrink_until_it_fits(model, precision, guard, most or wanted + 1)
+            del buckets
             self.batch_size = min(ranks.gather(self.batch_size))
         if grows and self.batch_size > self._asked_for:
             logger.info(f"Batches of {self.batch_size} images: as many of a step's as fit into the GPU's memory")
@@ -84,7 +88,9 @@ class WindowRunner:
             logger.warning(f"out of memory: batches of {self._largest_part} images instead of {self._asked_for}")
         if ranks.size == 1:
             return
-        device = torch.device(precision.device_type, ranks.local_rank)
+        for parameter in self._unreached:  # DDP would wait for their gradients
+            parameter.requires_grad_(False)
+        device = torch.device(precision.device_type, ranks.gpu)
         self._replica = ranks.replicate(model, device)
 
     def compile(self, model: nn.Module, precision: Precision) -> None:
@@ -177,6 +183,7 @@ class WindowRunner:
         fits = True
         try:
             self._accumulate(model, window)
+            self._unreached = [p for p in model.parameters() if p.requires_grad and p.grad is None]
         except torch.OutOfMemoryError:
             fits = False
         self._clear(model, guard)

@@ -201,6 +201,7 @@ int cudaSetDevice(int device) {
 int cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) { /* a device about the size of an A100 */
     memset(p, 0, sizeof *p);
     strcpy(p->name, "Null GPU");
+    p->uuid.bytes[0] = setting("CUDA_VISIBLE_DEVICES", 0) + device; /* the first of them, as a CUDA driver would */
     p->totalGlobalMem = total_memory();
     p->major = capability() / 10, p->minor = capability() % 10;
     p->multiProcessorCount = 108, p->warpSize = 32, p->maxBlocksPerMultiProcessor = 32;
