@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.sampler import EpochBatchSampler, derive_seed
+from data.sampler import EpochBatchSampler, Share, derive_seed
 
 sizes = st.integers(1, 200)
 batch_sizes = st.integers(1, 17)
@@ -56,3 +56,14 @@ def test_the_last_window_has_the_samples_that_are_left() -> None:
     sampler = EpochBatchSampler(num_samples=10, batch_size=2, seed=0, window_size=4)
     assert [sampler.samples_in(window) for window in range(3)] == [4, 4, 2]
     assert [sampler.batches_in(window) for window in range(3)] == [2, 2, 1]
+
+
+def test_a_rank_that_a_short_window_leaves_nothing_gets_one_batch_to_run() -> None:
+    """Every rank must take part in collectives: the last of four ranks has none of the last window's two samples."""
+    share = Share(rank=3, world_size=4)
+    sampler = EpochBatchSampler(num_samples=10, batch_size=2, seed=0, window_size=8, share=share)
+    batches = list(sampler)
+    assert [len(batch) for batch in batches] == [2, 1]
+    assert len(batches) == len(sampler) == sum(sampler.batches_in(window) for window in range(2))
+    first = EpochBatchSampler(num_samples=10, batch_size=2, seed=0, window_size=8, share=Share(0, 4))
+    assert batches[1] == list(first)[1]
