@@ -40,6 +40,8 @@ Argv = Callable[..., list[str]]
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background; child processes would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # of nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, most of all on a busy machine
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic: read when CUDA is first used
 if nullcuda.is_active():
