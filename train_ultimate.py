@@ -151,17 +151,20 @@ def validate(run: Run, loader: DataLoader[Batch]) -> dict[str, float]:
 
 
 def stop_if_asked(run: Run) -> None:
-    """Save and end the run if a signal asks for it. On resume, an epoch trained to its end is only validated.
+    """Save and end the run if a signal or the end of its time asks for it.
+
+    On resume, an epoch trained to its end is only validated.
 
     Raises:
-        StoppedError: A signal arrived.
+        StoppedError: A signal arrived, or the time is up.
     """
     run.signals.hear(run.machine.ranks.total(run.signals.received()))
     number = run.signals.signal_number
-    if number is not None:
+    if run.signals.stop:
         saved = save_and_wait(run)
+        reason = f"--max-hours {run.settings.max_hours:g}" if number is None else signal.Signals(number).name
         raise StoppedError(
-            128 + number, f"stopped by {signal.Signals(number).name}; {saved}. Go on with: {resume_command(run)}"
+            0 if number is None else 128 + number, f"stopped by {reason}; {saved}. Go on with: {resume_command(run)}"
         )
 
 
@@ -361,7 +364,7 @@ def run_to_its_end(run: Run, parts: "ScriptParts") -> int:
             print_lines([message], to_stderr=True)
         elif message:
             print_error(message)
-        for line in closing_lines(run) if exit_code == 0 else ():
+        for line in closing_lines(run) if exit_code == 0 and not run.signals.time_is_up else ():
             console.logger.info(line)
         run.folder.log.close()
     return exit_code
@@ -392,9 +395,9 @@ def run_training(request: Request, parts: ScriptParts | None = None) -> int:
 def main(argv: Sequence[str] | None = None, parts: ScriptParts | None = None) -> int:
     """Run a command and return its exit code.
 
-    0: done. 1: a bug; findings of ``check-data``; images that ``evaluate`` or ``predict`` could not read. 2: bad usage
-    or bad input. 3: diverged, all recoveries spent. 129, 130, 143: stopped by SIGHUP, SIGINT, SIGTERM, with a
-    checkpoint written.
+    0: done, or stopped by ``--max-hours``. 1: a bug; findings of ``check-data``; images that ``evaluate`` or
+    ``predict`` could not read; a GPU that cannot be used. 2: bad usage or bad input. 3: diverged, all recoveries
+    spent. 129, 130, 143: stopped by SIGHUP, SIGINT, SIGTERM. Whatever stops a run, a checkpoint is written.
     """
     request = commands.answer(argv)
     return request if isinstance(request, int) else run_training(request, parts)

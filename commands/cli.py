@@ -214,6 +214,9 @@ def _add_training_flags(parser: argparse.ArgumentParser, preset: Mapping[str, An
     add(group, "backbone", "any timm model that offers features_only")
     add(group, "pretrained", "start from timm's ImageNet weights")
     add(group, "backbone_weights", "start from this .pth or .safetensors file instead; nothing is downloaded")
+    add(group, "start_from",
+        "start from a network that this program trained, on these data and with a schedule of its own: a checkpoint, a "
+        "folder of export, owner/name on the Hugging Face hub, or a file of weights", metavar="PATH|NAME")
     add(group, "frozen_levels",
         "keep the layers below the backbone's N finest of four feature levels as pretrained, throughout: less memory "
         "and time, much less for convolutional backbones", metavar="N")
@@ -264,6 +267,9 @@ def _add_training_flags(parser: argparse.ArgumentParser, preset: Mapping[str, An
         "file's folder; for demo, a new folder in demo-runs)")
     add(group, "checkpoint_every", "save mid-epoch too, every so many windows; 0: after epochs only")
     add(group, "keep_checkpoints", "number of epoch files to keep")
+    add(group, "max_hours",
+        "save and end in time for a session of so many hours from now, with exit code 0; the same command with "
+        "--resume auto goes on", metavar="HOURS")
 
     group = parser.add_argument_group("machine")
     add(group, "device", "auto: CUDA if there is one")

@@ -3,12 +3,14 @@
 import difflib
 import functools
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import timm
 import timm.data
+import timm.layers
 import timm.layers.padding
 import timm.models
 import torch
@@ -26,6 +28,27 @@ _USUAL = (  # to guess from when weights do not fit
     "pvt_v2_b2", "pvt_v2_b4", "tf_efficientnet_lite0", "tf_efficientnet_lite1", "efficientnet_b0", "convnext_tiny",
     "mobilenetv3_large_100", "swin_tiny_patch4_window7_224", "vit_base_patch16_224",
 )  # fmt: skip
+
+
+def embedding_like(weight: Tensor, wanted: Tensor | None, name: str) -> Tensor:
+    """Return a position embedding at the size of another image size, by timm; other weights as they are.
+
+    Args:
+        weight: of a trained network.
+        wanted: the same weight of the network to start; None if it has none.
+        name: of the weight.
+    """
+    if wanted is None or weight.shape == wanted.shape or "pos_embed" not in name:
+        return weight
+    if weight.ndim == wanted.ndim == 4 and weight.shape[:2] == wanted.shape[:2]:  # (1, C, H, W)
+        resized = nn.functional.interpolate(weight.float(), wanted.shape[2:], mode="bicubic", antialias=True)
+        return resized.to(weight.dtype)
+    if weight.ndim == wanted.ndim == 3 and weight.shape[2] == wanted.shape[2]:  # (1, N, C)
+        for num_prefix in (0, 1, 2, 5):  # tokens beside the image's: class, distillation, registers
+            old, new = (math.isqrt(max(tensor.shape[1] - num_prefix, 0)) for tensor in (weight, wanted))
+            if old**2 + num_prefix == weight.shape[1] and new**2 + num_prefix == wanted.shape[1]:
+                return timm.layers.resample_abs_pos_embed(weight, [new, new], [old, old], num_prefix)
+    return weight
 
 
 class Backbone(nn.Module):

@@ -50,7 +50,7 @@ class NetworkSettings:
             tuple(settings.get("zoom", cls.zooms)),
             tuple(settings.get("multi_scale", cls.scales)),
             settings.get("frozen_levels", cls.frozen_levels),
-            settings["pretrained"] or settings["backbone_weights"] is not None,
+            settings["pretrained"] or any(settings.get(name) for name in ("backbone_weights", "start_from")),
         )
 
 

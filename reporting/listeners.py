@@ -16,6 +16,7 @@ from data.dataset import load_image, load_mask
 from data.layouts import Pair
 from data.loading import unit_range
 from data.masks import ABOVE_HALF, MaskReading
+from reporting.forecast import LEAST_LEFT, Forecast, describe, forecast_of
 from reporting.history import number
 from reporting.report import write_final_report
 from runtime.files import first_line
@@ -42,14 +43,18 @@ class EpochLines:
     Args:
         epochs: number of epochs in the run.
         grad_clip: ``--grad-clip``; gradient norms above five times this value are reported.
+        forecast: tells the time left, if it is more than two minutes; None for no such lines.
     """
 
-    def __init__(self, epochs: int, grad_clip: float) -> None:
+    def __init__(self, epochs: int, grad_clip: float, forecast: Forecast | None = None) -> None:
+        self._forecast = forecast
         self._epochs = epochs
         self._large_norm = 5 * grad_clip
         self._has_warned = False
 
     def event(self, event: str, fields: dict[str, Any]) -> None:
+        if event == "window":
+            self._tell(None if self._forecast is None else self._forecast.window(fields))
         if event != "epoch":
             return
         if not (sys.stderr and sys.stderr.isatty()):  # on a terminal, the progress bar above has named the epoch
@@ -66,6 +71,12 @@ class EpochLines:
         elif fields["large_norms"]:
             text = "   %d of %d windows above %g were clipped"
             logger.info(text, fields["large_norms"], fields["applied"], self._large_norm)
+        self._tell(None if self._forecast is None else self._forecast.epoch(fields))
+
+    @staticmethod
+    def _tell(seconds_left: float | None) -> None:
+        if seconds_left is not None and seconds_left > LEAST_LEFT:
+            logger.info("   %s", describe(seconds_left))
 
     def close(self) -> None:
         """Do nothing: the last epoch's lines are written."""
@@ -244,7 +255,7 @@ class FinalReport:
 def listeners_of(run: Run) -> list[Listener]:
     """Return the listeners of a run, on rank 0. Log which ones are missing because a package is not installed."""
     directory, global_window = run.folder.path, run.state.progress.global_window
-    found: list[Listener] = [EpochLines(run.settings.epochs, run.settings.grad_clip)]
+    found: list[Listener] = [EpochLines(run.settings.epochs, run.settings.grad_clip, forecast_of(run))]
     samples = SamplePredictions(_predictor(run), run.data.val_pairs, run.settings.img_size, run.data.masks)
     try:  # no rank holds all weights of a sharded network, so there are no images of it
         curves = TensorBoardCurves(

@@ -156,3 +156,20 @@ def test_a_closed_terminal_means_nothing_to_a_run_that_ignores_it(tiny_argv: Arg
             assert train(tiny_argv()) == 0
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_run_ends_with_its_time_and_goes_on_to_the_same_weights(
+    finished: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A session of two seconds, half of which is kept back, is too short for four epochs."""
+    long = "--epochs", "4", "--keep-checkpoints", "9"
+    begun = time.monotonic()
+    assert train(tiny_argv(*long, "--max-hours", str(2 / 3600))) == 0
+    assert time.monotonic() - begun < 30
+    stopped = capsys.readouterr()
+    assert "stopped by --max-hours 0.000555556; saved " in stopped.err
+    assert "Go on with: " in stopped.err
+    assert "Done" not in stopped.out
+    assert not (tmp_path / "run/epoch_0004.pth").exists()
+    assert train(["train", "--resume", "auto", "--checkpoint-dir", str(tmp_path / "run")]) == 0
+    assert differing_tensors(final_state(tmp_path / "run"), final_state(finished)) == []

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -105,3 +106,25 @@ def test_rank_that_received_nothing_acts_on_the_signals_of_others() -> None:
     assert (signals.signal_number, signals.save) == (signal.SIGTERM, False)
     signals.hear(both)
     assert signals.signal_number == signal.SIGTERM  # the first one counts
+
+
+def test_a_run_whose_time_ends_stops_with_enough_of_it_left() -> None:
+    """Two per cent are kept back, at least 20 s, and two of the longest windows so far."""
+    now = time.monotonic()
+    for left, ends in ((19.0, True), (25.0, False)):
+        signals = Signals(began=now - 100 + left, seconds=100)
+        signals.hear([])
+        assert (signals.time_is_up, signals.stop, signals.signal_number) == (ends, ends, None)
+    patient = Signals(began=now, seconds=1000)
+    patient.hear([])
+    assert not patient.stop
+    patient._longest = 600.0  # a window of ten minutes: another one would not fit
+    patient.hear([])
+    assert patient.stop
+
+
+def test_the_time_of_one_rank_ends_that_of_all() -> None:
+    other = Signals(alone=False)
+    others_request = Signals(alone=False, began=time.monotonic() - 10, seconds=10).received()
+    other.hear([a + b for a, b in zip(other.received(), others_request, strict=True)])
+    assert other.time_is_up

@@ -61,7 +61,7 @@ class WindowQueue:
             self._gate.begin_window()
             if self._settle():
                 continue
-            if self._run.signals.signal_number is not None or not self._run.save_is_due:
+            if self._run.signals.stop or not self._run.save_is_due:
                 return  # a run that is stopped is saved when it stops
             self._count_seconds()
             self._run.save_step()
@@ -112,7 +112,7 @@ class WindowQueue:
         if self._again:
             window = self._again.popleft()
         else:
-            holds = self._run.save_is_due or self._run.signals.signal_number is not None
+            holds = self._run.save_is_due or self._run.signals.stop
             if holds or (window := next(self._windows, None)) is None:
                 return None
             window = self._spoilt(window)

@@ -21,11 +21,11 @@ ZOOMS = [0.5, 1.0, 1.5]  # --zoom without factors
 SCALES = [0.75, 1.0, 1.25]  # --multi-scale without factors
 
 # Settings of one invocation, not of the run.
-NOT_RESUMED = ("resume", "checkpoint_dir", "drill", "quiet", "json_logs")
+NOT_RESUMED = ("resume", "checkpoint_dir", "drill", "quiet", "json_logs", "max_hours")
 FIXED_AT_START = ("backbone", "decoder_channels", "zoom")  # they decide the shapes in a checkpoint
-PATHS = ("dataset_path", "exclude", "backbone_weights", "cache_dir")
+PATHS = ("dataset_path", "exclude", "backbone_weights", "start_from", "cache_dir")
 # Without use once a checkpoint brings the weights and the list of validation images.
-ONLY_AT_START = ("pretrained", "backbone_weights", "val_fraction")
+ONLY_AT_START = ("pretrained", "backbone_weights", "start_from", "val_fraction")
 
 
 class UsageError(ValueError):
@@ -71,7 +71,7 @@ RANGES: Mapping[str, Range] = {
     "batch_size": whole(1), "accumulation_steps": whole(1), "lr": above(0), "stage2_lr_scale": above(0),
     "backbone_lr_scale": above(0), "weight_decay": Range(0), "ema_decay": Range(0, 1), "grad_clip": above(0),
     "max_rollbacks": whole(0), "seed": whole(0, 2**63 - 1), "checkpoint_every": whole(0), "keep_checkpoints": whole(1),
-    "rank_timeout": above(0), "threads": whole(1),
+    "rank_timeout": above(0), "threads": whole(1), "max_hours": above(0),
 }  # fmt: skip
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "spike_policy": ("skip", "clip", "off"),
@@ -103,6 +103,7 @@ class Settings:
     backbone: str = "pvt_v2_b2"
     pretrained: bool = True
     backbone_weights: str | None = None
+    start_from: str | None = None  # a trained network's file, folder or name on the hub
     frozen_levels: int = 0
     decoder_channels: int = 64
     zoom: list[float] = field(default_factory=lambda: [1.0])
@@ -130,6 +131,7 @@ class Settings:
     checkpoint_dir: str = "./checkpoints"
     checkpoint_every: int = 0  # windows; 0: after epochs only
     keep_checkpoints: int = 3
+    max_hours: float | None = None  # of this invocation; None: no limit
     # machine
     device: str = "auto"
     threads: int | None = None  # None: as many as cores, of whichever machine the run is on
@@ -216,7 +218,7 @@ class Settings:
         check_img_size(self.img_size)
         if self.decoder_channels % 8:
             raise UsageError(f"--decoder-channels {self.decoder_channels} is not a multiple of 8")
-        if self.frozen_levels and not self.pretrained and self.backbone_weights is None:
+        if self.frozen_levels and not self.pretrained and self.backbone_weights is None and self.start_from is None:
             raise UsageError("--frozen-levels keeps layers as they were pretrained: not with --no-pretrained")
         if self.ema_decay == 1:
             raise UsageError("--ema-decay must be below 1: at 1 the average would never move")

@@ -3,6 +3,7 @@
 import logging
 import shlex
 import sys
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,6 +60,7 @@ from training.run import Run, RunFolder, TrainingData
 from training.runner import WindowRunner
 from training.settings import NOT_RESUMED, PATHS, Settings
 from training.stages import build_stages
+from training.start import TrainedNetwork, read_trained, start_from
 from training.state import TrainState, resume, window_size
 from training.window import Loss
 
@@ -77,6 +79,7 @@ class Plan:
         settings: every setting.
         checkpoint: content of the checkpoint to resume, verified; None to start from the beginning.
         weights: weights to start from, if the file that ``--resume`` names holds nothing else.
+        start: network of ``--start-from``, for a new run.
         source: file that ``checkpoint`` was read from.
         root: the dataset's folder.
         train_pairs: pairs to train on.
@@ -89,6 +92,7 @@ class Plan:
     settings: Settings
     checkpoint: dict[str, Any] | None
     weights: dict[str, Any] | None
+    start: TrainedNetwork | None
     source: Path | None
     root: Path
     train_pairs: Sequence[Pair]
@@ -145,6 +149,7 @@ def prepare(
     Raises:
         ValueError, OSError: a mistake in the flags, the data or the checkpoint.
     """
+    began = time.monotonic()
     parts = parts or Parts()
     plan = ranks.from_first(lambda: plan_run(given, preset, ranks.size, parts.scenes))
     machine = set_up_machine(plan, ranks, parts.build_network)
@@ -155,7 +160,8 @@ def prepare(
     data = open_data(plan, files, state, folder, ranks)
     runner = build_runner(plan, machine, parts.loss)
     recovery = parts.recovery(state, data.images, plan.settings, machine, runner, folder.path / INCIDENTS, folder.log)
-    run = Run(plan.settings, machine, data, state, folder, runner, recovery, Signals(ranks.size == 1, is_launched()))
+    signals = signals_of(plan.settings, ranks, began)
+    run = Run(plan.settings, machine, data, state, folder, runner, recovery, signals)
     record_start(run, resumed=plan.checkpoint is not None)
     data.unreadable.note(files.problems)
     return run
@@ -185,6 +191,10 @@ def plan_run(
     if before is None and given.get("resume") == "auto" and (config := config_begun(directory)) is not None:
         logger.info(f"{directory / CONFIG}: settings that are not given are those of the run begun here")
     saved = None if config is None else with_paths_found(config)
+    start = None
+    if before is None and weights is None and (source_of_start := {**(saved or {}), **given}.get("start_from")):
+        start = read_trained(source_of_start)
+        preset = {**(preset or {}), **start.settings}
     settings = Settings.resolve(given, saved, has_weights=before is not None, preset=preset)
     for text in settings.drill:
         Drill.parse(text)
@@ -198,7 +208,7 @@ def plan_run(
     validation = None if before is None else before["validation"]
     train_pairs, val_pairs, root = find_pairs(settings, validation, excluded, scenes)
     masks = reading_of_masks(settings, before, [*train_pairs, *val_pairs], root)
-    return Plan(settings, checkpoint, weights, source, root, train_pairs, val_pairs, excluded, size, masks)
+    return Plan(settings, checkpoint, weights, start, source, root, train_pairs, val_pairs, excluded, size, masks)
 
 
 def with_paths_found(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -436,7 +446,7 @@ def build_state(plan: Plan, machine: Machine, build_network: NetworkBuilder) -> 
         ValueError: The weights to start from are not finite, or belong to another network.
     """
     settings = plan.settings
-    is_new = plan.checkpoint is None and plan.weights is None  # else the file brings all weights
+    is_new = plan.checkpoint is None and plan.weights is None and plan.start is None  # else a file brings all weights
     weights = read_weights(Path(settings.backbone_weights)) if is_new and settings.backbone_weights else None
     torch.manual_seed(settings.seed)
     model = build_network(NetworkSettings.of(settings.to_dict()), is_new and settings.pretrained, weights)
@@ -453,6 +463,10 @@ def build_state(plan: Plan, machine: Machine, build_network: NetworkBuilder) -> 
             raise ValueError(
                 f"--resume {settings.resume}: the weights do not fit this network; first difference: {error}"
             ) from error
+    if plan.start is not None:
+        logger.info(f"Start: {settings.start_from}, a {settings.backbone} with {settings.decoder_channels} channels")
+        for line in start_from(model, plan.start, settings.start_from or ""):
+            logger.warning(line)
     if not all_finite(model.state_dict().values()):
         raise ValueError(
             f"--backbone {settings.backbone}: its initial weights are not finite; are the right ones loaded?"
@@ -538,6 +552,12 @@ def build_runner(plan: Plan, machine: Machine, loss: Loss) -> WindowRunner:
     if before is not None and before["settings"]["batch_size"] == settings.batch_size and "batches" in before:
         runner.batch_size, runner.num_parts = before["batches"]
     return runner
+
+
+def signals_of(settings: Settings, ranks: Ranks, began: float) -> Signals:
+    """Return the run's signals, whose time counts from ``began``, a time.monotonic()."""
+    hours = settings.max_hours
+    return Signals(ranks.size == 1, is_launched(), began, None if hours is None else 3600 * hours)
 
 
 def record_start(run: Run, resumed: bool) -> None:

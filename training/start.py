@@ -1,0 +1,109 @@
+"""The start of a new run from a trained network: on other data, at another size, with a schedule of its own."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.backbone import embedding_like
+from models.hub import read_network
+from runtime.checkpoint import CheckpointError, read_checkpoint, read_weights
+from runtime.sharding import load_whole_state
+from runtime.tensors import first_difference
+
+_ARCHITECTURE = ("backbone", "decoder_channels", "zoom")  # settings that decide the shapes
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A trained network in host memory.
+
+    Attributes:
+        weights: by name; the averaged ones if there are such.
+        settings: those that decide the network's shapes, by name; empty if its file does not tell.
+    """
+
+    weights: dict[str, Tensor]
+    settings: dict[str, Any]
+
+
+def read_trained(source: str) -> TrainedNetwork:
+    """Read a trained network. Nothing in its files is executed.
+
+    Args:
+        source: a checkpoint, a folder of ``export --format safetensors``, "owner/name" on the Hugging Face hub, or a
+            file of weights of this network, in any wrapping that ``read_weights`` knows.
+
+    Raises:
+        ValueError: There is no such file, folder or repository, or it holds no weights.
+    """
+    path = Path(source)
+    if path.is_dir() or not path.exists():
+        if path.suffix in (".pth", ".pt", ".safetensors", ".ckpt"):
+            raise CheckpointError(f"--start-from {source}: no such file")
+        config, weights = read_network(source)
+        return TrainedNetwork(weights, {**{name: config[name] for name in _ARCHITECTURE[:2]}, "zoom": config["zooms"]})
+    if path.suffix == ".safetensors":
+        return TrainedNetwork(read_weights(path), {})
+    checkpoint = read_checkpoint(path)
+    if "config" not in checkpoint:
+        return TrainedNetwork(checkpoint["model"], {})
+    average, settings = checkpoint.get("ema"), checkpoint["config"]["settings"]
+    weights = checkpoint["model"] if average is None else average["model"]
+    return TrainedNetwork(weights, {name: settings[name] for name in _ARCHITECTURE if name in settings})
+
+
+def start_from(model: nn.Module, trained: TrainedNetwork, source: str) -> list[str]:
+    """Load a trained network's weights, part by part: backbone, decoder, zoom. Position embeddings are resized.
+
+    Args:
+        model: the network to start, whose parts may differ.
+        trained: what to start from.
+        source: the value of ``--start-from``, for messages.
+
+    Returns:
+        a line for each part that does not fit and keeps its initial weights.
+
+    Raises:
+        ValueError: The backbone does not fit; the message names the first difference and a way out.
+    """
+    expected, lines, fitting = model.state_dict(), list[str](), dict[str, Tensor]()
+    for part, names in _parts(expected).items():
+        wanted = {name: expected[name] for name in names}
+        weights = {name: weight for name, weight in trained.weights.items() if name.split(".")[0] == part}
+        if part in ("mean", "std"):  # how photographs are normalised: as the network was trained with
+            fitting |= {**wanted, **weights}
+            continue
+        weights = {name: embedding_like(weight, wanted.get(name), name) for name, weight in weights.items()}
+        difference = first_difference(weights, wanted)
+        if not difference:
+            fitting |= weights
+        elif part == "backbone":
+            raise ValueError(f"--start-from {source}: {_of_another(trained, difference)}")
+        else:
+            fitting |= wanted
+            lines.append(
+                f"--start-from {source}: its {part} does not fit and starts afresh ({len(names)} tensors; first "
+                f"difference: {difference})"
+            )
+    load_whole_state(model, fitting)
+    return lines
+
+
+def _parts(weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Return the names of weights by the network's part that they belong to."""
+    parts: dict[str, list[str]] = {}
+    for name in weights:
+        parts.setdefault(name.split(".")[0], []).append(name)
+    return parts
+
+
+def _of_another(trained: TrainedNetwork, difference: str) -> str:
+    """Say which network it is instead."""
+    if trained.settings:
+        return f"a {trained.settings['backbone']}: leave --backbone out, or give this one ({difference})"
+    if not any(name.startswith("backbone.") for name in trained.weights):
+        return f"not of this program's network ({difference}); weights of a backbone alone are for --backbone-weights"
+    return f"its backbone is another one than --backbone's ({difference})"
