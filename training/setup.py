@@ -28,6 +28,7 @@ from data.layouts import (
 )
 from data.masks import MaskReading
 from data.processes import keep_freed_memory, num_cores
+from data.scenes import keep_scenes_together
 from data.survey import survey_pairs
 from data.synthetic import write_synthetic_dataset
 from data.unreadable import UnreadablePairs, require_few
@@ -277,11 +278,15 @@ def find_pairs(
     subsets = find_subsets(root, settings.include_noncam)
     found = training_pairs(subsets, root)
     pairs, unmatched = leave_out(found, root, excluded)
+    num_moved = 0
     if validation is None:
-        train_pairs, val_pairs = split_validation(pairs, settings.val_fraction, settings.seed)
+        _, drawn = split_validation(pairs, settings.val_fraction, settings.seed)
+        train_pairs, val_pairs, num_moved = keep_scenes_together(pairs, drawn, settings.seed)
     else:
         train_pairs, val_pairs = split_as_before(pairs, root, validation)
     logger.info(f"Data: {root}, {len(train_pairs)} pairs to train on, {len(val_pairs)} to validate on")
+    if num_moved:
+        logger.info(f"   {num_moved} of them exchanged for others, because training has photographs of the same scenes")
     for line in describe(subsets, len(found)):
         logger.info(f"   {line}")
     if settings.exclude:
