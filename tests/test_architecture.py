@@ -253,10 +253,6 @@ def test_a_patch_of_the_outside_world_is_allowed(tmp_path: Path) -> None:
     assert patches(tmp_path / "test_it.py") == []
 
 
-STILL_PATCHING = {"test_export.py", "test_predict.py"}  # to become empty
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=label)
 def test_tests_hand_parts_in_instead_of_patching_the_program(path: Path) -> None:
-    found = patches(path)
-    assert bool(found) == (path.name in STILL_PATCHING), found
+    assert patches(path) == []

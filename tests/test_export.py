@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from huggingface_hub import PyTorchModelHubMixin
 from PIL import Image
 from torch import Tensor
 
-from commands import export as export_module
 from commands.export import ExportedNetwork, trace
 from data.dataset import load_image
 from evaluation.predictor import load_network
@@ -157,8 +157,13 @@ def test_backbone_of_one_size_leaves_only_the_number_of_images_open(
 def test_exported_network_that_computes_something_else_is_not_kept(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = export_module._load_torch
-    monkeypatch.setattr(export_module, "_load_torch", lambda path: lambda images: load(path)(images) + 2e-4)
+    load = torch.export.load
+
+    def load_another(path: Path) -> SimpleNamespace:
+        module = load(path).module()
+        return SimpleNamespace(module=lambda: lambda images: module(images) + 2e-4)
+
+    monkeypatch.setattr(torch.export, "load", load_another)
     exported = tmp_path / "net.pt2"
     exported.write_text("an earlier export, exported_with torch")
     argv = ["--checkpoint", str(checkpoint), "--format", "torch", "--output", str(exported)]
@@ -171,12 +176,11 @@ def test_missing_check_is_reported(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxscript")
-    find = export_module.importlib.util.find_spec
     argv = ["--checkpoint", str(checkpoint), "--format", "onnx", "--fixed-size", "--output", str(tmp_path / "net.onnx")]
-    monkeypatch.setattr(export_module.importlib.util, "find_spec", lambda n: None if n == "onnxruntime" else find(n))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
     assert main(["export", *argv]) == 0
     assert "Not checked: onnxruntime is not installed" in capsys.readouterr().out
-    monkeypatch.setattr(export_module.importlib.util, "find_spec", lambda n: None if n == "onnxscript" else find(n))
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert "needs onnxscript; pip install onnx onnxscript onnxruntime" in failing(argv, capsys)
 
 

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_arguments
 from PIL import Image
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import train_ultimate
 from commands.predict import Prediction, save_prediction
-from evaluation import predictor as inference
 from evaluation.figures import overlay
 from evaluation.predictor import load_network
+from models import CamouflageSegmenter
 from train_ultimate import main
 
 
@@ -320,22 +321,23 @@ def test_overlay_that_cannot_be_saved_does_not_cost_the_prediction(
 
 @pytest.mark.parametrize("memory", [3, 1, 0])
 def test_batches_that_exceed_memory_are_halved(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], memory: int
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], memory: int
 ) -> None:
     """The device has memory for ``memory`` images at once."""
     for number in range(7):
         photograph(tmp_path / "p" / f"{number}.jpg", (40 + number, 30))
     argv = (tmp_path / "p", "--batch-size", "7", "--num-workers", "0", "--output")
     assert predict(checkpoint, *argv, tmp_path / "whole") == 0
-    original = inference.TrainedNetwork.logits
 
-    def logits(network: inference.TrainedNetwork, images: torch.Tensor) -> torch.Tensor:
-        if len(images) > memory:
+    def refuse(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(module, CamouflageSegmenter) and len(inputs[0]) > memory and inputs[0].any():
             raise torch.OutOfMemoryError
-        return original(network, images)
 
-    monkeypatch.setattr(inference.TrainedNetwork, "logits", logits)
-    assert predict(checkpoint, *argv, tmp_path / "parts") == (0 if memory else 2)
+    hook = register_module_forward_pre_hook(refuse)
+    try:
+        assert predict(checkpoint, *argv, tmp_path / "parts") == (0 if memory else 2)
+    finally:
+        hook.remove()
     if memory:
         assert written(tmp_path / "parts") == written(tmp_path / "whole")
         for name in written(tmp_path / "whole"):
