@@ -200,8 +200,8 @@ def begin_stage(run: Run, stage: Stage) -> None:
         if not stage.freeze_backbone and not state.model.freeze_norm_statistics:
             state.ladder.losses = LossHistory()  # BatchNorm begins to learn its statistics: losses of another level
     fresh_moments(state.optimizer, everywhere=False)
-    share_of_window = len(run.share.of(run.data.window_size))
-    run.runner.replicate(state.model.train(), run.precision_in_use, share_of_window if begins else None)
+    largest_share = -(-run.data.window_size // run.machine.ranks.size)
+    run.runner.replicate(state.model.train(), run.precision_in_use, largest_share if begins else None)
     run.recovery.begin_stage()
 
 

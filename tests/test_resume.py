@@ -337,6 +337,10 @@ def without_a_detector(state: dict[str, Any]) -> None:
     del state["detector"]
 
 
+def with_other_batches(state: dict[str, Any]) -> None:
+    state["config"]["batches"] = "all"
+
+
 def without_a_setting(state: dict[str, Any]) -> None:
     del state["config"]["settings"]["batch_size"]
 
@@ -353,6 +357,7 @@ def without_a_setting(state: dict[str, Any]) -> None:
         (with_another_field, "TypeError: Progress.__init__() got an unexpected keyword argument 'patience'"),
         (without_a_detector, "KeyError: 'detector'"),
         (without_a_setting, "its config has no batch_size"),
+        (with_other_batches, "batches of all"),
     ],
 )
 def test_a_checkpoint_of_a_modified_copy_of_the_program_is_refused_with_the_first_difference(

@@ -157,9 +157,9 @@ def prepare(
     files = examine_files(plan, ranks)
     state = build_state(plan, machine, parts.build_network)
     resume_state(state, plan, machine, files)
+    runner = build_runner(plan, machine, parts.loss)
     folder = claim_folder(plan, state, ranks)
     data = open_data(plan, files, state, folder, ranks)
-    runner = build_runner(plan, machine, parts.loss)
     recovery = parts.recovery(state, data.images, plan.settings, machine, runner, folder.path / INCIDENTS, folder.log)
     signals = signals_of(plan.settings, ranks, began)
     run = Run(plan.settings, machine, data, state, folder, runner, recovery, signals)
@@ -555,7 +555,11 @@ def build_runner(plan: Plan, machine: Machine, loss: Loss) -> WindowRunner:
     )
     before = plan.config_before
     if before is not None and before["settings"]["batch_size"] == settings.batch_size and "batches" in before:
-        runner.batch_size, runner.num_parts = before["batches"]
+        match before["batches"]:
+            case [int(size), int(parts)] if size > 0 and parts > 0:
+                runner.batch_size, runner.num_parts = size, parts
+            case other:
+                raise made_by_modified_copy(str(plan.source), f"batches of {other}")
     return runner
 
 
