@@ -62,8 +62,8 @@ class WindowRunner:
         Args:
             model: in training mode.
             precision: of the passes.
-            most: images of a window on the rank with most, when a stage begins. On a GPU, as many of them as fit become one
-                batch: the same gradient by fewer kernels, whose launches are what a small batch waits for. Not if
+            most: images of a window on the rank with most, when a stage begins. On a GPU, as many of them as fit become
+                one batch: the same gradient by fewer kernels, whose launches are what a small batch waits for. Not if
                 layers normalise by the batch's statistics: its size matters then.
 
         Raises:
