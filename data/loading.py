@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import FrameType
@@ -217,11 +217,23 @@ class _Loader(DataLoader[Batch]):
             self._iterator = None
 
 
-def _is_reading(frame: FrameType | None) -> bool:
-    """Return whether a sample is being read where the process was interrupted."""
-    while frame is not None and frame.f_code.co_name != "__getitem__":  # of any dataset
-        frame = frame.f_back
-    return frame is not None
+def _end_if_read_hangs(patience: float) -> Callable[[int, FrameType | None], None]:
+    """Return a handler of SIGALRM that ends the process if it meets the same read of a sample twice.
+
+    Reads that follow each other are those of a busy process, which the main one still needs.
+    """
+    last: FrameType | None = None
+
+    def handle(_signal: int, frame: FrameType | None) -> None:
+        nonlocal last
+        while frame is not None and frame.f_code.co_name != "__getitem__":  # of any dataset
+            frame = frame.f_back
+        if frame is not None and frame is last:
+            os._exit(1)
+        last = frame
+        signal.setitimer(signal.ITIMER_REAL, patience)
+
+    return handle
 
 
 def _recover(loader: DataLoader[Batch], error: Exception) -> None:
@@ -269,19 +281,19 @@ def _collate_to_share(samples: Sequence[Sample]) -> Batch:
     return batch
 
 
-def begin_loader_process(_worker: int, patience: int = 60) -> None:
+def begin_loader_process(_worker: int, patience: float = 60) -> None:
     """Set up a loader process to leave signals to the main process, and to keep freed memory.
 
     Ctrl-C, ``timeout`` and Slurm signal whole process groups, but the main process decides whether the run ends. It may
-    need batches to finish its window, so a worker outlives SIGTERM. If a read hangs, it ends after ``patience``
-    seconds, or twice that. (A worker whose main process is gone ends by itself.)
+    need batches to finish its window, so a worker outlives SIGTERM. If one read hangs, the worker ends after
+    ``patience`` to twice as many seconds. (A worker whose main process is gone ends by itself.)
 
     Raises:
         HandoverError: Tensors cannot be handed over; a socket's path in TMPDIR may be too long.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(patience))
-    signal.signal(signal.SIGALRM, lambda _, frame: os._exit(1) if _is_reading(frame) else signal.alarm(patience))
+    signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, patience))
+    signal.signal(signal.SIGALRM, _end_if_read_hangs(patience))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
     # Silences the feeder thread's traceback if the main process exits first.
     sys.excepthook = lambda *_: None

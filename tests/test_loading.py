@@ -113,33 +113,41 @@ del loader  # ends its processes
     assert result.returncode == 0, result.stderr
 
 
-class Hanging(Dataset[int]):
-    """A dataset on a disk that has gone: reads do not return."""
+class Slow(Dataset[int]):
+    """A dataset whose reads take as many seconds as their index."""
 
-    def __getitem__(self, index: int) -> int:
-        time.sleep(60)
-        return index
+    def __getitem__(self, index: float) -> int:
+        time.sleep(index)
+        return 0
 
 
-def idle_then_reading(seconds: float, idle: Any) -> None:
-    """Be a loader process that gets SIGTERM, has nothing to do for some seconds, and then reads."""
-    begin_loader_process(0, patience=1)
+def work_until_a_read_hangs(seconds: float, between_reads: Any) -> None:
+    """Be a loader process that gets SIGTERM, reads without a pause, has nothing to do, and then reads from a dead disk.
+
+    Args:
+        seconds: length of each of the first two phases.
+        between_reads: event to set when they are over.
+    """
+    begin_loader_process(0, patience=0.5)
     os.kill(os.getpid(), signal.SIGTERM)
     end = time.monotonic() + seconds
     while time.monotonic() < end:
+        Slow()[0.01]
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
         time.sleep(0.1)
-    idle.set()
-    Hanging()[0]
+    between_reads.set()
+    Slow()[60]
 
 
 def test_loader_process_outlives_a_signal_until_a_read_hangs() -> None:
-    """A window may take longer than its patience: then it waits, and is needed again."""
+    """A window may take longer than its patience, and need more batches."""
     context = multiprocessing.get_context("fork")
-    idle = context.Event()
-    process = context.Process(target=idle_then_reading, args=(2.5, idle))
+    between_reads = context.Event()
+    process = context.Process(target=work_until_a_read_hangs, args=(1.3, between_reads))  # two alarms each
     process.start()
-    assert idle.wait(10)  # two alarms have gone off
-    process.join(10)
+    process.join(20)
+    assert between_reads.is_set()
     assert process.exitcode == 1
 
 
