@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,12 @@ from runtime.folder import BEST, CONFIG
 from training.settings import Settings, UsageError, flag
 
 T = TypeVar("T")
+
+# How torch begins the errors of the driver, CUDA, cuBLAS, cuDNN and NCCL. What a kernel was given wrongly is a bug.
+_NO_GPU = re.compile(
+    "(CUDA (error|out of memory|driver|unknown error)|cuDNN error|NCCL error|No CUDA GPUs|Found no NVIDIA driver"
+    "|The NVIDIA driver|Unexpected error from cuda)(?!.*(assert|illegal|misaligned|invalid (arg|conf)|INVALID_VALUE))"
+)
 
 
 def prepare_for_torch() -> None:
@@ -72,7 +79,7 @@ def attempt(call: Callable[[], T]) -> T | int:
             print_error(str(error))
         return 2
     except RuntimeError as error:
-        if "CUDA" not in str(error):
+        if not _NO_GPU.match(str(error)):
             raise
         print_error(
             f"the GPU cannot be used: {first_line(error)}. nvidia-smi shows what else uses it; CUDA_VISIBLE_DEVICES "

@@ -1,9 +1,10 @@
-"""commands/__init__.py: what is answered before torch is imported."""
+"""commands/__init__.py: what is answered before torch is imported, and errors in one line."""
 
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,43 @@ def test_a_request_to_save_before_training_begins_ends_nothing(number: signal.Si
     program = f"import commands, os; commands.begin(); os.kill(os.getpid(), {int(number)}); print('alive')"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.stdout == "alive\n"
+
+
+def failing_with(message: str) -> Callable[[], int]:
+    def call() -> int:
+        raise RuntimeError(message)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might be reported later",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
+        "CUDA driver error: out of memory",
+        "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO for details)",
+        "No CUDA GPUs are available",
+        "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU",
+        "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized",
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_reported_in_one_line(message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.attempt(failing_with(message)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: the GPU cannot be used: {message.splitlines()[0]}. nvidia-smi shows")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later",
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasSgemm(handle)`",
+        "Could not run 'aten::nms' with arguments from the 'CUDA' backend",
+    ],
+)
+def test_a_bug_on_a_gpu_is_not_taken_for_a_gpu_in_use(message: str) -> None:
+    with pytest.raises(RuntimeError):
+        commands.attempt(failing_with(message))
