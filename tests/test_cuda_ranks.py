@@ -1,5 +1,6 @@
 """Several CUDA devices: what travels between them in a window, and a launched run."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -71,9 +72,13 @@ class Unchecked(Recovery):
 def windows_of(
     argv: list[str], ranks: Ranks, emulation: Emulation, **parts: Any
 ) -> tuple[Run, list[list[tuple[str, int]]]]:
-    """Train an epoch of stage 2 of three windows. Return what was sent in each."""
+    """Train the first epoch. Return the run and what was sent in each of its windows."""
     run = prepare(cli.parse(argv).given, ranks, parts=Parts(**parts))
     begin_stage(run, run.stages[0])
+    return run, sent_in_first_epoch(run, emulation)
+
+
+def sent_in_first_epoch(run: Run, emulation: Emulation) -> list[list[tuple[str, int]]]:
     loader = training_loader(
         run.data.train_pairs, 64, run.runner.batch_size, 0, num_workers=0, pin_memory=True,
         window_size=run.data.window_size, share=run.share,
@@ -88,7 +93,7 @@ def windows_of(
 
     run.runner.backward = counted  # type: ignore[method-assign]
     train_epoch(run, run.stages[0], loader)
-    return run, sent
+    return sent
 
 
 @pytest.fixture
@@ -112,6 +117,31 @@ def test_gradients_travel_once_a_window_and_everything_else_in_one_packet(
     assert len(buckets) == 2  # of up to 25 MiB, the first smaller
     statistics = sum(b.numel() for name, b in run.state.model.named_buffers() if "running" in name)
     assert packet == 4 * (4 + len(run.signals.received()) + statistics)  # loss, norm, overflow, weight
+
+
+@pytest.mark.parametrize("stage1_epochs", ["0", "1"])
+def test_trial_needs_the_memory_of_windows_with_ddps_buckets(
+    stage1_epochs: str, argv_of_eight: list[str], eight: Ranks, arithmetic: Emulation
+) -> None:
+    """A batch that only just fits must not run out of memory in a window, where the other ranks wait for it."""
+    peaks: list[int] = []
+    replicate = eight.replicate
+
+    def after_the_trial(*args: Any) -> Any:
+        peaks.append(torch.cuda.max_memory_allocated())
+        return replicate(*args)
+
+    eight.replicate = after_the_trial  # type: ignore[method-assign]
+    run = prepare(cli.parse([*argv_of_eight, "--stage1-epochs", stage1_epochs]).given, eight)
+    gc.collect()  # else memory of earlier runs is freed amid this one
+    torch.cuda.reset_peak_memory_stats()
+    begin_stage(run, run.stages[0])
+    torch.cuda.reset_peak_memory_stats()
+    sent_in_first_epoch(run, arithmetic)
+    peaks.append(torch.cuda.max_memory_allocated())
+    gradients = 4 * sum(parameter.numel() for parameter in run.state.model.parameters() if parameter.requires_grad)
+    margin = 2**20  # of batches, norms, verdicts
+    assert -margin < peaks[0] - peaks[1] < 2 * gradients + margin
 
 
 def test_sharded_window_adds_one_packet_to_what_fsdp_sends(

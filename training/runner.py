@@ -77,8 +77,9 @@ class WindowRunner:
             self.num_parts = 1 if grows else self.num_parts
         wanted = self._largest_part
         if (grows and most is not None) or (ranks.size > 1 and not ranks.shards):
-            spare = sum(parameter.numel() for parameter in model.parameters()) if ranks.size > 1 else 0
-            buckets = torch.empty(spare, device=self._machine.device)  # DDP's come after the trial
+            trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+            # DDP's buckets come after the trial; in the second window new ones, while NCCL still holds the first ones.
+            buckets = torch.empty(2 * trainable if ranks.size > 1 else 0, device=self._machine.device)
             self._shrink_until_it_fits(model, precision, guard, most or wanted + 1)
             del buckets
             self.batch_size = min(ranks.gather(self.batch_size))
