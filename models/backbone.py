@@ -58,6 +58,7 @@ class Backbone(nn.Module):
         channels: number of channels of each level.
         mean, std: input normalisation that the weights were trained with, per RGB channel of values in [0, 1].
         fixed_size: whether it takes only images of the size it was built for.
+        usual_size: side in pixels of the images that timm's weights were trained with.
 
     Shape:
         images (B, 3, H, W), normalised -> list of (B, C_i, H / stride_i, W / stride_i)
@@ -73,6 +74,7 @@ class Backbone(nn.Module):
         config = getattr(body, "pretrained_cfg", None) or getattr(getattr(body, "model", None), "pretrained_cfg", {})
         self.fixed_size = bool(config.get("fixed_input_size"))
         data_config = timm.data.resolve_model_data_config(body)
+        self.usual_size: int = data_config["input_size"][-1]
         self.mean: tuple[float, ...] = data_config["mean"]
         self.std: tuple[float, ...] = data_config["std"]
 

@@ -230,8 +230,9 @@ def build_network(
                 model.eval()(torch.zeros(1, 3, size, size), scale)
         except (RuntimeError, AssertionError) as error:
             images = f"--img-size {size}" + (f" at --multi-scale {scale:g}" if scale != 1 else "")
+            usual = f"; it was made for {backbone.usual_size} x {backbone.usual_size} pixels" if scale == 1 else ""
             raise ValueError(
-                f"--backbone {settings.backbone} does not take images of {images} ({reason_of(error)})"
+                f"--backbone {settings.backbone} does not take images of {images} ({reason_of(error)}){usual}"
             ) from error
     if settings.frozen_levels:
         model.freeze_levels(settings.frozen_levels, size)

@@ -171,6 +171,11 @@ def test_at_another_scale_the_backbone_sees_another_size_and_logits_keep_theirs(
     assert seen == [zoomed_side(64, zoom * scale) for scale in (1, 1.5) for zoom in zooms]
 
 
+def test_a_size_that_a_backbone_does_not_take_is_refused_with_one_that_it_takes() -> None:
+    with pytest.raises(ValueError, match=r"of --img-size 64 \(.+\); it was made for 240 x 240 pixels"):
+        build("crossvit_tiny_240")
+
+
 def test_a_scale_that_a_backbone_does_not_take_is_refused() -> None:
     with pytest.raises(ValueError, match="does not take images of --img-size 64 at --multi-scale 2"):
         build("vit_tiny_patch16_224", scales=(1.0, 2.0))
