@@ -187,6 +187,20 @@ def test_process_that_sees_one_gpu_uses_it_as_its_own(tiny_dataset: Path, tmp_pa
     assert "ranks 0 and 1 have the same GPU" in refused.stderr
 
 
+def test_more_processes_than_gpus_are_refused(tiny_dataset: Path, tmp_path: Path) -> None:
+    if not nullcuda.is_active():
+        pytest.skip("only null devices are certain to be there: -m rehearsal")
+    third = {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "2", "NULLCUDA_DEVICES": "2"}
+    arguments = tiny_arguments(tiny_dataset, tmp_path / "run", "--device", "cuda")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.nullcuda", "--", *arguments], capture_output=True, text=True, timeout=300,
+        cwd=Path(__file__).parents[1], env={**os.environ, **third},
+    )  # fmt: skip
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert line.endswith("has 2 GPUs, and rank 2 is number 3 there; give torchrun --nproc-per-node=gpu")
+
+
 @pytest.mark.gpu2
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_launched_ranks_train_to_the_losses_of_cpu_ranks(precision: str, tiny_dataset: Path, tmp_path: Path) -> None:
