@@ -21,17 +21,17 @@ def photograph(seed: int) -> Image.Image:
     return Image.fromarray((picture / 4).astype(np.uint8))
 
 
-@pytest.fixture
-def frames(tmp_path: Path) -> list[Pair]:
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory: pytest.TempPathFactory) -> list[Pair]:
     """Twenty photographs of scenes of their own, and five more of each of two scenes, as frames of a video."""
-    generator, pairs = random.Random(3), []
+    folder, generator, pairs = tmp_path_factory.mktemp("frames"), random.Random(3), []
     for number in range(30):
         scene = number if number < 20 else 100 + number % 2
         picture = photograph(scene)
         if number >= 20:
             shift = generator.randint(0, 6)
             picture = picture.crop((shift, 0, 122 + shift, 96)).filter(ImageFilter.GaussianBlur(generator.random() / 2))
-        path = tmp_path / f"{number:02d}.jpg"
+        path = folder / f"{number:02d}.jpg"
         picture.save(path, quality=90)
         pairs.append(Pair(path, path.with_suffix(".png")))
     return pairs

@@ -158,6 +158,7 @@ def test_a_closed_terminal_means_nothing_to_a_run_that_ignores_it(tiny_argv: Arg
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.slow
 def test_run_ends_with_its_time_and_goes_on_to_the_same_weights(
     finished: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ from conftest import Argv, failing, prepare_run, train
 from safetensors.torch import save_file
 
 from data.synthetic import write_synthetic_dataset
-from runtime.checkpoint import read_checkpoint
+from runtime.checkpoint import read_checkpoint, write_checkpoint
 from training.run import Run
 
 
@@ -50,6 +50,7 @@ def test_checkpoint_starts_a_new_run_at_another_size_on_other_data(
     assert_started_from(run, averaged(finished))
 
 
+@pytest.mark.slow
 def test_exported_folder_starts_a_run(finished: Path, tmp_path: Path, tiny_argv: Argv) -> None:
     export = "export", "--checkpoint", str(finished / "best_model.pth"), "--format", "safetensors"
     assert train([*export, "--output", str(tmp_path / "exported")]) == 0
@@ -57,7 +58,10 @@ def test_exported_folder_starts_a_run(finished: Path, tmp_path: Path, tiny_argv:
     assert_started_from(run, averaged(finished))
 
 
-@pytest.mark.parametrize("wrapping", ["bare", "module", "state_dict", "safetensors"])
+@pytest.mark.parametrize(
+    "wrapping",
+    ["safetensors", "state_dict", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bare", "module"))],
+)
 def test_files_of_weights_start_a_run_in_any_wrapping(
     wrapping: str, finished: Path, tmp_path: Path, tiny_argv: Argv
 ) -> None:
@@ -72,6 +76,7 @@ def test_files_of_weights_start_a_run_in_any_wrapping(
     assert_started_from(prepare_run(tiny_argv("--start-from", str(path))), weights)
 
 
+@pytest.mark.slow
 def test_position_embeddings_are_resized_to_another_image_size(tiny_argv: Argv, tmp_path: Path) -> None:
     vit = "--backbone", "vit_tiny_patch16_224", "--epochs", "1", "--stage1-epochs", "1"
     assert train(tiny_argv(*vit, "--ema-decay", "0", checkpoint_dir=tmp_path / "first")) == 0
@@ -105,6 +110,16 @@ def test_another_backbone_is_refused_with_the_right_one(
     assert "a test_efficientnet: leave --backbone out, or give this one" in line
 
 
+def test_a_checkpoint_of_a_modified_copy_is_refused(
+    finished: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = read_checkpoint(finished / "best_model.pth")
+    del checkpoint["config"]["settings"]
+    write_checkpoint(tmp_path / "changed.pth", checkpoint)
+    line = failing(tiny_argv("--start-from", str(tmp_path / "changed.pth")), capsys)
+    assert "was made by a modified copy of this program" in line
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -118,6 +133,7 @@ def test_missing_sources_are_named(
     assert message in failing(tiny_argv("--start-from", source), capsys)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_start_again(finished: Path, tmp_path: Path, tiny_argv: Argv) -> None:
     source = tmp_path / "start.pth"
     source.write_bytes((finished / "best_model.pth").read_bytes())

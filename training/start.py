@@ -1,6 +1,5 @@
 """The start of a new run from a trained network: on other data, at another size, with a schedule of its own."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from models.backbone import embedding_like
 from models.hub import read_network
-from runtime.checkpoint import CheckpointError, read_checkpoint, read_weights
+from runtime.checkpoint import CheckpointError, made_by_modified_copy, read_checkpoint, read_weights
 from runtime.sharding import load_whole_state
 from runtime.tensors import first_difference
 
@@ -50,9 +49,12 @@ def read_trained(source: str) -> TrainedNetwork:
     checkpoint = read_checkpoint(path)
     if "config" not in checkpoint:
         return TrainedNetwork(checkpoint["model"], {})
-    average, settings = checkpoint.get("ema"), checkpoint["config"]["settings"]
-    weights = checkpoint["model"] if average is None else average["model"]
-    return TrainedNetwork(weights, {name: settings[name] for name in _ARCHITECTURE if name in settings})
+    try:
+        average, settings = checkpoint.get("ema"), checkpoint["config"]["settings"]
+        weights = checkpoint["model"] if average is None else average["model"]
+        return TrainedNetwork(weights, {name: settings[name] for name in _ARCHITECTURE if name in settings})
+    except (KeyError, TypeError) as error:
+        raise made_by_modified_copy(path, f"{type(error).__name__}: {error}") from error
 
 
 def start_from(model: nn.Module, trained: TrainedNetwork, source: str) -> list[str]:
@@ -70,34 +72,29 @@ def start_from(model: nn.Module, trained: TrainedNetwork, source: str) -> list[s
         ValueError: The backbone does not fit; the message names the first difference and a way out.
     """
     expected, lines, fitting = model.state_dict(), list[str](), dict[str, Tensor]()
-    for part, names in _parts(expected).items():
-        wanted = {name: expected[name] for name in names}
-        weights = {name: weight for name, weight in trained.weights.items() if name.split(".")[0] == part}
-        if part in ("mean", "std"):  # how photographs are normalised: as the network was trained with
-            fitting |= {**wanted, **weights}
-            continue
-        weights = {name: embedding_like(weight, wanted.get(name), name) for name, weight in weights.items()}
+    for part in dict.fromkeys(map(_part_of, expected)):
+        wanted = {name: value for name, value in expected.items() if _part_of(name) == part}
+        weights = {
+            name: embedding_like(weight, wanted.get(name), name)
+            for name, weight in trained.weights.items()
+            if _part_of(name) == part
+        }
         difference = first_difference(weights, wanted)
-        if not difference:
-            fitting |= weights
-        elif part == "backbone":
+        if difference and part == "backbone":
             raise ValueError(f"--start-from {source}: {_of_another(trained, difference)}")
-        else:
-            fitting |= wanted
+        if difference:
             lines.append(
-                f"--start-from {source}: its {part} does not fit and starts afresh ({len(names)} tensors; first "
+                f"--start-from {source}: its {part} does not fit and starts afresh ({len(wanted)} tensors; first "
                 f"difference: {difference})"
             )
+        fitting |= wanted if difference else weights
     load_whole_state(model, fitting)
     return lines
 
 
-def _parts(weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Return the names of weights by the network's part that they belong to."""
-    parts: dict[str, list[str]] = {}
-    for name in weights:
-        parts.setdefault(name.split(".")[0], []).append(name)
-    return parts
+def _part_of(name: str) -> str:
+    """Return the network's part that a weight belongs to: backbone, decoder or zoom."""
+    return name.partition(".")[0]
 
 
 def _of_another(trained: TrainedNetwork, difference: str) -> str:

@@ -1,7 +1,6 @@
 """Arithmetic for the null CUDA runtime: what its kernels leave undone is computed on the CPU, in the same memory."""
 
 import ctypes
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,7 +56,6 @@ class Emulation(TorchDispatchMode):
         self.computes = computes
         self.pageable: dict[str, list[int]] = {"to device": [], "to host": []}
         self.sent: list[tuple[str, int]] = []
-        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -73,7 +71,6 @@ class Emulation(TorchDispatchMode):
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
-        self.calls[name] += 1
         if not self.computes and name.startswith("aten::convolution"):
             return _empty_results(func, flat, structure)
         result = func(*args, **kwargs)
