@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 pytestmark = [
     pytest.mark.rehearsal,
-    pytest.mark.skipif(not nullcuda.is_active(), reason="runs with -m rehearsal"),
+    pytest.mark.skipif(not nullcuda.is_active(), reason=nullcuda.why_not() or "runs with -m rehearsal"),
 ]
 
 
