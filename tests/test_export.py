@@ -114,6 +114,7 @@ def test_torch_export_runs_without_this_program(checkpoint: Path, tmp_path: Path
     torch.testing.assert_close(torch.load(tmp_path / "probabilities.pt"), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_onnx_is_one_file_with_named_dimensions_and_the_networks_probabilities(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -162,6 +162,7 @@ def all_batches(pairs: list[Pair], num_workers: int, kill_before: tuple[int, ...
     return images
 
 
+@pytest.mark.slow
 def test_the_death_of_a_worker_costs_no_batch_and_changes_none(
     pairs: list[Pair], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -139,6 +139,7 @@ def test_all_ranks_answer_a_fault_on_one_of_them_alike(kind: str, odd_dataset: P
     ]
 
 
+@pytest.mark.slow
 def test_signal_to_one_rank_makes_all_save_once_and_end(two_ranks: Launch, odd_dataset: Path, tmp_path: Path) -> None:
     launch = Launch(odd_dataset, tmp_path)
     code, _, err = launch.run(2, "--accumulation-steps", "3", signal_at="1:2:SIGTERM")

@@ -101,6 +101,7 @@ def test_dropout_is_active_in_these_tests(tiny_argv: Argv, tmp_path: Path, finis
     assert differing_tensors(final(tmp_path / "run"), final(finished)) != []
 
 
+@pytest.mark.slow
 def test_every_mid_epoch_checkpoint_resumes_to_bitwise_the_same_weights(
     finished: Path, tiny_argv: Argv, tmp_path: Path
 ) -> None:
