@@ -344,9 +344,9 @@ def outcome_of(run: Run, validate: Validation) -> tuple[int, str]:
 def run_to_its_end(run: Run, parts: "ScriptParts") -> int:
     """Train with signals caught, then log how the run ended, print it, and return the exit code."""
     progress, ladder, unreadable = run.state.progress, run.state.ladder, run.data.unreadable
-    if run.machine.ranks.is_first:
-        run.folder.log.listeners += parts.listeners_of(run)
     with run.signals:  # to the end: launchers send SIGTERM as soon as one rank has failed
+        if run.machine.ranks.is_first:
+            run.folder.log.listeners += parts.listeners_of(run)  # may import for a second
         exit_code, message = outcome_of(run, parts.validate)
         run.folder.log.event(
             "run_end",

@@ -16,6 +16,8 @@ from torch import Tensor
 
 import train_ultimate
 from losses import deep_supervision_loss
+from runtime.log import Listener
+from training.run import Run
 
 
 def start(argv: list[str], log: Path) -> "subprocess.Popen[bytes]":
@@ -100,6 +102,18 @@ def test_stopped_in_validation_the_resumed_run_is_bitwise_the_same(
 
     assert train(tiny_argv(), validate=validate) == 143
     assert read_events(tmp_path / "run", "epoch") == []
+    assert_resumes_like(finished, tmp_path / "run")
+
+
+def test_signal_while_a_run_is_still_beginning_saves_it_too(finished: Path, tiny_argv: Argv, tmp_path: Path) -> None:
+    """TensorBoard and the report's packages are imported then, which takes a second."""
+
+    def listeners_of(_run: Run) -> list[Listener]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return []
+
+    assert train(tiny_argv(), listeners_of=listeners_of) == 143
+    assert list((tmp_path / "run").glob("step_*.pth"))
     assert_resumes_like(finished, tmp_path / "run")
 
 
