@@ -51,17 +51,13 @@ class Batch(NamedTuple):
 
     def part(self, start: int, end: int) -> "Batch":
         """Return samples ``start`` to ``end - 1``, in the same memory: a part of a pinned batch is pinned."""
-        augmentations = None if self.augmentations is None else self.augmentations[start:end]
-        return self._replace(
-            images=self.images[start:end],
-            masks=self.masks[start:end],
-            indices=self.indices[start:end],
-            augmentations=augmentations,
-        )
+        return self._select(slice(start, end))
 
     def take(self, positions: Sequence[int]) -> "Batch":
         """Return copies of the samples at these positions of the batch, in this order."""
-        chosen = torch.tensor(positions, dtype=torch.int64)
+        return self._select(torch.tensor(positions, dtype=torch.int64))
+
+    def _select(self, chosen: slice | Tensor) -> "Batch":
         augmentations = None if self.augmentations is None else self.augmentations[chosen]
         return self._replace(
             images=self.images[chosen],

@@ -32,8 +32,7 @@ def scenes_of(images: Sequence[Path]) -> list[int]:
             position = scenes[position]
         return position
 
-    blank = np.zeros((0, THUMBNAIL_SIDE, THUMBNAIL_SIDE), np.uint8)
-    for alike in find_alike(np.stack(thumbnails) if thumbnails else blank):
+    for alike in find_alike(np.array(thumbnails, np.uint8).reshape(-1, THUMBNAIL_SIDE, THUMBNAIL_SIDE)):
         here, there = sorted((first_of(alike.first), first_of(alike.second)))
         scenes[there] = here
     return [first_of(position) for position in range(len(images))]

@@ -1,6 +1,7 @@
 """How long a run still takes, from what its windows and epochs have taken."""
 
 import math
+import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -109,7 +110,5 @@ def duration(seconds: float) -> str:
 def _peak() -> str:
     if torch.cuda.is_initialized():
         return f"peak {torch.cuda.max_memory_reserved() / 1e9:.1f} GB of the GPU"
-    import resource
-
     unit = 1 if sys.platform == "darwin" else 1024
     return f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"

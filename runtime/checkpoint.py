@@ -222,6 +222,7 @@ class HostCopy:
 
     def __init__(self, pinned: bool = True) -> None:
         self._pinned = pinned
+        self._layout: dict[str, Any] = {}  # of the sources
         self._tensors: dict[str, Tensor] = {}
 
     def take(self, payload: dict[str, Any]) -> Callable[[], dict[str, Any]]:
@@ -231,8 +232,9 @@ class HostCopy:
         """
         sources = dict(named_tensors(payload))
         on_cuda = any(source.is_cuda for source in sources.values())
-        if not _are_alike(self._tensors, sources):
-            self._tensors = _host_tensors(sources, self._pinned and on_cuda)
+        layout = {name: (source.shape, source.dtype, source.stride()) for name, source in sources.items()}
+        if layout != self._layout:
+            self._layout, self._tensors = layout, _host_tensors(sources, self._pinned and on_cuda)
         for name, source in sources.items():
             self._tensors[name].copy_(source.detach(), non_blocking=True)
         copied = map_tensors(payload, lambda name, _: self._tensors[name])
@@ -246,18 +248,6 @@ class HostCopy:
             return copied
 
         return complete
-
-
-def _are_alike(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
-    """Return whether tensors have the same names, shapes and dtypes, and the memory layout that a copy would have."""
-    return tensors.keys() == others.keys() and all(
-        (tensor.shape, tensor.dtype, tensor.stride()) == (other.shape, other.dtype, _dense_strides(other))
-        for tensor, other in zip(tensors.values(), others.values(), strict=True)
-    )
-
-
-def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
-    return torch.empty_like(tensor, device="meta").stride()
 
 
 def _host_tensors(sources: dict[str, Tensor], pinned: bool) -> dict[str, Tensor]:
@@ -282,11 +272,11 @@ def _host_tensors(sources: dict[str, Tensor], pinned: bool) -> dict[str, Tensor]
             source = sources[name]
             if source.numel():
                 flat = torch.frombuffer(memory.numpy(), dtype=source.dtype, count=source.numel(), offset=start)
-                tensors[name] = flat.as_strided(source.shape, _dense_strides(source))
+                tensors[name] = flat.as_strided(source.shape, torch.empty_like(source, device="meta").stride())
             else:
                 tensors[name] = torch.empty_like(source, device="cpu", requires_grad=False)
             start += _bytes_of(source)
-    return {name: tensors[name] for name in sources}
+    return tensors
 
 
 def _bytes_of(tensor: Tensor) -> int:
