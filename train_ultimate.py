@@ -12,9 +12,11 @@ batches.
 import math
 import signal
 import sys
+import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import commands
@@ -32,21 +34,24 @@ from torch.utils.data import DataLoader
 
 from commands.cli import Request
 from commands.output import print_error, print_lines
+from commands.plan import Trial, plan
+from data.cache import seconds_to_decode
 from data.dataset import Batch
 from data.loading import batches_of, to_device, training_loader, validation_loader, workers_that_fit
 from data.masks import IGNORED
-from data.processes import default_num_workers
+from data.processes import default_num_workers, num_cores
 from data.unreadable import UnreadableDataError
-from evaluation.metrics import quick_scores
-from models import CamouflageSegmenter
+from evaluation.metrics import interval_of_mean, quick_scores
+from models import CamouflageSegmenter, NetworkSettings, build_network
 from reporting.closing import closing_lines, resume_command
 from reporting.listeners import listeners_of
 from runtime import console
 from runtime.files import first_line
 from runtime.folder import FolderLostError
 from runtime.log import Listener
-from runtime.ranks import join, rank_before_joining
+from runtime.ranks import Ranks, join, rank_before_joining
 from runtime.sharding import whole_weights
+from training.costs import Costs, Meter
 from training.feed import WindowQueue
 from training.gate import StepGate, clip_gradients_, gated_step
 from training.ladder import LossHistory
@@ -108,6 +113,7 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
 def validate(run: Run, loader: DataLoader[Batch]) -> dict[str, float]:
     """Return IoU and Dice at 0.5, MAE and S-measure of the averaged weights: means over images, at the training size.
 
+    With them, as ``iou_low`` and ``iou_high``, the 95 % interval of the mean IoU.
     Predictions are scored in 8 bits, unreadable images are left out. A network whose output is not finite has no score:
     NaN, which is never the best.
 
@@ -147,7 +153,9 @@ def validate(run: Run, loader: DataLoader[Batch]) -> dict[str, float]:
     in_order = [everywhere[index] for index in sorted(everywhere)]  # for the same sums on any number of ranks
     if not in_order:
         raise UnreadableDataError("none of the validation images can be read: restore them")
-    return {name: sum(image[name] for image in in_order) / len(in_order) for name in in_order[0]}
+    low, high = interval_of_mean([image["iou"] for image in in_order])
+    means = {name: sum(image[name] for image in in_order) / len(in_order) for name in in_order[0]}
+    return {**means, "iou_low": low, "iou_high": high}
 
 
 def stop_if_asked(run: Run) -> None:
@@ -392,6 +400,40 @@ def run_training(request: Request, parts: ScriptParts | None = None) -> int:
         return run if isinstance(run, int) else run_to_its_end(run, parts)
 
 
+def try_out(given: Mapping[str, Any], seconds: float) -> Costs:
+    """Train windows of these settings for about so many seconds, from random weights, and return what they cost.
+
+    The run has a folder of its own, which is removed, and says nothing.
+
+    Raises:
+        ValueError: A mistake in the settings, or the machine is too slow.
+    """
+
+    def without_download(settings: NetworkSettings, _pretrained: bool, _weights: object) -> CamouflageSegmenter:
+        return build_network(settings)
+
+    began = time.monotonic()
+    with TemporaryDirectory(prefix="train-ultimate-trial-") as folder, console.configured(silent=True):
+        run = prepare({**given, "checkpoint_dir": folder}, Ranks(), None, Parts(build_network=without_download))
+        meter = Meter(run, began, seconds)
+        run.folder.log.listeners.append(meter)
+        with run.signals:
+            exit_code, message = outcome_of(run, validate)
+        run.folder.release()
+        run.folder.log.close()
+        if exit_code:
+            raise KeyboardInterrupt if exit_code > 128 else ValueError(message)
+        settings, pairs = run.settings, [*run.data.train_pairs, *run.data.val_pairs]
+        decoding = seconds_to_decode(pairs[:8], settings.img_size, run.data.masks, num_cores()) if settings.cache else 0
+        return meter.costs(decoding, max(path.stat().st_size for path in run.folder.store.files()))
+
+
+def run_plan(request: Request, try_out: Trial = try_out) -> int:
+    """Run ``plan``. Return the exit code, see ``main``."""
+    with console.configured(warnings_only=True):
+        return commands.attempt(lambda: plan(request.args, try_out))
+
+
 def main(argv: Sequence[str] | None = None, parts: ScriptParts | None = None) -> int:
     """Run a command and return its exit code.
 
@@ -400,9 +442,14 @@ def main(argv: Sequence[str] | None = None, parts: ScriptParts | None = None) ->
     spent. 129, 130, 143: stopped by SIGHUP, SIGINT, SIGTERM. Whatever stops a run, a checkpoint is written.
     """
     request = commands.answer(argv)
-    return request if isinstance(request, int) else run_training(request, parts)
+    return request if isinstance(request, int) else run_request(request, parts)
+
+
+def run_request(request: Request, parts: ScriptParts | None = None) -> int:
+    """Run a command that trains. Return its exit code, see ``main``."""
+    return run_plan(request) if request.command == "plan" else run_training(request, parts)
 
 
 if __name__ == "__main__":
     commands.begin()
-    sys.exit(run_training(REQUEST))  # pyright: ignore[reportPossiblyUnboundVariable]
+    sys.exit(run_request(REQUEST))  # pyright: ignore[reportPossiblyUnboundVariable]

@@ -6,16 +6,17 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from commands import cli
 from commands.output import print_error, print_lines
 from data.processes import num_cores
 from runtime import console
 from runtime.files import first_line
-from runtime.folder import BEST, CONFIG
-from training.settings import Settings, UsageError, flag
+from runtime.folder import BEST, CONFIG, read_json
+from training.settings import Settings, UsageError, flag, with_paths_found
 
 T = TypeVar("T")
 
@@ -48,19 +49,21 @@ def begin() -> None:
 
 
 def answer(argv: Sequence[str] | None = None) -> int | cli.Request:
-    """Parse the command line, once a process, and run the command unless it is ``train`` or ``demo``.
+    """Parse the command line, once a process, and run the command unless it trains: ``train``, ``demo`` and ``plan``.
 
     Returns:
-        the exit code; or for those two, the request. Their mistakes that need no checkpoint are reported here, before
+        the exit code; or for those, the request. Their mistakes that need no checkpoint are reported here, before
         torch is imported, which takes seconds.
     """
 
     def run() -> int | cli.Request:
         request = cli.parse(argv)
+        if "plan" in request.given:
+            request = replace(request, preset={**request.preset, **_read_plan(request.given["plan"])})
         if request.trains and request.given.get("resume") is None:  # else the checkpoint has settings too
             Settings.resolve(request.given, preset=request.preset)
         _require_inputs(request)
-        if request.trains:
+        if request.trains or request.command == "plan":
             return request
         with console.configured():
             return _run(request)
@@ -89,6 +92,21 @@ def attempt(call: Callable[[], T]) -> T | int:
     except KeyboardInterrupt:
         print_lines(["interrupted"], to_stderr=True)
         return 130
+
+
+def _read_plan(path: str) -> dict[str, Any]:
+    """Return the settings in a file of ``plan``.
+
+    Raises:
+        UsageError: There is no such file, or ``plan`` did not write it.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"--plan {path}: no such file; write one with: plan --dataset-path DIR --json {path}")
+    plan = read_json(Path(path))
+    if not isinstance(plan.get("settings"), dict) or "forecast" not in plan:
+        raise UsageError(f"--plan {path}: not a file that plan has written")
+    known = {entry.name for entry in fields(Settings)}
+    return {name: value for name, value in with_paths_found(plan).items() if name in known}
 
 
 def _require_inputs(request: cli.Request) -> None:

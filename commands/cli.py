@@ -86,6 +86,7 @@ def parse(argv: Sequence[str] | None) -> Request:
         "demo", usage="%(prog)s [flags]", help="see it work: about two minutes on two CPU cores, nothing to download"
     )
     _add_training_flags(demo, DEMO_DEFAULTS)
+    _add_plan(commands)
     _add_replay(commands)
     _add_evaluate(commands)
     _add_predict(commands)
@@ -155,6 +156,28 @@ def _add_replay(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser.add_argument("--device", choices=CHOICES["device"], default="auto", help="auto: CUDA if there is one")
 
 
+def _add_plan(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser(
+        "plan", usage="%(prog)s --dataset-path DIR [flags]",
+        help="choose settings for your photographs and this machine, and say how long training takes",
+    )  # fmt: skip
+    # fmt: off
+    flag = parser.add_argument
+    flag("--dataset-path", metavar="DIR", type=Path, required=True,
+         help="the dataset's folder, in any layout docs/data.md lists")
+    flag("--hours", metavar="H", type=_number(above(0)), help="time for the whole training (default: what it takes)")
+    flag("--backbone", metavar="NAME", help="any timm model that offers features_only (default: by the machine)")
+    flag("--start-from", metavar="PATH|NAME",
+         help="plan the training of a network that this program trained before, see train --start-from")
+    flag("--json", metavar="FILE", type=Path, default=Path("plan.json"), help="file to write, for train --plan")
+    flag("--exclude", metavar="FILE", help="leave out the pairs that this file names, see train --exclude")
+    flag("--include-noncam", action=argparse.BooleanOptionalAction, default=False,
+         help="COD10K: use its images without camouflaged objects too")
+    flag("--mask-values", choices=CHOICES["mask_values"], default="auto", help=_MASK_VALUES)
+    flag("--device", choices=CHOICES["device"], default="auto", help="auto: CUDA if there is one")
+    # fmt: on
+
+
 def _add_check_data(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser = commands.add_parser("check-data", help="list what is wrong with a dataset, file by file")
     # fmt: off
@@ -217,6 +240,8 @@ def _add_training_flags(parser: argparse.ArgumentParser, preset: Mapping[str, An
     add(group, "start_from",
         "start from a network that this program trained, on these data and with a schedule of its own: a checkpoint, a "
         "folder of export, owner/name on the Hugging Face hub, or a file of weights", metavar="PATH|NAME")
+    add(group, "plan",
+        "take the settings that plan has written to this file; flags that are given win", metavar="FILE")
     add(group, "frozen_levels",
         "keep the layers below the backbone's N finest of four feature levels as pretrained, throughout: less memory "
         "and time, much less for convolutional backbones", metavar="N")

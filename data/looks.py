@@ -86,12 +86,13 @@ class Look:
         return any(levels is not None and levels.varies for levels in channels)
 
 
-def map_sample(function: Callable[[Image.Image, bool], T], files: Iterable[Path]) -> list[T]:
+def map_sample(function: Callable[[Image.Image, bool], T], files: Iterable[Path], most: int = _SAMPLE) -> list[T]:
     """Call a function on 48 images, the same ones each time; of fewer, on all. Return the results.
 
     Args:
         function: takes an image, upright by its EXIF orientation, and whether the file is a JPEG.
         files: image files. Those that cannot be decoded are left out: whoever uses them reports that.
+        most: another number than 48.
     """
 
     def result(path: Path) -> T | None:
@@ -104,7 +105,7 @@ def map_sample(function: Callable[[Image.Image, bool], T], files: Iterable[Path]
             return None
 
     ordered = sorted(files)
-    sample = ordered if len(ordered) <= _SAMPLE else random.Random("masks").sample(ordered, _SAMPLE)
+    sample = ordered if len(ordered) <= most else random.Random("masks").sample(ordered, most)
     with ThreadPoolExecutor(max_workers=4) as pool:
         return [found for found in pool.map(result, sample) if found is not None]
 

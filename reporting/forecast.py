@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from reporting.history import duration
 from training.run import Run
 from training.stages import Stage
 
@@ -96,15 +97,6 @@ def describe(seconds: float, now: float | None = None) -> str:
     if seconds >= 6 * 86400:
         day = time.strftime("%d %b ", time.localtime(end))
     return f"about {duration(seconds)} left, until {day}{time.strftime('%H:%M', time.localtime(end))}, {_peak()}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time in the unit that fits it: 50 s, 45 min, 3.1 h, 2.3 days."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 100 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 def _peak() -> str:

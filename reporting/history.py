@@ -78,6 +78,7 @@ class RunHistory:
         checkpoints: file -> (epoch, 0) if written at the end of an epoch, else (0, window of the run).
         unreadable: image -> reason.
         verdicts: verdict -> number of attempts.
+        began: time of the start; NaN if it was resumed.
         num_spoilt: number of lines that hold no event: half-written or damaged.
         end: the ``run_end`` event, if it is the last one.
     """
@@ -93,6 +94,7 @@ class RunHistory:
     num_starts: int = 0
     num_spoilt: int = 0
     last_time: float = math.nan
+    began: float = math.nan
     end: dict[str, Any] | None = None
 
     @property
@@ -186,6 +188,7 @@ class RunHistory:
     def _begin(self, event: dict[str, Any]) -> None:
         """Take in a start or a resume, and drop what the log has beyond its position."""
         self.num_starts += 1
+        self.began = self.last_time if self.num_starts == 1 else math.nan
         self.config = {key: value for key, value in event.items() if key not in _NOT_FACTS}
         progress = event.get("progress")
         progress = progress if isinstance(progress, dict) else {}
@@ -259,6 +262,12 @@ def _events(log: Path, run: RunHistory) -> Iterator[dict[str, Any]]:
                 run.num_spoilt += 1
 
 
+def interval(event: dict[str, Any]) -> str:
+    """Return " (95 % interval 0.664 to 0.731)" of an epoch's IoU; "" if its event has none, as in older logs."""
+    low, high = number(event, "iou_low"), number(event, "iou_high")
+    return "" if math.isnan(low + high) else f" (95 % interval {low:.3f} to {high:.3f})"
+
+
 def number(event: dict[str, Any], key: str, default: float = math.nan) -> float:
     """Return a number of an event, ``default`` if it has none; the log holds non-finite ones as strings."""
     try:
@@ -271,6 +280,15 @@ def whole(event: dict[str, Any], key: str, default: int = 0) -> int:
     """Return a whole number of an event, ``default`` if it has none."""
     value = event.get(key)
     return value if isinstance(value, int) else default
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that fits it: 50 s, 45 min, 3.1 h, 2.3 days."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 def label(verdict: object) -> str:

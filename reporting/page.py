@@ -5,6 +5,7 @@ charts in the page's colours, and lets a click on an incident's mark lead to its
 """
 
 import json
+import math
 import shlex
 import time
 from collections.abc import Iterable, Sequence
@@ -14,9 +15,10 @@ from string import Template
 from typing import Any
 
 from reporting.charts import Chart, Table
-from reporting.history import RunHistory, differing_settings, label, number
+from reporting.history import RunHistory, differing_settings, duration, interval, label, number, whole
 from reporting.pictures import Gallery
 from runtime.folder import INCIDENTS, LOG
+from training.rules import too_few_validated, too_few_windows
 
 _VERSIONS = ("git_commit", "python", "torch", "torchvision", "timm", "numpy", "pillow")
 _MOST_LISTED = 12  # images of a window, unreadable images
@@ -80,7 +82,7 @@ def _summary(run: RunHistory) -> str:
     cards = [("State", run.state, f"last event {_when(run.last_time)}")]
     if run.best is not None:
         iou, epoch = run.best
-        cards.insert(0, ("Best validation IoU", f"{iou:.4f}", f"in epoch {epoch}"))
+        cards.insert(0, ("Best validation IoU", f"{iou:.4f}", f"in epoch {epoch}{interval(run.epochs[epoch])}"))
     newest = max(run.epochs, default=0)
     total = run.settings.get("epochs")
     cards.append(("Epochs", f"{newest} of {total}" if total else str(newest), _unfinished(run, newest)))
@@ -88,15 +90,37 @@ def _summary(run: RunHistory) -> str:
     recovered = f"{_num_skipped(recovery)} skipped, {recovery.get('rollbacks', 0)} rollbacks"
     cards.append(("Windows", str(len(run.windows)), recovered))
     cards.append(("Incidents", str(len(run.incidents)), "see below" if run.incidents else ""))
+    if run.end is not None and not math.isnan(run.began):
+        cards.append(("Time", duration(run.last_time - run.began), _forecast_time(run)))
     if run.num_starts > 1:
         cards.append(("Resumed", f"{run.num_starts - 1} times" if run.num_starts > 2 else "once", ""))
     items = "".join(
         f'<div><dt>{escape(name)}</dt><dd>{escape(value)}<span class="small">{escape(more)}</span></dd></div>'
         for name, value, more in cards
     )
+    few = "".join(f"<p>{escape(text)}.</p>" for text in _too_few(run))
     empty = "" if run.windows else "<p>No window has been trained yet.</p>"
     spoilt = f" {run.num_spoilt} lines of its log hold no event: half-written or damaged." if run.num_spoilt else ""
-    return _section("summary", "Summary", f'<dl class="cards">{items}</dl>{empty}<p class="soft">{spoilt}</p>')
+    return _section("summary", "Summary", f'<dl class="cards">{items}</dl>{few}{empty}<p class="soft">{spoilt}</p>')
+
+
+def _forecast_time(run: RunHistory) -> str:
+    """Return how long ``plan`` expected the run to take."""
+    forecast = run.config.get("forecast")
+    seconds = number(forecast, "seconds") if isinstance(forecast, dict) else math.nan
+    return "" if math.isnan(seconds) else f"forecast: {duration(seconds)}"
+
+
+def _too_few(run: RunHistory) -> list[str]:
+    """Say what a finished run had too little of."""
+    num_images, window_size = whole(run.config, "training_pairs"), whole(run.config, "window_size")
+    validation = run.config.get("validation")
+    texts = []
+    if run.end is not None and num_images and window_size:
+        texts.append(too_few_windows(len(run.windows), num_images, window_size))
+    if isinstance(validation, list):
+        texts.append(too_few_validated(len(validation)))
+    return [*filter(None, texts)]
 
 
 def _unfinished(run: RunHistory, newest: int) -> str:

@@ -6,8 +6,9 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import torch
@@ -132,6 +133,20 @@ def resolve_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device; see nvidia-smi and torch.version.cuda, or use cpu")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def free_memory(device: torch.device) -> float:
+    """Return the bytes of memory that are free: of the GPU, or of this machine or the container's share of it."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    found = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
+    with suppress(OSError, ValueError, AttributeError):
+        text = Path("/proc/meminfo").read_text()
+        found.append(1024.0 * int(re.findall(r"^MemAvailable:\s+(\d+) kB", text, flags=re.MULTILINE)[0]))
+    with suppress(OSError, ValueError):  # "max" if there is no limit
+        group = Path("/sys/fs/cgroup")
+        found.append(float((group / "memory.max").read_text()) - float((group / "memory.current").read_text()))
+    return max(0.0, min(found))
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 from conftest import ROOT, Argv, prepare_run
 
-from reporting.closing import FEW_WINDOWS, closing_lines, enough_epochs
+from reporting.closing import closing_lines
+from training.rules import FEW_WINDOWS, enough_epochs
 from training.run import Run
 
 

@@ -18,7 +18,7 @@ from train_ultimate import ScriptParts, main
 ROOT = Path(__file__).parents[1]
 SMALL = shlex.split(
     "--backbone test_efficientnet --no-pretrained --decoder-channels 16 --img-size 64 --epochs 2 --stage1-epochs 1 "
-    "--batch-size 2 --accumulation-steps 2 --num-workers 0 --val-fraction 0.2"
+    "--batch-size 2 --accumulation-steps 2 --num-workers 0 --val-fraction 0.2 --frozen-levels 0"
 )
 
 

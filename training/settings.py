@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Self
 
 logger = logging.getLogger("train_ultimate")
@@ -25,7 +26,7 @@ NOT_RESUMED = ("resume", "checkpoint_dir", "drill", "quiet", "json_logs", "max_h
 FIXED_AT_START = ("backbone", "decoder_channels", "zoom")  # they decide the shapes in a checkpoint
 PATHS = ("dataset_path", "exclude", "backbone_weights", "start_from", "cache_dir")
 # Without use once a checkpoint brings the weights and the list of validation images.
-ONLY_AT_START = ("pretrained", "backbone_weights", "start_from", "val_fraction")
+ONLY_AT_START = ("pretrained", "backbone_weights", "start_from", "val_fraction", "plan")
 
 
 class UsageError(ValueError):
@@ -103,6 +104,7 @@ class Settings:
     backbone: str = "pvt_v2_b2"
     pretrained: bool = True
     backbone_weights: str | None = None
+    plan: str | None = None  # file that ``plan`` wrote, whose settings take the place of the defaults
     start_from: str | None = None  # a trained network's file, folder or name on the hub
     frozen_levels: int = 0
     decoder_channels: int = 64
@@ -158,7 +160,7 @@ class Settings:
             given: What the user typed, by name.
             saved: Settings of the run being resumed; names that this version does not know are ignored.
             has_weights: The resumed run comes with a checkpoint, whose weights not every setting fits.
-            preset: Defaults that take the place of this class's, as ``demo`` has them.
+            preset: Defaults that take the place of this class's, of ``demo`` or of a plan.
 
         Raises:
             UsageError: A setting is missing, out of range, contradicts another or does not fit the checkpoint.
@@ -167,7 +169,7 @@ class Settings:
         kept = {name: value for name, value in (saved or {}).items() if name in known and name not in NOT_RESUMED}
         # 1. what the user typed
         # 2. the run being resumed, except for what belongs to one invocation
-        # 3. the preset (demo)
+        # 3. the preset (demo, --plan)
         # 4. the defaults of this class
         values = {**(preset or {}), **kept, **given}
         if has_weights and saved is not None:
@@ -233,6 +235,16 @@ class Settings:
 def flag(name: str) -> str:
     """Return the flag of a setting: "img_size" is --img-size."""
     return "--" + name.replace("_", "-")
+
+
+def with_paths_found(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved configuration's settings. Relative paths missing here are taken from where it was written."""
+    settings, written_in = dict(config["settings"]), Path(config.get("working_directory", "."))
+    for name in PATHS:
+        path = settings.get(name)
+        if isinstance(path, str) and not Path(path).exists() and (written_in / path).exists():
+            settings[name] = str(written_in / path)
+    return settings
 
 
 def check_img_size(size: int) -> None:

@@ -1,6 +1,7 @@
 """From what the user typed to a run that is ready to train, new or resumed: first decide, then build, then write."""
 
 import logging
+import math
 import shlex
 import sys
 import time
@@ -37,7 +38,7 @@ from models import CamouflageSegmenter, NetworkSettings, build_network
 from runtime import console
 from runtime.checkpoint import CheckpointStore, find_checkpoint, made_by_modified_copy, read_weights
 from runtime.files import write_json
-from runtime.folder import CONFIG, INCIDENTS, config_begun, require_free
+from runtime.folder import CONFIG, INCIDENTS, config_begun, read_json, require_free
 from runtime.log import environment
 from runtime.machine import (
     LEAST_GAIN,
@@ -57,9 +58,10 @@ from training.drill import Drill
 from training.gate import SpikeDetector
 from training.optim import Ema, all_finite, build_optimizer
 from training.recovery import Recovery
+from training.rules import what_does_not_fit
 from training.run import Run, RunFolder, TrainingData
 from training.runner import WindowRunner
-from training.settings import NOT_RESUMED, PATHS, Settings
+from training.settings import NOT_RESUMED, Settings, with_paths_found
 from training.stages import build_stages
 from training.start import TrainedNetwork, read_trained, start_from
 from training.state import TrainState, resume, window_size
@@ -208,18 +210,13 @@ def plan_run(
     excluded = excluded_names(settings, before)
     validation = None if before is None else before["validation"]
     train_pairs, val_pairs, root = find_pairs(settings, validation, excluded, scenes)
+    if before is None and settings.dataset_path != "synthetic" and settings.plan is None:
+        num_windows = settings.epochs * math.ceil(len(train_pairs) / size)
+        if misfit := what_does_not_fit(len(train_pairs), num_windows, not {"lr", "epochs"} & given.keys()):
+            command = shlex.join(["python", sys.argv[0], "plan", "--dataset-path", settings.dataset_path])
+            logger.info(f"   {misfit}; settings that suit them: {command}")
     masks = reading_of_masks(settings, before, [*train_pairs, *val_pairs], root)
     return Plan(settings, checkpoint, weights, start, source, root, train_pairs, val_pairs, excluded, size, masks)
-
-
-def with_paths_found(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a saved configuration's settings. Relative paths missing here are taken from where the run was started."""
-    settings, started_in = dict(config["settings"]), Path(config.get("working_directory", "."))
-    for name in PATHS:
-        path = settings.get(name)
-        if isinstance(path, str) and not Path(path).exists() and (started_in / path).exists():
-            settings[name] = str(started_in / path)
-    return settings
 
 
 def size_of_windows(settings: Settings, num_ranks: int, before: dict[str, Any] | None) -> int:
@@ -578,6 +575,8 @@ def record_start(run: Run, resumed: bool) -> None:
         **run.config,
         **environment(Path(__file__), ("torch", "torchvision", "timm", "numpy", "pillow")),
     }
+    if run.settings.plan is not None:
+        facts["forecast"] = read_json(Path(run.settings.plan)).get("forecast")
     run.folder.config = facts
     if run.machine.ranks.is_first:
         write_json(run.folder.path / CONFIG, facts)
