@@ -41,7 +41,7 @@ from data.loading import batches_of, to_device, training_loader, validation_load
 from data.masks import IGNORED
 from data.processes import default_num_workers, num_cores
 from data.unreadable import UnreadableDataError
-from evaluation.metrics import interval_of_mean, quick_scores
+from evaluation.metrics import interval_of_mean, mean_scores, quick_scores
 from models import CamouflageSegmenter, NetworkSettings, build_network
 from reporting.closing import closing_lines, resume_command
 from reporting.listeners import listeners_of
@@ -113,7 +113,9 @@ def train_epoch(run: Run, stage: Stage, loader: DataLoader[Batch]) -> None:
 def validate(run: Run, loader: DataLoader[Batch]) -> dict[str, float]:
     """Return IoU and Dice at 0.5, MAE and S-measure of the averaged weights: means over images, at the training size.
 
-    With them, as ``iou_low`` and ``iou_high``, the 95 % interval of the mean IoU.
+    With them, as ``iou_low`` and ``iou_high``, the 95 % interval of the mean IoU; and as ``rehearsed_iou`` and so on
+    the means over images of ``--rehearse``.
+
     Predictions are scored in 8 bits, unreadable images are left out. A network whose output is not finite has no score:
     NaN, which is never the best.
 
@@ -150,12 +152,13 @@ def validate(run: Run, loader: DataLoader[Batch]) -> dict[str, float]:
     if not ranks.all(is_finite):
         return dict.fromkeys(("iou", "dice", "mae", "s_measure"), math.nan)
     everywhere = {index: image for part in ranks.gather(scores) for index, image in part.items()}
-    in_order = [everywhere[index] for index in sorted(everywhere)]  # for the same sums on any number of ranks
-    if not in_order:
+    num_own, indices = run.data.num_own_validation, sorted(everywhere)  # for the same sums on any number of ranks
+    own, rehearsed = ([everywhere[i] for i in indices if (i < num_own) == is_own] for is_own in (True, False))
+    if not own:
         raise UnreadableDataError("none of the validation images can be read: restore them")
-    low, high = interval_of_mean([image["iou"] for image in in_order])
-    means = {name: sum(image[name] for image in in_order) / len(in_order) for name in in_order[0]}
-    return {**means, "iou_low": low, "iou_high": high}
+    low, high = interval_of_mean([image["iou"] for image in own])
+    old = {f"rehearsed_{name}": mean for name, mean in mean_scores(rehearsed).items()}
+    return {**mean_scores(own), "iou_low": low, "iou_high": high, **old}
 
 
 def stop_if_asked(run: Run) -> None:

@@ -134,11 +134,12 @@ def _require_inputs(request: cli.Request) -> None:
         directory = Path(named["checkpoint_dir"])
         for file, is_own in ((CONFIG, is_json_with("settings")), (REPORT, is_report)):
             require_own([directory / file], is_own, request.command, f"--checkpoint-dir {directory}")
-    path = named.get("dataset_path")
-    for folder in path if isinstance(path, list) else [path]:
-        if folder not in (None, "synthetic") and not Path(folder).is_dir():
-            what = "is a file" if Path(folder).exists() else "no such folder"
-            raise ValueError(f"{folder}: {what}; --dataset-path must name the dataset's folder")
+    for name in ("dataset_path", "rehearse"):
+        path = named.get(name)
+        for folder in path if isinstance(path, list) else [path]:
+            if folder not in (None, "synthetic") and not Path(folder).is_dir():
+                what = "is a file" if Path(folder).exists() else "no such folder"
+                raise ValueError(f"{folder}: {what}; {flag(name)} must name the dataset's folder")
 
 
 def _run(request: cli.Request) -> int:

@@ -240,6 +240,11 @@ def _add_training_flags(parser: argparse.ArgumentParser, preset: Mapping[str, An
     add(group, "start_from",
         "start from a network that this program trained, on these data and with a schedule of its own: a checkpoint, a "
         "folder of export, owner/name on the Hugging Face hub, or a file of weights", metavar="PATH|NAME")
+    add(group, "rehearse",
+        "against forgetting: mix in photographs of this dataset, which the network of --start-from was trained on, and "
+        "validate on both", metavar="DIR")
+    add(group, "rehearse_share", "share of each epoch's photographs that --rehearse brings, if it has so many",
+        metavar="F")
     add(group, "plan",
         "take the settings that plan has written to this file; flags that are given win", metavar="FILE")
     add(group, "frozen_levels",

@@ -20,6 +20,7 @@ from commands.own_files import is_json_with, is_picture_with, require_own, save_
 from data.decoding import decode_mask
 from data.layouts import (
     MASK_SUFFIXES,
+    OUTSIDE,
     PAIR_FOLDER_NAMES,
     Pair,
     Subset,
@@ -245,7 +246,8 @@ def _cases_of_checkpoint(
     if args.held_out:
         root = Path(args.dataset_path[0])
         pairs = training_pairs(find_subsets(root, include_noncam=True), root)
-        sets = {"held-out": named_pairs(pairs, root, network.held_out)}
+        own = [name for name in network.held_out if not name.startswith(OUTSIDE)]  # the others are of --rehearse
+        sets = {"held-out": named_pairs(pairs, root, own)}
     names = [
         (name, pair, mask)
         for name, pairs in sets.items()

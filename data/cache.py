@@ -27,7 +27,7 @@ import PIL
 from tqdm import tqdm
 
 from data.decoding import fixed_size_image, fixed_size_mask, problem_of
-from data.layouts import Pair, size_and_time
+from data.layouts import Pair, name_of, size_and_time
 from data.masks import ABOVE_HALF, MaskReading, UInt8Array
 from data.processes import process_pool
 
@@ -152,7 +152,7 @@ def _key(pairs: Sequence[Pair], root: Path, img_size: int, masks: MaskReading) -
     for pair in pairs:
         for path in (pair.image, pair.mask):
             size, modified = size_and_time(path)
-            line = f"{path.relative_to(root).as_posix()}\0{size}\0{modified}\n"
+            line = f"{name_of(path, root)}\0{size}\0{modified}\n"
             digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
 

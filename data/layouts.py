@@ -61,6 +61,9 @@ _SPLITS: tuple[Split | None, ...] = (None, "test", "train")
 logger = logging.getLogger("train_ultimate")
 
 
+OUTSIDE = "../"  # how names of another dataset's files begin
+
+
 @dataclass(frozen=True)
 class Pair:
     """One photograph and its mask."""
@@ -215,7 +218,7 @@ def leave_out(pairs: Sequence[Pair], root: Path, names: Collection[str]) -> tupl
     """
     left, unmatched = [], set(names)
     for pair in pairs:
-        own = {path.relative_to(root).as_posix() for path in (pair.image, pair.mask)}
+        own = {name_of(path, root) for path in (pair.image, pair.mask)}
         unmatched -= own
         if own.isdisjoint(names):
             left.append(pair)
@@ -267,7 +270,18 @@ def describe_left_out(subset: Subset) -> list[str]:
 
 def by_name(pairs: Sequence[Pair], root: Path) -> dict[str, Pair]:
     """Map each image's path relative to ``root``, its name in checkpoints and logs, to its pair."""
-    return {pair.image.relative_to(root).as_posix(): pair for pair in pairs}
+    return {name_of(pair.image, root): pair for pair in pairs}
+
+
+def name_of(path: Path, root: Path) -> str:
+    """Return a file's name in checkpoints and logs: its path relative to ``root``, with slashes.
+
+    Those of another dataset begin with ``OUTSIDE``.
+    """
+    try:
+        return path.relative_to(root).as_posix()
+    except ValueError:
+        return Path(os.path.relpath(path, root)).as_posix()
 
 
 def names_of_masks(pairs: Sequence[Pair]) -> list[str]:
@@ -320,6 +334,30 @@ def named_pairs(pairs: Sequence[Pair], root: Path, names: Sequence[str]) -> list
     return [named[name] for name in names]
 
 
+def pairs_to_rehearse(
+    pairs: Sequence[Pair], root: Path, number: int, fraction: float, seed: int, validation: Sequence[str] | None
+) -> tuple[list[Pair], list[Pair]]:
+    """Choose pairs of another dataset to train on and to validate on, beside those of the dataset itself.
+
+    Args:
+        pairs: training pairs of the other dataset.
+        root: folder of the dataset itself, where names begin.
+        number: pairs to train on; fewer if there are not so many.
+        fraction: share to validate on.
+        seed: decides which.
+        validation: names of the validation images of the run being resumed; None for a new run.
+
+    Raises:
+        ValueError: there are fewer than two pairs, or none of the validation images is there.
+    """
+    if validation is None:
+        left, held_out = split_validation(pairs, fraction, seed)
+    else:
+        left, held_out = split_as_before(pairs, root, validation)
+    chosen = set(random.Random(f"rehearsal, seed {seed}").sample(range(len(left)), min(number, len(left))))
+    return [pair for index, pair in enumerate(left) if index in chosen], held_out
+
+
 def split_validation(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
     """Carve a validation set out of the training pairs: the same one for the same pairs, fraction and seed.
 
@@ -353,9 +391,7 @@ def fingerprint(pairs: Sequence[Pair], root: Path) -> str:
     digest = hashlib.sha256()
     for pair in pairs:
         for path in (pair.image, pair.mask):
-            digest.update(
-                f"{path.relative_to(root).as_posix()}\0{size_and_time(path)[0]}\n".encode(errors="surrogateescape")
-            )
+            digest.update(f"{name_of(path, root)}\0{size_and_time(path)[0]}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
 
 

@@ -139,6 +139,11 @@ def quick_scores(prediction: ByteArray, mask: BoolArray | ByteArray) -> dict[str
     return {"iou": counts.iou(), "dice": counts.dice(), "mae": counts.mae(), "s_measure": counts.s_measure()}
 
 
+def mean_scores(images: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of each score over images; none for no images."""
+    return {name: sum(image[name] for image in images) / len(images) for name in (images[0] if images else ())}
+
+
 def interval_of_mean(values: Sequence[float], resamples: int = 1000) -> tuple[float, float]:
     """Return the ends of the 95 % bootstrap interval of a mean: the same for the same values.
 

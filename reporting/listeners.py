@@ -60,6 +60,10 @@ class EpochLines:
         if not (sys.stderr and sys.stderr.isatty()):  # on a terminal, the progress bar above has named the epoch
             logger.info("Epoch %d/%d", fields["epoch"], self._epochs)
         logger.info("Loss: %.4f | IoU: %.4f | Dice: %.4f", fields["loss"], fields["iou"], fields["dice"])
+        if "rehearsed_iou" in fields:
+            logger.info(
+                "   Rehearsed: IoU %.4f | S-measure %.4f", fields["rehearsed_iou"], fields["rehearsed_s_measure"]
+            )
         logger.info("   Gradient norm - Avg: %.3f, Max: %.3f", fields["grad_norm_avg"], fields["grad_norm_max"])
         if fields["overflows"]:
             text = "   fp16 overflows: %d, none applied; loss scale now %g"

@@ -1,14 +1,18 @@
 """A new run that starts from a trained network."""
 
+import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Argv, failing, prepare_run, train
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
 from data.synthetic import write_synthetic_dataset
+from reporting.history import read_run
 from runtime.checkpoint import read_checkpoint, write_checkpoint
 from training.run import Run
 
@@ -141,3 +145,64 @@ def test_a_resumed_run_does_not_start_again(finished: Path, tmp_path: Path, tiny
     assert train([*own_network(tiny_argv(*short)), "--start-from", str(source)]) == 0
     source.unlink()
     assert train(["train", "--resume", "auto", "--checkpoint-dir", str(tmp_path / "run"), "--epochs", "3"]) == 0
+
+
+@pytest.fixture(scope="module")
+def two_datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    write_synthetic_dataset(folder / "new", num_train=10, num_test=0, img_size=64, seed=3)
+    write_synthetic_dataset(folder / "old", num_train=30, num_test=0, img_size=64, seed=4)
+    return folder
+
+
+REHEARSAL = "--img-size 64 --backbone test_efficientnet --no-pretrained --decoder-channels 16 --num-workers 0"
+REHEARSAL += " --batch-size 4 --accumulation-steps 1 --epochs 2 --stage1-epochs 0 --val-fraction 0.2 --precision fp32"
+
+
+def rehearsing(folder: Path, *flags: str) -> list[str]:
+    paths = {"dataset-path": "new", "rehearse": "old", "checkpoint-dir": f"run{len(list(folder.iterdir()))}"}
+    named = [text for flag, name in paths.items() for text in (f"--{flag}", str(folder / name))]
+    return ["train", *named, *REHEARSAL.split(), *flags]
+
+
+@pytest.mark.parametrize(("share", "number"), [("0.5", 8), ("0.2", 2), ("0.9", 24)])
+def test_rehearsal_mixes_in_a_share_of_the_old_photographs(two_datasets: Path, share: str, number: int) -> None:
+    data = prepare_run(rehearsing(two_datasets, "--rehearse-share", share)).data
+    assert [name.startswith("../old/") for name in data.images] == [False] * 8 + [True] * number
+    assert [name.startswith("../old/") for name in data.validation] == [False] * 2 + [True] * 6
+    assert data.num_own_validation == 2
+    assert not {*data.images} & {*data.validation}
+
+
+def test_both_datasets_are_scored_and_the_new_one_chooses_the_best_epoch(two_datasets: Path) -> None:
+    argv = rehearsing(two_datasets)
+    assert train(argv) == 0
+    run = Path(argv[argv.index("--checkpoint-dir") + 1])
+    events = read_run(run).epochs
+    assert all(0 <= event["rehearsed_iou"] <= 1 and 0 <= event["rehearsed_s_measure"] <= 1 for event in events.values())
+    checkpoint = read_checkpoint(run / "best_model.pth")
+    assert checkpoint["progress"]["best_iou"] == max(event["iou"] for event in events.values())
+    held_out = f"evaluate --checkpoint {run} --dataset-path {argv[2]} --held-out --json {run}/s.json --num-workers 0"
+    assert train(held_out.split()) == 0
+    assert json.loads((run / "s.json").read_text())["sets"]["held-out"]["num_images"] == 2
+
+
+def test_a_rehearsing_run_resumes_with_the_same_photographs_and_weights(two_datasets: Path) -> None:
+    argv = rehearsing(two_datasets)
+    assert train(argv) == 0
+    whole, again = Path(argv[6]), Path(argv[6] + "-again")
+    shutil.copytree(whole, again, ignore=shutil.ignore_patterns("epoch_0002.pth"))
+    assert train(["train", "--resume", "auto", "--checkpoint-dir", str(again)]) == 0
+    first, second = (read_checkpoint(run / "epoch_0002.pth") for run in (whole, again))
+    assert first["config"]["validation"] == second["config"]["validation"]
+    assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
+
+
+def test_rehearsing_the_dataset_itself_or_other_masks_is_refused(two_datasets: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is --dataset-path itself"):
+        prepare_run(rehearsing(two_datasets, "--rehearse", str(two_datasets / "new")))
+    shutil.copytree(two_datasets / "old", tmp_path / "inverted")
+    for path in (tmp_path / "inverted").rglob("GT/*"):
+        ImageOps.invert(Image.open(path).convert("L")).save(path)
+    with pytest.raises(ValueError, match="read in another way"):
+        prepare_run(rehearsing(two_datasets, "--rehearse", str(tmp_path / "inverted"), "--mask-values", "auto"))

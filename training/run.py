@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from data.cache import DecodedCache
-from data.layouts import Pair
+from data.layouts import OUTSIDE, Pair
 from data.masks import MaskReading
 from data.sampler import Share
 from data.unreadable import UnreadablePairs
@@ -43,6 +43,11 @@ class TrainingData:
     cache: DecodedCache | None
     masks: MaskReading
     unreadable: UnreadablePairs
+
+    @property
+    def num_own_validation(self) -> int:
+        """Number of validation images that are not of ``--rehearse``; they come first."""
+        return sum(not name.startswith(OUTSIDE) for name in self.validation)
 
     def identity(self) -> dict[str, Any]:
         """Return what a checkpoint remembers of the data."""

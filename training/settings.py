@@ -24,7 +24,7 @@ SCALES = [0.75, 1.0, 1.25]  # --multi-scale without factors
 # Settings of one invocation, not of the run.
 NOT_RESUMED = ("resume", "checkpoint_dir", "drill", "quiet", "json_logs", "max_hours")
 FIXED_AT_START = ("backbone", "decoder_channels", "zoom")  # they decide the shapes in a checkpoint
-PATHS = ("dataset_path", "exclude", "backbone_weights", "start_from", "cache_dir")
+PATHS = ("dataset_path", "exclude", "backbone_weights", "start_from", "rehearse", "cache_dir")
 # Without use once a checkpoint brings the weights and the list of validation images.
 ONLY_AT_START = ("pretrained", "backbone_weights", "start_from", "val_fraction", "plan")
 
@@ -68,6 +68,7 @@ def above(low: float, high: float = math.inf) -> Range:
 FACTOR = Range(0.25, 4)  # of --img-size, for --zoom and --multi-scale
 RANGES: Mapping[str, Range] = {
     "img_size": whole(64), "val_fraction": above(0, 0.9), "num_workers": whole(0), "frozen_levels": whole(0),
+    "rehearse_share": above(0, 0.95),
     "decoder_channels": whole(8), "zoom": FACTOR, "multi_scale": FACTOR, "epochs": whole(1), "stage1_epochs": whole(0),
     "batch_size": whole(1), "accumulation_steps": whole(1), "lr": above(0), "stage2_lr_scale": above(0),
     "backbone_lr_scale": above(0), "weight_decay": Range(0), "ema_decay": Range(0, 1), "grad_clip": above(0),
@@ -106,6 +107,8 @@ class Settings:
     backbone_weights: str | None = None
     plan: str | None = None  # file that ``plan`` wrote, whose settings take the place of the defaults
     start_from: str | None = None  # a trained network's file, folder or name on the hub
+    rehearse: str | None = None  # folder of the dataset that ``start_from`` was trained on
+    rehearse_share: float = 0.5  # of the photographs of an epoch
     frozen_levels: int = 0
     decoder_channels: int = 64
     zoom: list[float] = field(default_factory=lambda: [1.0])

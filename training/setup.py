@@ -16,12 +16,14 @@ from data.cache import DecodedCache, default_directory, open_cache
 from data.dataset import header_problems
 from data.decoding import problem_of
 from data.layouts import (
+    OUTSIDE,
     Pair,
     by_name,
     describe,
     find_subsets,
     fingerprint,
     leave_out,
+    pairs_to_rehearse,
     read_exclude_file,
     split_as_before,
     split_validation,
@@ -292,7 +294,42 @@ def find_pairs(
         logger.warning(
             f"--exclude {settings.exclude}: {len(unmatched)} paths match no training pair, the first: {unmatched[0]}"
         )
+    if settings.rehearse is not None:
+        old_training, old_validation = find_rehearsed(settings, root, pairs, len(train_pairs), validation)
+        train_pairs, val_pairs = [*train_pairs, *old_training], [*val_pairs, *old_validation]
     return train_pairs, val_pairs, root
+
+
+def find_rehearsed(
+    settings: Settings, root: Path, own: Sequence[Pair], num_training: int, validation: list[str] | None
+) -> tuple[list[Pair], list[Pair]]:
+    """Return pairs of ``--rehearse`` to train on and to validate on.
+
+    Args:
+        settings: of this run.
+        root: the dataset's folder.
+        own: pairs of the dataset itself.
+        num_training: of them, pairs to train on.
+        validation: names of the validation images of the run being resumed.
+
+    Raises:
+        ValueError: It is the dataset itself, has too few pairs, or its masks are to be read in another way.
+    """
+    folder = Path(str(settings.rehearse))
+    if folder.resolve() == root.resolve():
+        raise ValueError(f"--rehearse {folder}: is --dataset-path itself; name the folder of the earlier dataset")
+    pairs = training_pairs(find_subsets(folder, settings.include_noncam), folder)
+    surveyed = [survey_pairs(each, settings.mask_values) for each in (own, pairs)]
+    if surveyed[0].reading != surveyed[1].reading:
+        raise ValueError(
+            f"--rehearse {folder}: its masks ({surveyed[1].seen}) are to be read in another way than those of {root} "
+            f"({surveyed[0].seen}); convert one of them, or give --mask-values for both"
+        )
+    number = round(num_training * settings.rehearse_share / (1 - settings.rehearse_share))
+    before = [name for name in validation or () if name.startswith(OUTSIDE)] or None
+    training, held_out = pairs_to_rehearse(pairs, root, number, settings.val_fraction, settings.seed, before)
+    logger.info(f"   rehearsed: {folder}, {len(training)} pairs to train on, {len(held_out)} to validate on")
+    return training, held_out
 
 
 def reading_of_masks(
