@@ -419,7 +419,7 @@ def try_out(given: Mapping[str, Any], seconds: float) -> Costs:
     with TemporaryDirectory(prefix="train-ultimate-trial-") as folder, console.configured(silent=True):
         run = prepare({**given, "checkpoint_dir": folder}, Ranks(), None, Parts(build_network=without_download))
         meter = Meter(run, began, seconds)
-        run.folder.log.listeners.append(meter)
+        run.folder.log.listeners += [*listeners_of(run), meter]  # TensorBoard and the report take memory, too
         with run.signals:
             exit_code, message = outcome_of(run, validate)
         run.folder.release()

@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -148,6 +148,9 @@ def choose(
             continue
         if situation.on_cpu and costs.memory > situation.memory and network is not networks[-1]:
             continue
+        if situation.on_cpu:  # where "auto" is a measurement, which may come out otherwise on another day
+            settings = replace(settings, precision=costs.precision)
+            reasons["precision"] = costs.precision, Rule({}, "the faster one of bf16 and fp32 here")
         best = _with_epochs(situation, settings, reasons, costs, hours)
         if 2 * best.settings.epochs >= best.wanted:  # the other half gains less than a larger network
             return best
@@ -187,6 +190,12 @@ def _with_epochs(
     return Choice(complete, reasons, costs, cost, wanted)
 
 
+def differing(settings: Settings) -> dict[str, Any]:
+    """Return the settings that differ from the defaults. The others may come from the network of ``--start-from``."""
+    defaults = Settings(dataset_path="").to_dict()
+    return {name: value for name, value in settings.to_dict().items() if value != defaults[name]}
+
+
 @dataclass(frozen=True)
 class _SampleOf:
     """A few of a dataset's photographs to try settings out on: the others are named in an exclude file.
@@ -211,7 +220,7 @@ class _SampleOf:
         epochs = {"epochs": 3, "stage1_epochs": 1} if settings.stage1_epochs else {"epochs": 2, "stage1_epochs": 0}
         fraction = _VALIDATED / number if len(kept) == number else settings.val_fraction
         return {
-            **settings.to_dict(), **epochs, "exclude": str(exclude), "val_fraction": fraction,
+            **differing(settings), **epochs, "exclude": str(exclude), "val_fraction": fraction,
             "cache_dir": str(self.folder), "spike_policy": "off", "max_rollbacks": 0,
             "max_hours": _MOST_HOURS,
         }  # fmt: skip
@@ -221,6 +230,8 @@ def _measured_apart(trial: Trial, sample: _SampleOf, on_cpu: bool) -> Callable[[
     """Return a function that tries settings out: on a CPU in a process of its own, whose memory can be told apart."""
 
     def measure(settings: Settings, seconds: float) -> Costs:
+        name = "the trained network" if settings.start_from else settings.backbone
+        print_lines([f"Trying {name} at {settings.img_size} px"])
         given = sample.settings(settings)
         seconds = min(_SECONDS_OF_WINDOWS, seconds / 2)
         if not on_cpu:
@@ -286,11 +297,9 @@ def _what_would_help(choice: Choice, situation: Situation, hours: float | None) 
 
 
 def _as_json(choice: Choice, facts: DataFacts, situation: Situation) -> dict[str, Any]:
-    """Return the content of plan.json; ``settings`` are those that differ from the defaults."""
-    defaults = Settings(dataset_path="").to_dict()
-    settings = {name: value for name, value in choice.settings.to_dict().items() if value != defaults[name]}
+    """Return the content of plan.json."""
     return {
-        "settings": settings,
+        "settings": differing(choice.settings),
         "working_directory": str(Path.cwd()),
         "reasons": {name: {"why": rule.why, "evidence": rule.evidence} for name, (_, rule) in choice.reasons.items()},
         "data": asdict(facts),

@@ -36,7 +36,7 @@ SMALL = {
 def costs(settings: Settings, _seconds: float = 0.0) -> Costs:
     """Return costs in proportion to the image's area: a second a window at 352 px."""
     window = (settings.img_size / 352) ** 2
-    return Costs(5.0, {1: window / 2, 2: window}, 1.0, window / 16, 6 * GB * window, 50e6)
+    return Costs(5.0, {1: window / 2, 2: window}, 1.0, window / 16, "bf16", 6 * GB * window, 50e6)
 
 
 def small_trial(given: Mapping[str, Any], seconds: float) -> Costs:

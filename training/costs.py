@@ -33,6 +33,7 @@ class Costs:
         windows: stage -> of a window at the scale 1.
         epoch: beside windows and validation, per epoch.
         validation: per image.
+        precision: number format that was chosen.
         memory: most memory, of the GPU or of the process.
         checkpoint: size of a checkpoint's file.
         decoding: per image, into a cache.
@@ -42,6 +43,7 @@ class Costs:
     windows: dict[int, float]
     epoch: float
     validation: float
+    precision: str
     memory: float
     checkpoint: float
     decoding: float = 0.0
@@ -152,7 +154,8 @@ class Meter:
         validation = min(self._validations, default=_FORWARD * per_image)
         epoch = max(0.0, min(self._epochs, default=window) - window)
         start = self._start - decoding * (len(self._run.data.images) + len(self._run.data.validation))
-        return Costs(max(0.0, start), windows, epoch, validation, peak_memory(), checkpoint, decoding)
+        precision = self._run.machine.precision.name
+        return Costs(max(0.0, start), windows, epoch, validation, precision, peak_memory(), checkpoint, decoding)
 
 
 def _per_area(windows: list[tuple[float, float]]) -> float:

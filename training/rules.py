@@ -145,13 +145,14 @@ def networks_for(situation: Situation) -> list[Rule]:
     for rule in NETWORKS:
         if not rule.applies(situation):
             continue
-        settings = {**rule.settings, "img_size": min(rule.settings["img_size"], largest)}
+        size, why = min((rule.settings["img_size"], rule.why), (largest, "no larger than the photographs"))
+        settings = {**rule.settings, "img_size": size}
         if situation.start_from is not None:  # which brings its own
             settings = {name: value for name, value in settings.items() if name not in ("backbone", "zoom")}
         elif situation.backbone is not None:
             settings["backbone"] = situation.backbone
         if settings not in [other.settings for other in found]:
-            found.append(Rule(settings, rule.why, rule.evidence))
+            found.append(Rule(settings, why, rule.evidence if why == rule.why else ""))
     return found
 
 
@@ -167,6 +168,8 @@ def settings_for(situation: Situation, network: Rule) -> dict[str, tuple[Any, Ru
         rule = next((rule for rule in group if rule.applies(situation)), None)
         if rule is not None:
             chosen |= {name: (value, rule) for name, value in rule.settings.items()}
+    if situation.backbone is not None:
+        chosen["backbone"] = situation.backbone, Rule({}, "as given")
     if situation.num_ranks > 1:
         ranks, factor = situation.num_ranks, math.sqrt(situation.num_ranks)
         larger = Rule({}, f"steps of {ranks} times as many images: the square root of it", "docs/scaling.md")
