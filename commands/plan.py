@@ -217,7 +217,7 @@ class _SampleOf:
         kept = set(self.names[::step][:number])
         exclude = self.folder / "others.txt"
         exclude.write_text("\n".join([*self.excluded, *(name for name in self.names if name not in kept)]) + "\n")
-        epochs = {"epochs": 3, "stage1_epochs": 1} if settings.stage1_epochs else {"epochs": 2, "stage1_epochs": 0}
+        epochs = {"epochs": 6, "stage1_epochs": 2 if settings.stage1_epochs else 0}  # unless time is up before
         fraction = _VALIDATED / number if len(kept) == number else settings.val_fraction
         return {
             **differing(settings), **epochs, "exclude": str(exclude), "val_fraction": fraction,
@@ -238,7 +238,8 @@ def _measured_apart(trial: Trial, sample: _SampleOf, on_cpu: bool) -> Callable[[
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             return trial(given, seconds)
-        with process_pool(1, "tries settings", "close other programs, or name a smaller --backbone") as pool:
+        way_out = "close other programs, or name a smaller --backbone"
+        with process_pool(1, "tries settings", way_out, fresh=True) as pool:
             return pool.submit(trial, given, seconds).result()
 
     return measure

@@ -49,7 +49,7 @@ def default_num_workers(cores: int | None = None) -> int:
 
 
 @contextmanager
-def process_pool(num_processes: int, work: str, way_out: str) -> Iterator[ProcessPoolExecutor]:
+def process_pool(num_processes: int, work: str, way_out: str, fresh: bool = False) -> Iterator[ProcessPoolExecutor]:
     """Yield a pool of processes that ignore Ctrl-C and end with this process, however it ends.
 
     They are forked on Linux: spawned ones would import the main script, torch included, to use NumPy and Pillow.
@@ -58,11 +58,12 @@ def process_pool(num_processes: int, work: str, way_out: str) -> Iterator[Proces
         num_processes: at least 1.
         work: what they do, for the error message: "reads images".
         way_out: what the user can do if one of them is killed.
+        fresh: spawn them all the same: they train, and their memory is to be measured.
 
     Raises:
         ValueError: a process was killed before its result arrived.
     """
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" and not fresh else "spawn")
     pool = ProcessPoolExecutor(num_processes, context, initializer=_begin)
     # The first task forks. A Ctrl-C during a fork would be lost: Python swallows what its callbacks raise.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

@@ -9,16 +9,8 @@ from data.sampler import drawn
 from training.costs import Costs, Meter, forecast
 from training.settings import Settings
 
-COSTS = Costs(
-    start=5.0,
-    windows={1: 0.5, 2: 1.0},
-    epoch=2.0,
-    validation=0.1,
-    precision="fp32",
-    memory=2e9,
-    checkpoint=50e6,
-    decoding=0.01,
-)
+COSTS = Costs(5.0, {1: 0.5, 2: 1.0}, epoch=2.0, validation=0.1, precision="fp32", memory=2e9, checkpoint=50e6)
+COSTS = replace(COSTS, decoding=0.01)
 SETTINGS = Settings(dataset_path="x", epochs=10, stage1_epochs=4, batch_size=8, accumulation_steps=1, img_size=64)
 
 

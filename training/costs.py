@@ -2,6 +2,7 @@
 
 import math
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -151,11 +152,16 @@ class Meter:
             windows.setdefault(stage.number, _STAGE_1 * windows[last])
         window = windows[self._run.stages[0].number]
         per_image = window / min(self._run.data.window_size, len(self._run.data.images))
-        validation = min(self._validations, default=_FORWARD * per_image)
-        epoch = max(0.0, min(self._epochs, default=window) - window)
+        validation = _steady(self._validations, _FORWARD * per_image)
+        epoch = max(0.0, _steady(self._epochs, window) - window)
         start = self._start - decoding * (len(self._run.data.images) + len(self._run.data.validation))
         precision = self._run.machine.precision.name
         return Costs(max(0.0, start), windows, epoch, validation, precision, peak_memory(), checkpoint, decoding)
+
+
+def _steady(values: list[float], default: float) -> float:
+    """Return the median without the first value, which is often no measure; the default if there is none."""
+    return statistics.median(values[1:] or values or [default])
 
 
 def _per_area(windows: list[tuple[float, float]]) -> float:
