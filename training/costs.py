@@ -16,6 +16,7 @@ from training.run import Run
 from training.settings import Settings
 from training.stages import build_stages
 
+_GROWTH = 1.15  # of a process's memory in the course of a run: 1.1 to 1.2, because what was freed is kept in pieces
 _FIRST = 2  # windows of a stage that are no measure: kernels are chosen, memory is taken
 _FEWEST = 2  # windows that are one
 _CONTEXT = 0.7e9  # bytes of a GPU that CUDA takes beside torch's allocator
@@ -171,8 +172,8 @@ def _per_area(windows: list[tuple[float, float]]) -> float:
 
 
 def peak_memory() -> float:
-    """Return the most bytes that this process has taken, of the GPU if it uses one."""
+    """Return the most bytes that a run of this process's settings takes, of the GPU if it uses one."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_reserved() + _CONTEXT
     unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit * _GROWTH)
