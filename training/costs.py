@@ -16,6 +16,7 @@ from training.run import Run
 from training.settings import Settings
 from training.stages import build_stages
 
+_AROUND = 7.0  # seconds that the program's start and the report at its end take
 _GROWTH = 1.15  # of a process's memory in the course of a run: 1.1 to 1.2, because what was freed is kept in pieces
 _FIRST = 2  # windows of a stage that are no measure: kernels are chosen, memory is taken
 _FEWEST = 2  # windows that are one
@@ -32,7 +33,7 @@ class Costs:
 
     Attributes:
         start: from the start of ``prepare`` to the first window, without decoding into a cache.
-        windows: stage -> of a window at the scale 1.
+        windows: stage -> of a window, the mean over the scales of ``--multi-scale``.
         epoch: beside windows and validation, per epoch.
         validation: per image.
         precision: number format that was chosen.
@@ -72,12 +73,11 @@ def forecast(settings: Settings, num_images: int, num_validated: int, costs: Cos
         num_ranks: processes that train together.
     """
     num_windows = math.ceil(num_images / (settings.batch_size * settings.accumulation_steps * num_ranks))
-    area = sum(scale**2 for scale in settings.multi_scale) / len(settings.multi_scale)
     exchange = _EXCHANGE if num_ranks > 1 else 1.0
     stages = {
         stage.number: stage.num_epochs
         * (
-            num_windows * costs.windows[stage.number] * area * exchange
+            num_windows * costs.windows[stage.number] * exchange
             + costs.epoch
             + num_validated * costs.validation / num_ranks
         )
@@ -87,7 +87,7 @@ def forecast(settings: Settings, num_images: int, num_validated: int, costs: Cos
     decoding = total * costs.decoding if settings.cache else 0.0
     cached = 4 * settings.img_size**2 * total if settings.cache else 0
     files = (settings.keep_checkpoints + 2) * costs.checkpoint  # the best one, and one that is being written
-    return RunCosts(costs.start + decoding + sum(stages.values()), stages, costs.memory, files + cached)
+    return RunCosts(_AROUND + costs.start + decoding + sum(stages.values()), stages, costs.memory, files + cached)
 
 
 class Meter:
@@ -105,7 +105,7 @@ class Meter:
         self._start, self._seconds = clock() - began, seconds
         self._latest = clock()  # event
         self._stage_began = math.nan
-        self._windows: dict[int, list[tuple[float, float]]] = {}  # stage -> seconds and area of each
+        self._windows: dict[int, list[tuple[float, float]]] = {}  # stage -> seconds and scale of each
         self._validations: list[float] = []  # seconds per image
         self._epochs: list[float] = []  # seconds between epochs, and a window
 
@@ -127,7 +127,7 @@ class Meter:
         if fields["window"] == 1 and self._validations:
             self._epochs.append(seconds)
         else:
-            of_stage.append((seconds, scale**2))
+            of_stage.append((seconds, scale))
         is_last = fields["stage"] == self._run.stages[-1].number
         if is_last and len(of_stage) >= _FIRST + _FEWEST and now - self._stage_began > self._seconds:
             self._run.signals.time_is_up = True
@@ -145,7 +145,8 @@ class Meter:
         Raises:
             ValueError: It ended before enough windows were trained.
         """
-        windows = {stage: _per_area(of_stage) for stage, of_stage in self._windows.items() if of_stage}
+        scales = self._run.settings.multi_scale
+        windows = {stage: _mean_over(scales, of_stage) for stage, of_stage in self._windows.items() if of_stage}
         last = self._run.stages[-1].number
         if last not in windows:
             raise ValueError("no window was trained in the time for a trial: this machine is too slow for it")
@@ -165,10 +166,15 @@ def _steady(values: list[float], default: float) -> float:
     return statistics.median(values[1:] or values or [default])
 
 
-def _per_area(windows: list[tuple[float, float]]) -> float:
-    """Return the seconds of a window at the scale 1, from windows with their areas."""
+def _mean_over(scales: list[float], windows: list[tuple[float, float]]) -> float:
+    """Return the mean seconds of a window over all scales, from windows with theirs.
+
+    A scale that was not drawn costs what the others do by its area.
+    """
     measured = windows[_FIRST:] if len(windows) >= _FIRST + _FEWEST else windows[-1:]
-    return sum(seconds for seconds, _ in measured) / sum(area for _, area in measured)
+    rate = sum(seconds for seconds, _ in measured) / sum(scale**2 for _, scale in measured)
+    of_scale = {scale: [seconds for seconds, own in measured if own == scale] for scale in scales}
+    return statistics.mean(statistics.mean(times or [rate * scale**2]) for scale, times in of_scale.items())
 
 
 def peak_memory() -> float:
