@@ -37,8 +37,8 @@ def test_the_meter_measures_windows_at_their_scale_and_ends_the_trial(tiny_argv:
     now = 100.0
     meter = Meter(run, began=97.0, seconds=0.0, clock=lambda: now)
     for epoch in (1, 2):
-        for window in range(1, 5):
-            number = 4 * (epoch - 1) + window
+        for window in range(1, 13):
+            number = 12 * (epoch - 1) + window
             scale = drawn(run.settings.multi_scale, run.settings.seed, number)
             now += (20.0 if number < 3 else 1.0) * (1 + scale**2) + (1.5 if (epoch, window) == (2, 1) else 0.0)
             meter.event("window", {"stage": 2, "window": window, "global_window": number})
@@ -46,8 +46,6 @@ def test_the_meter_measures_windows_at_their_scale_and_ends_the_trial(tiny_argv:
         now += 0.5 * len(run.data.validation)
         meter.event("epoch", {})
     costs = meter.costs(decoding=0.0, checkpoint=1e6)
-    drawn_scales = {drawn([0.5, 2.0], run.settings.seed, number) for number in (3, 4, 6, 7, 8)}
-    assert drawn_scales == {0.5, 2.0}
     assert costs.windows[2] == pytest.approx(1 + (0.25 + 4) / 2)
     assert (costs.start, costs.validation) == (pytest.approx(3.0), pytest.approx(0.5))
 
