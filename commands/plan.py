@@ -39,9 +39,9 @@ from training.settings import Settings, flag
 Trial = Callable[[Mapping[str, Any], float], Costs]
 
 TIME_FOR_TRIALS, LONGEST_TRIAL = 90.0, 40.0  # seconds
-_SECONDS_OF_WINDOWS = 12.0  # in a trial, of each stage
+_SECONDS_OF_WINDOWS = 15.0  # in a trial, of each stage
 _MOST_HOURS = 0.1  # of a trial, whose own clock ends it before
-_WINDOWS, _VALIDATED = 6, 16  # an epoch of a trial, in windows and images
+_WINDOWS, _VALIDATED = 12, 16  # an epoch of a trial: of fewer windows, loader processes would be idle for most
 _SHARE_OF_TIME = 0.9  # of --hours: the rest is for what a forecast does not know
 _SAVE_EVERY = 600.0  # seconds; epochs that take longer are saved on the way
 
@@ -217,7 +217,7 @@ class _SampleOf:
         kept = set(self.names[::step][:number])
         exclude = self.folder / "others.txt"
         exclude.write_text("\n".join([*self.excluded, *(name for name in self.names if name not in kept)]) + "\n")
-        epochs = {"epochs": 6, "stage1_epochs": 2 if settings.stage1_epochs else 0}  # unless time is up before
+        epochs = {"epochs": 4, "stage1_epochs": 1 if settings.stage1_epochs else 0}  # unless time is up before
         fraction = _VALIDATED / number if len(kept) == number else settings.val_fraction
         return {
             **differing(settings), **epochs, "exclude": str(exclude), "val_fraction": fraction,
