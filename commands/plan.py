@@ -84,7 +84,7 @@ def plan(args: Any, trial: Trial) -> int:
     print_lines(_about_data(root, facts, survey.summary, situation))
     given = {
         name: str(value) if isinstance(value, Path) else value
-        for name in ("dataset_path", "exclude", "include_noncam", "mask_values", "start_from")
+        for name in ("dataset_path", "exclude", "include_noncam", "mask_values", "start_from", "device")
         if (value := getattr(args, name)) not in (None, False, "auto")
     }
     with TemporaryDirectory(prefix="train-ultimate-plan-") as folder:
@@ -183,7 +183,7 @@ def _with_epochs(
     if epochs < wanted:
         rule = Rule({}, f"as many as fit into --hours {hours:g}; {wanted} would be better")
     reasons = {**reasons, "epochs": (epochs, rule)}
-    if situation.num_pairs and (seconds := max(cost.stages.values()) / epochs) > _SAVE_EVERY:
+    if (seconds := max(cost.stages.values()) / epochs) > _SAVE_EVERY:
         windows = max(1, round(math.ceil(num_images / window) * _SAVE_EVERY / seconds))
         reasons["checkpoint_every"] = windows, Rule({}, "a checkpoint about every ten minutes")
         complete = Settings.resolve({**complete.to_dict(), "checkpoint_every": windows})
