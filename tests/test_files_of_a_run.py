@@ -47,7 +47,9 @@ def test_epoch_lines_have_the_agreed_form(tiny_argv: Argv, capsys: pytest.Captur
     assert re.search(r"^Loss: \d\.\d{4} \| IoU: 0\.\d{4} \| Dice: 0\.\d{4}$", out, re.MULTILINE)
     assert re.search(r"^   Gradient norm - Avg: \d+\.\d{3}, Max: \d+\.\d{3}$", out, re.MULTILINE)
     assert "Warning: 4 of 4 windows had a gradient norm above 5 x --grad-clip = 0.0005" in out
-    assert re.search(r"^Done: validation IoU 0\.\d{4}, reached at epoch 1$", out, re.MULTILINE)
+    assert re.search(
+        r"^Done: validation IoU 0\.\d{4}, reached at epoch 1 \(95 % interval 0\.\d{3} to 0\.\d{3}\)$", out, re.MULTILINE
+    )
 
 
 def test_best_model_is_the_epoch_of_best_iou_and_nan_is_never_best(tiny_argv: Argv, tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ def test_a_real_trial_measures_both_stages_and_leaves_nothing(photographs: Path,
     assert set(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_plan_is_written_explained_and_taken_by_train(photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The networks are exchanged for a small one by flags, which win."""
     assert run_plan(parse(["plan", "--dataset-path", str(photographs)]), small_trial) == 0
@@ -135,11 +136,16 @@ def test_mistakes_are_answered_in_one_line(photographs: Path, capsys: pytest.Cap
     for arguments, expected in (
         (["--dataset-path", "nowhere"], "no such folder"),
         (["--dataset-path", str(photographs), "--json", "notes.json"], "plan did not write it"),
-        (["--dataset-path", str(photographs), "--backbone", "resnet5O"], "resnet5O"),
     ):
         assert main(["plan", *arguments]) == 2
         assert expected in capsys.readouterr().err
     assert Path("notes.json").read_text() == '{"mine": 1}'
+
+
+@pytest.mark.slow
+def test_an_unknown_backbone_is_named(photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--dataset-path", str(photographs), "--backbone", "resnet5O"]) == 2
+    assert "resnet5O" in capsys.readouterr().err
 
 
 def test_facts_of_a_dataset(photographs: Path) -> None:

@@ -187,6 +187,7 @@ def test_both_datasets_are_scored_and_the_new_one_chooses_the_best_epoch(two_dat
     assert json.loads((run / "s.json").read_text())["sets"]["held-out"]["num_images"] == 2
 
 
+@pytest.mark.slow
 def test_a_rehearsing_run_resumes_with_the_same_photographs_and_weights(two_datasets: Path) -> None:
     argv = rehearsing(two_datasets)
     assert train(argv) == 0
