@@ -30,10 +30,8 @@ def closing_lines(run: Run) -> list[str]:
     few = [] if is_synthetic else _too_few(run)
     result = "Done"
     if progress.best_iou >= 0:
-        best_event = read_run(run.folder.path).epochs.get(progress.best_epoch, {})
-        result += (
-            f": validation IoU {progress.best_iou:.4f}{interval(best_event)}, reached at epoch {progress.best_epoch}"
-        )
+        uncertain = interval(read_run(run.folder.path).epochs.get(progress.best_epoch, {}))
+        result += f": validation IoU {progress.best_iou:.4f}, reached at epoch {progress.best_epoch}{uncertain}"
     return [
         *few,
         result,
