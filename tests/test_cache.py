@@ -225,6 +225,7 @@ def test_one_of_several_processes_builds_and_the_others_wait(root: Path, tmp_pat
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_a_build_leaves_nothing_behind(root: Path, tiny_argv: Argv, tmp_path: Path) -> None:
     for pair in pairs_of(root):  # enough of them for the signal to arrive in time even on a busy machine
         for number in range(60):
@@ -259,6 +260,7 @@ def test_samples_are_decoded_if_the_cache_file_is_removed(root: Path, tmp_path: 
 # Whole runs
 
 
+@pytest.mark.slow
 def test_run_with_a_cache_ends_in_bitwise_the_weights_of_one_without(
     root: Path, tiny_argv: Argv, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

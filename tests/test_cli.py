@@ -175,6 +175,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 def test_a_process_parses_its_command_line_once(tiny_argv: Argv, tiny_dataset: Path, tmp_path: Path) -> None:
     resume = [*tiny_argv("--epochs", "1", "--stage1-epochs", "1"), "--resume", "auto"]
     assert train(resume) == 0

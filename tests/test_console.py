@@ -392,6 +392,7 @@ def test_quiet_shows_warnings_of_the_start_too(
     assert all(line.startswith("Warning: ") for line in captured.err.splitlines())
 
 
+@pytest.mark.slow
 def test_json_logs_are_the_lines_of_the_log(tiny_argv: Argv, tmp_path: Path) -> None:
     result = run(*tiny_argv(*SHORT, "--json-logs", *DRILL))
     assert result.returncode == 0
@@ -400,6 +401,7 @@ def test_json_logs_are_the_lines_of_the_log(tiny_argv: Argv, tmp_path: Path) -> 
     assert "Epoch 1, window 2: nonfinite" in result.stderr
 
 
+@pytest.mark.slow
 def test_reader_of_json_logs_that_has_gone_costs_nothing(tiny_argv: Argv, tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)
@@ -409,6 +411,7 @@ def test_reader_of_json_logs_that_has_gone_costs_nothing(tiny_argv: Argv, tmp_pa
     assert read_events(tmp_path / "run", "run_end")[0]["exit_code"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "redirected",
     [

@@ -270,6 +270,7 @@ def test_few_images_are_in_memory_at_once(tmp_path: Path) -> None:
     assert len(results) == 50
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the processes in /proc")
 def test_ctrl_c_ends_it_without_a_traceback(tmp_path: Path) -> None:
     root = write_set(tmp_path / "set", ["a"], size=(900, 900))

@@ -79,6 +79,7 @@ def test_going_back_to_an_older_epoch_sets_the_later_ones_aside(
     assert "further on than the checkpoint being resumed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_going_back_keeps_the_best_model_of_the_abandoned_branch(tiny_argv: Argv, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     back = ["train", "--resume", str(directory / "epoch_0001.pth")]

@@ -330,6 +330,7 @@ def test_statistics_of_older_programs_are_read(count: int) -> None:
         assert examine(detector, norm) == examine(older, norm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sigma", "least_caught"),
     [pytest.param(0.2, 0.95, marks=pytest.mark.slow), (0.4, 0.95), pytest.param(0.7, 0.60, marks=pytest.mark.slow)],

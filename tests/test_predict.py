@@ -414,6 +414,7 @@ def test_network_whose_output_is_not_finite_writes_no_prediction(
     assert written(tmp_path / "out") == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the processes in /proc")
 def test_ctrl_c_ends_it_without_a_traceback_and_without_half_a_picture(checkpoint: Path, tmp_path: Path) -> None:
     first = photograph(tmp_path / "p" / "a.jpg", (900, 700))

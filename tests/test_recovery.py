@@ -67,6 +67,7 @@ def test_after_a_passing_fault_the_weights_are_bitwise_those_of_a_run_without(
     assert [attempt["verdict"] for attempt in incident["attempts"]][1] == "applied"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "faults"),
     [("bf16", ("nan-loss@6", "inf-grad@13")), pytest.param("fp16", ("nan-loss@6",), marks=pytest.mark.slow)],
@@ -80,6 +81,7 @@ def test_the_same_in_half_precision(
     assert differing_tensors(final(tmp_path / "run"), final(undisturbed(precision))) == []
 
 
+@pytest.mark.slow
 def test_a_stop_during_recovery_waits_for_it(
     undisturbed: Callable[[str], Path], tiny_argv: Argv, tmp_path: Path
 ) -> None:
@@ -302,6 +304,7 @@ def diverging(first: int, factor: float) -> Loss:
     return loss
 
 
+@pytest.mark.slow
 def test_loss_that_runs_away_without_a_nan_is_rolled_back_and_then_ends_the_run_resumably(
     tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -408,6 +411,7 @@ def test_initial_weights_that_are_not_finite_are_refused(tiny_argv: Argv, capsys
 # fp16
 
 
+@pytest.mark.slow
 def test_values_beyond_fp16_are_rerun_in_fp32_and_nothing_is_quarantined(
     tiny_dataset: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -195,6 +195,7 @@ def test_uncaught_error_costs_no_window(
     assert differing_tensors(final(tmp_path / "run"), final(finished)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "counted"),
     [
@@ -251,6 +252,7 @@ def test_data_that_disappears_costs_no_window(
     assert differing_tensors(final(tmp_path / "run"), final(finished)) == []
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_starts_again_with_its_settings(
     finished: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -88,6 +88,7 @@ def test_zoomed_run_resumes_bitwise_and_its_checkpoint_is_evaluated(
     assert train(["evaluate", "--checkpoint", checkpoint, "--dataset-path", str(tiny_dataset)]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_run_in_half_precision_resumes_bitwise_with_its_loss_scale(
     tiny_argv: Argv, tmp_path: Path, precision: str

@@ -92,6 +92,7 @@ def test_a_run_goes_on_reports_each_file_once_and_counts(
     assert len(read_events(tmp_path / "run", "run_end")[0]["unreadable"]) == 3
 
 
+@pytest.mark.slow
 def test_weights_do_not_depend_on_workers_or_interruptions(damage: Damage, tiny_argv: Argv, tmp_path: Path) -> None:
     """Nor does the count: in the middle of an epoch, one file is known and the other is still to be found."""
     root = str(damage(2, 1))
@@ -147,6 +148,7 @@ def test_a_run_without_a_readable_validation_image_ends(
     assert "none of the validation images can be read" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_incidents_name_the_replacements(damage: Damage, tiny_argv: Argv, tmp_path: Path) -> None:
     """The unreadable images were not in the batch."""
     root = damage(2)
