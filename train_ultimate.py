@@ -9,6 +9,7 @@ stage 2 everything; both are rows of build_stages() and share all code. A window
 batches.
 """
 
+import gc
 import math
 import signal
 import sys
@@ -16,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -33,6 +35,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from commands.cli import Request
+from commands.folds import runs_of, score_folds
 from commands.output import print_error, print_lines
 from commands.plan import Trial, plan
 from data.cache import seconds_to_decode
@@ -389,18 +392,42 @@ class ScriptParts(Parts):
     listeners_of: Callable[[Run], list[Listener]] = listeners_of
 
 
+def train_one(request: Request, parts: ScriptParts, began: float) -> tuple[int, bool]:
+    """Train one run. Return the exit code, and whether all its epochs are done.
+
+    Args:
+        request: of the run.
+        parts: exchangeable parts.
+        began: time.monotonic() from which ``--max-hours`` counts.
+    """
+    given = request.given
+
+    def prepared() -> Run:
+        ranks = join(given.get("device", "auto"), given.get("rank_timeout", Settings.rank_timeout))
+        return prepare(given, ranks, request.preset, parts, began)
+
+    run = commands.attempt(prepared)
+    if isinstance(run, int):
+        return run, False
+    return run_to_its_end(run, parts), run.state.progress.epoch >= run.settings.epochs
+
+
 def run_training(request: Request, parts: ScriptParts | None = None) -> int:
-    """Run ``train`` or ``demo``. Return the exit code, see ``main``."""
-    parts, given = parts or ScriptParts(), request.given
+    """Run ``train`` or ``demo``: one run, or with ``--folds`` one after another. Return the exit code, see ``main``."""
+    parts, given, began = parts or ScriptParts(), request.given, time.monotonic()
     quiet = given.get("quiet", False) or given.get("json_logs", False)
     with console.configured(warnings_only=quiet, silent=rank_before_joining() > 0):
-
-        def prepared() -> Run:
-            ranks = join(given.get("device", "auto"), given.get("rank_timeout", Settings.rank_timeout))
-            return prepare(given, ranks, request.preset, parts)
-
-        run = commands.attempt(prepared)
-        return run if isinstance(run, int) else run_to_its_end(run, parts)
+        requests = commands.attempt(lambda: runs_of(request))
+        if isinstance(requests, int):
+            return requests
+        for one in requests:
+            exit_code, is_done = train_one(one, parts, began)
+            if exit_code or not is_done:
+                return exit_code
+            gc.collect()  # the run refers to itself, and would stay in the GPU's memory beside the next
+        if len(requests) == 1:
+            return 0
+        return commands.attempt(lambda: score_folds(Path(given["checkpoint_dir"]), quiet))
 
 
 def try_out(given: Mapping[str, Any], seconds: float) -> Costs:

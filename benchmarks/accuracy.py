@@ -166,7 +166,9 @@ def train_and_score(model: str, seed: int, options: argparse.Namespace) -> None:
         raise SystemExit(code)
     network = load(directory / "best_model.pth", build, options.tta)
     save_to = None if options.validation_only or options.tta else directory / "predictions"
-    set_name, pairs = pairs_to_score(Path(options.dataset_path), network.held_out if options.validation_only else None)
+    set_name, pairs = pairs_to_score(
+        Path(options.dataset_path), network.held_out[0] if options.validation_only else None
+    )
     report = score(network, set_name, pairs, save_to)
     write_json(done, {"sets": {set_name: report.to_json()}})
 
@@ -181,7 +183,9 @@ def load(path: Path, build: NetworkBuilder, tta: bool) -> TrainedNetwork:
     machine = Machine.of("auto", "auto", channels_last=True, shard=False, ranks=Ranks())
     model, device = machine.place(model.eval()), machine.device
     held_out = tuple(config["validation"])
-    return TrainedNetwork(model, settings.img_size, device, machine.precision, machine.memory_format, tta, held_out)
+    return TrainedNetwork(
+        (model,), settings.img_size, device, machine.precision, machine.memory_format, tta, (held_out,)
+    )
 
 
 def pairs_to_score(root: Path, held_out: tuple[str, ...] | None) -> tuple[str, list[Pair]]:

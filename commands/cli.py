@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from runtime.folder import BEST
+from runtime.folder import best_weights
 from training.settings import (
     CHOICES,
     DEMO_DEFAULTS,
@@ -98,12 +98,23 @@ def parse(argv: Sequence[str] | None) -> Request:
     if command in ("train", "demo"):
         return _training_request(command, vars(args))
     if command in ("evaluate", "predict", "export") and args.checkpoint and Path(args.checkpoint).is_dir():
-        args.checkpoint = type(args.checkpoint)(Path(args.checkpoint) / BEST)  # the folder of a run
+        files = best_weights(Path(args.checkpoint))
+        if len(files) > 1 and command == "export":
+            raise UsageError(f"--checkpoint {args.checkpoint}: {len(files)} folds; name one file, such as {files[0]}")
+        if len(files) == 1:
+            args.checkpoint = type(args.checkpoint)(files[0])  # else the folder of --folds: an ensemble
     if command == "evaluate":
         _check_evaluate(args)
     if command in ("evaluate", "predict", "export") and args.img_size is not None:
         check_img_size(args.img_size)
     return Request(command, args=args)
+
+
+def evaluate_arguments(**given: Any) -> argparse.Namespace:
+    """Return the arguments of ``evaluate`` with some given: training with ``--folds`` ends with its scores."""
+    commands = _Parser().add_subparsers()
+    _add_evaluate(commands)
+    return argparse.Namespace(**{**vars(commands.choices["evaluate"].parse_args([])), **given})
 
 
 def _training_request(command: str, given: dict[str, Any]) -> Request:
@@ -227,6 +238,11 @@ def _add_training_flags(parser: argparse.ArgumentParser, preset: Mapping[str, An
     add(group, "mask_values", _MASK_VALUES)
     add(group, "img_size", "side of the network's input in pixels; a multiple of 32")
     add(group, "val_fraction", "share of the training images to validate on")
+    add(group, "folds",
+        "cross-validation: split the photographs into K parts, train a network for each that is validated on it and "
+        "trained on the others, in a folder of its own, and score every photograph by the network that has not seen it",
+        metavar="K")
+    add(group, "fold", "with --folds: train the network of this part only, from 1, say on another machine", metavar="N")
     add(group, "num_workers", "processes that load images (default: CPU cores less one, at most 8)")
     add(group, "cache", "decode every image once, into a file of 4 x img-size x img-size bytes each, which all "
         "processes share")

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -42,6 +42,9 @@ from evaluation.figures import contact_sheet, thumbnail
 from evaluation.metrics import ByteArray, ImageScores, MeanScores, score_image
 from runtime.files import write_json
 from runtime.log import environment
+
+if TYPE_CHECKING:
+    from evaluation.predictor import TrainedNetwork  # torch: scoring files does not need it
 
 logger = logging.getLogger("train_ultimate")
 
@@ -141,12 +144,13 @@ class SetReport:
         }
 
 
-def evaluate(args: argparse.Namespace, num_processes: int) -> int:
+def evaluate(args: argparse.Namespace, num_processes: int, say: Callable[[Iterable[str]], None] = print_lines) -> int:
     """Print the table of scores, and write the files that the flags ask for.
 
     Args:
         args: flags of the command line.
         num_processes: processes that score; 0 to score in this one.
+        say: takes the lines to print.
 
     Returns:
         exit code: 0, or 1 if an image could not be scored.
@@ -165,7 +169,7 @@ def evaluate(args: argparse.Namespace, num_processes: int) -> int:
     if args.contact_sheet is not None and Path(args.contact_sheet).suffix.lower() not in (".png", ".jpg", ".webp"):
         raise ValueError(f"--contact-sheet {args.contact_sheet}: is no picture; name a .png, .jpg or .webp file")
     if args.checkpoint is not None:
-        cases, total, source = _cases_of_checkpoint(args, num_processes)
+        cases, total, source = _cases_of_checkpoint(args, num_processes, say)
     else:
         cases, total, source = _cases_of_folder(args)
     reports: dict[str, SetReport] = {}
@@ -184,18 +188,18 @@ def evaluate(args: argparse.Namespace, num_processes: int) -> int:
                 _keep_if_bad(worst, case, scored.scores, next(number))
     if not reports:
         raise ValueError(f"no image could be scored; the first reason: {failures[0] if failures else 'no image'}")
-    print_lines(_table(reports))
+    say(_table(reports))
     print_lines((f"Not scored: {failure}" for failure in failures), to_stderr=True)
     if args.json is not None:
         sets = {name: report.to_json() for name, report in reports.items()}
         packages = environment(Path(__file__), ("torch", "numpy", "pillow"))
         write_json(Path(args.json), {**source, **packages, "not_scored": failures, "sets": sets})
-        print_lines([f"All scores, image by image: {args.json}"])
+        say([f"All scores, image by image: {args.json}"])
     if args.contact_sheet is not None:
         rows = [(bad.caption, bad.panels) for bad in sorted(worst, reverse=True)]
         sheet = contact_sheet(rows, ("image", "mask", "prediction"))
         save_picture(sheet, Path(args.contact_sheet), _MARK)
-        print_lines([f"The {len(rows)} worst: {args.contact_sheet}"])
+        say([f"The {len(rows)} worst: {args.contact_sheet}"])
     return 1 if failures else 0
 
 
@@ -237,7 +241,7 @@ def score_case(case: Case | str) -> Scored | str:
 
 
 def _cases_of_checkpoint(
-    args: argparse.Namespace, num_processes: int
+    args: argparse.Namespace, num_processes: int, say: Callable[[Iterable[str]], None]
 ) -> tuple[Iterator[Case | str], int, dict[str, Any]]:
     from evaluation.predictor import load_network, predict_pairs  # torch: scoring files does not need it
 
@@ -245,9 +249,11 @@ def _cases_of_checkpoint(
     network = load_network(Path(args.checkpoint), args.device, args.precision, args.img_size, args.tta)
     if args.held_out:
         root = Path(args.dataset_path[0])
-        pairs = training_pairs(find_subsets(root, include_noncam=True), root)
-        own = [name for name in network.held_out if not name.startswith(OUTSIDE)]  # the others are of --rehearse
-        sets = {"held-out": named_pairs(pairs, root, own)}
+        trained_on = training_pairs(find_subsets(root, include_noncam=True), root)
+        parts = [_held_out(member, trained_on, root) for member in network.members()]
+        sets = {"held-out": [pair for _, pairs in parts for pair in pairs]}
+    else:
+        parts = [(network, [pair for pairs in sets.values() for pair in pairs])]
     names = [
         (name, pair, mask)
         for name, pairs in sets.items()
@@ -268,15 +274,18 @@ def _cases_of_checkpoint(
         require_own(files, is_picture_with(_MARK), "evaluate", f"--save-predictions {args.save_predictions}")
         for folder in {file.parent for file in files}:
             folder.mkdir(parents=True, exist_ok=True)
-    tta = ", with mirror images" if network.tta else ""
-    print_lines(
-        [f"Network: {args.checkpoint}, {network.img_size} px, {network.precision.name} on {network.device}{tta}"]
-    )
+    use = ["networks, each for the images that it has not seen"] if args.held_out else []
+    say([f"Network: {args.checkpoint}, {network.describe(*use)}"])
 
     def cases() -> Iterator[Case | str]:
-        pairs = [pair for _, pair, _ in names]
         num_loaders = max(1, num_processes // 2) if num_processes else 0
-        for index, prediction in predict_pairs(network, pairs, args.batch_size, num_loaders, args.stretch):
+        starts = itertools.accumulate((len(pairs) for _, pairs in parts), initial=0)
+        predictions = (
+            (start + index, prediction)
+            for start, (member, pairs) in zip(starts, parts, strict=False)
+            for index, prediction in predict_pairs(member, pairs, args.batch_size, num_loaders, args.stretch)
+        )
+        for index, prediction in predictions:
             (name, pair, mask), folder = names[index], folders[names[index][0]]
             if isinstance(prediction, str):
                 yield prediction
@@ -293,6 +302,12 @@ def _cases_of_checkpoint(
         "stretch": args.stretch,
     }
     return cases(), len(names), source
+
+
+def _held_out(network: "TrainedNetwork", pairs: Sequence[Pair], root: Path) -> "tuple[TrainedNetwork, list[Pair]]":
+    """Return a network of one run with the pairs that its run held out of training, without those of --rehearse."""
+    (names,) = network.held_out
+    return network, named_pairs(pairs, root, [name for name in names if not name.startswith(OUTSIDE)])
 
 
 def _cases_of_folder(args: argparse.Namespace) -> tuple[Iterator[Case | str], int, dict[str, Any]]:

@@ -68,10 +68,7 @@ def predict(args: argparse.Namespace, num_processes: int) -> int:
     network = load_network(Path(args.checkpoint), args.device, args.precision, args.img_size, args.tta)
     for parent in folders:
         parent.mkdir(parents=True, exist_ok=True)
-    tta = ", with mirror images" if network.tta else ""
-    print_lines(
-        [f"Network: {args.checkpoint}, {network.img_size} px, {network.precision.name} on {network.device}{tta}"]
-    )
+    print_lines([f"Network: {args.checkpoint}, {network.describe()}"])
     images = [source.path for source in sources.images]
     num_loaders, num_writers = (num_processes + 1) // 2, max(1, num_processes // 2) if num_processes else 0
 

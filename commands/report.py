@@ -8,14 +8,16 @@ from commands.output import print_lines, require_writable
 from commands.own_files import is_report, require_own
 from reporting.history import read_run
 from reporting.report import COMPARISON, REPORT, galleries_or_reason, write_report
+from runtime.folder import folders_of
 
 
 def report(directories: Sequence[Path], output: Path | None, epochs: Sequence[int]) -> int:
     """Write the page and print where it is.
 
     Args:
-        directories: folders of the runs; several runs are compared.
-        output: file to write; None for ``report.html`` in the run's folder, or ``comparison.html`` here for several.
+        directories: folders of the runs, or of the folds of one; several runs are compared.
+        output: file to write; None for ``report.html`` in the run's folder, ``comparison.html`` in that of the folds,
+            or here for several folders.
         epochs: epochs from 1 whose validation images are shown; empty for the best one.
 
     Raises:
@@ -27,9 +29,10 @@ def report(directories: Sequence[Path], output: Path | None, epochs: Sequence[in
             raise ValueError(f"--output {output}: a report is an HTML page; try {output.with_suffix('.html')}")
         require_writable(output)
         require_own([output], is_report, "report", f"--output {output}")
-    runs = [read_run(directory) for directory in directories]
+    runs = [read_run(folder) for directory in directories for folder in folders_of(directory)]
     if output is None:
-        output = directories[0] / REPORT if len(runs) == 1 else Path(COMPARISON)
+        folder = directories[0] if len(directories) == 1 else Path()
+        output = folder / (REPORT if len(runs) == 1 else COMPARISON)
         require_writable(output)
         require_own([output], is_report, "report", "--output is not given")
     pictures = [galleries_or_reason(run, epochs) for run in runs]

@@ -1,7 +1,7 @@
 """Photographs of one scene, kept on one side of the split: validation must not score what was learnt by heart."""
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -80,3 +80,33 @@ def keep_scenes_together(
         held_out = kept
     training = [pair for pair in pairs if pair.image not in held_out]
     return training, [pair for pair in pairs if pair.image in held_out], len(shared) if kept else 0
+
+
+def fold_of_each(pairs: Sequence[Pair], num_folds: int, seed: int) -> list[int]:
+    """Return the number of each pair's fold, from 1: photographs of one scene are in the same fold.
+
+    Folds have as many photographs, and as many of each superclass, as scenes allow. The same pairs, number and seed
+    give the same folds.
+
+    Raises:
+        ValueError: There are fewer scenes than folds.
+    """
+    scenes: dict[int, list[int]] = defaultdict(list)
+    for index, scene in enumerate(scenes_of([pair.image for pair in pairs])):
+        scenes[scene].append(index)
+    if len(scenes) < num_folds:
+        scene = f", of {len(scenes)} scenes" if len(scenes) < len(pairs) else ""
+        raise ValueError(f"--folds {num_folds}: there are only {len(pairs)} photographs{scene}; give fewer folds")
+    drawn = list(scenes.values())
+    random.Random(f"folds, seed {seed}").shuffle(drawn)
+    folds = [0] * len(pairs)
+    sizes: Counter[int] = Counter()
+    of_superclass: Counter[tuple[int, str]] = Counter()
+    for scene in sorted(drawn, key=len, reverse=True):  # the largest first: the single ones make up for them
+        superclass = pairs[scene[0]].superclass
+        fold = min(range(1, num_folds + 1), key=lambda one: (of_superclass[one, superclass], sizes[one]))
+        for index in scene:
+            folds[index] = fold
+        sizes[fold] += len(scene)
+        of_superclass[fold, superclass] += len(scene)
+    return folds

@@ -1,8 +1,10 @@
 """Predictions of a checkpoint's network, at the sizes of masks or photographs, as grey levels or masks."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,35 +18,49 @@ from evaluation.metrics import ByteArray
 from evaluation.trained import network_of
 from models.network import CamouflageSegmenter
 from runtime.checkpoint import read_checkpoint
+from runtime.folder import best_weights
 from runtime.machine import Precision, memory_errors, on_device, resolve_device, resolve_precision
+
+logger = logging.getLogger("train_ultimate")
 
 OUT_OF_MEMORY = "out of memory with one image: choose a smaller --img-size, or --device cpu"
 
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """Trained network, and what its input has to look like."""
+    """Trained network, or an ensemble of the networks of several folds, and what their input has to look like."""
 
-    model: CamouflageSegmenter  # in evaluation mode
+    models: tuple[CamouflageSegmenter, ...]  # in evaluation mode
     img_size: int  # side of the square input in pixels
     device: torch.device
     precision: Precision
     memory_format: torch.memory_format
     tta: bool  # test-time augmentation: average over each image and its mirror image
-    held_out: tuple[str, ...]  # validation images of its run, as paths below the dataset's folder
+    held_out: tuple[tuple[str, ...], ...]  # validation images of each run, as paths below the dataset's folder
     masks: MaskReading | None = None  # how its run read the masks; None if it does not say
 
+    def members(self) -> "list[TrainedNetwork]":
+        """Return each network of the ensemble by itself."""
+        parts = zip(self.models, self.held_out, strict=True)
+        return [replace(self, models=(model,), held_out=(names,)) for model, names in parts]
+
+    def describe(self, several: str = "networks, whose logits are averaged") -> str:
+        """Say what computes, for the first line of a command; of an ensemble, how it is used."""
+        number = f"{len(self.models)} {several}, " if len(self.models) > 1 else ""
+        tta = ", with mirror images" if self.tta else ""
+        return f"{number}{self.img_size} px, {self.precision.name} on {self.device}{tta}"
+
     def logits(self, images: Tensor) -> Tensor:
-        """Return the finest logits.
+        """Return the finest logits, the mean over networks and mirror images.
 
         Shape:
             (B, 3, S, S) float in [0, 1] -> (B, 1, S, S) float32
         """
         with self.precision.products(), self.precision.autocast():
-            logits = self.model(images)[-1].float()
+            found = [model(images)[-1].float() for model in self.models]
             if self.tta:
-                logits = (logits + self.model(images.flip(-1))[-1].float().flip(-1)) / 2
-        return logits
+                found += [model(images.flip(-1))[-1].float().flip(-1) for model in self.models]
+        return found[0] if len(found) == 1 else torch.stack(found).mean(0)
 
 
 def load_network(
@@ -53,29 +69,40 @@ def load_network(
     """Load a checkpoint's network, with its averaged weights if it has them: those that were validated.
 
     Args:
-        path: checkpoint of a run.
+        path: checkpoint of a run; or the folder of ``train --folds``, whose networks become an ensemble.
         device_name: auto, cpu or cuda.
         precision_name: auto, fp16, bf16, tf32 or fp32.
         img_size: side of the network's input in pixels; None for that of training.
         tta: average over each image and its mirror image.
 
     Raises:
-        ValueError: it is no checkpoint of this program, holds only weights, or its weights do not fit this size.
+        ValueError: it is no checkpoint of this program, holds only weights, or its weights do not fit this size; or
+            the folds were not trained for images of one size.
     """
-    checkpoint = read_checkpoint(path)
-    model = network_of(checkpoint, path, img_size)
-    settings, device = checkpoint["config"]["settings"], resolve_device(device_name)
+    files, device = best_weights(path) if path.is_dir() else [path], resolve_device(device_name)
+    models, configs = zip(*(_model_and_config(file, img_size) for file in files), strict=True)
+    settings = configs[0]["settings"]
+    sizes = sorted({config["settings"]["img_size"] for config in configs})
+    if len(sizes) > 1 and img_size is None:
+        raise ValueError(f"{path}: its folds were trained at {sizes} pixels; choose one with --img-size")
+    if path.is_dir() and len(files) < settings.get("folds", 0):
+        logger.warning(f"{path}: {len(files)} of {settings['folds']} folds have weights so far")
     memory_format = torch.channels_last if settings.get("channels_last", True) else torch.contiguous_format
     return TrainedNetwork(
-        on_device(model, device, memory_format),
+        tuple(on_device(model, device, memory_format) for model in models),
         img_size or settings["img_size"],
         device,
         resolve_precision(precision_name, device),
         memory_format,
         tta,
-        tuple(checkpoint["config"].get("validation", ())),
-        MaskReading.from_dict(masks) if (masks := checkpoint["config"].get("masks")) else None,
+        tuple(tuple(config.get("validation", ())) for config in configs),
+        MaskReading.from_dict(masks) if (masks := configs[0].get("masks")) else None,
     )
+
+
+def _model_and_config(file: Path, img_size: int | None) -> tuple[CamouflageSegmenter, dict[str, Any]]:
+    checkpoint = read_checkpoint(file)
+    return network_of(checkpoint, file, img_size), checkpoint["config"]
 
 
 def predict_pairs(

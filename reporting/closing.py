@@ -7,15 +7,17 @@ from pathlib import Path
 
 from data.layouts import find_subsets
 from reporting.history import interval, read_run
-from runtime.folder import LOG
+from runtime.folder import LOG, folds_begun
 from training.rules import too_few_validated, too_few_windows
 from training.run import Run
 
 
 def resume_command(run: Run) -> str:
-    """Return the command that continues the run."""
-    folder = run.settings.checkpoint_dir
-    return shlex.join(["python", sys.argv[0], "train", "--resume", "auto", "--checkpoint-dir", folder])
+    """Return the command that continues the run, and the other folds that were begun with it."""
+    folder = Path(run.settings.checkpoint_dir)
+    if run.settings.fold is not None and folds_begun(folder.parent):
+        folder = folder.parent
+    return shlex.join(["python", sys.argv[0], "train", "--resume", "auto", "--checkpoint-dir", str(folder)])
 
 
 def closing_lines(run: Run) -> list[str]:
@@ -32,18 +34,17 @@ def closing_lines(run: Run) -> list[str]:
     if progress.best_iou >= 0:
         uncertain = interval(read_run(run.folder.path).epochs.get(progress.best_epoch, {}))
         result += f": validation IoU {progress.best_iou:.4f}, reached at epoch {progress.best_epoch}{uncertain}"
-    return [
-        *few,
-        result,
-        f"Weights: {best}, curves: {run.folder.path / LOG}",
-        f"Next: {shlex.join(['python', sys.argv[0], *next_command])}",
-    ]
+    lines = [*few, result, f"Weights: {best}, curves: {run.folder.path / LOG}"]
+    if run.settings.fold is not None and folds_begun(run.folder.path.parent):
+        return lines  # what comes next is another fold
+    return [*lines, f"Next: {shlex.join(['python', sys.argv[0], *next_command])}"]
 
 
 def _too_few(run: Run) -> list[str]:
     """Say what there was too little of: optimizer steps, validation images."""
     windows = too_few_windows(run.state.progress.global_window, len(run.data.images), run.data.window_size)
-    return [*filter(None, (windows, too_few_validated(len(run.data.validation))))]
+    validated = too_few_validated(len(run.data.validation)) if run.settings.folds is None else ""
+    return [*filter(None, (windows, validated))]
 
 
 def _weights(run: Run) -> Path:

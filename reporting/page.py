@@ -118,7 +118,7 @@ def _too_few(run: RunHistory) -> list[str]:
     texts = []
     if run.end is not None and num_images and window_size:
         texts.append(too_few_windows(len(run.windows), num_images, window_size))
-    if isinstance(validation, list):
+    if isinstance(validation, list) and run.settings.get("folds") is None:
         texts.append(too_few_validated(len(validation)))
     return [*filter(None, texts)]
 

@@ -15,6 +15,7 @@ from typing import Any
 from runtime.files import write_text
 
 LOG, CONFIG, INCIDENTS, BEST = "metrics.jsonl", "config.json", "incidents", "best_model.pth"
+FOLD = "fold_{}"  # sub-folder of a run of --folds
 LEASE = "in-use"  # file of a run's folder where the file system has no locks
 
 
@@ -53,6 +54,23 @@ def config_begun(directory: Path) -> dict[str, Any] | None:
     """Return the ``config.json`` of a run that ended before its first checkpoint; None if there is none."""
     config = read_json(directory / CONFIG)
     return config if isinstance(config.get("settings"), dict) else None
+
+
+def folds_begun(directory: Path) -> dict[str, Any] | None:
+    """Return the ``config.json`` of ``--folds``, whose runs are in folders below; None if this is no such folder."""
+    config = config_begun(directory)
+    return config if config and config["settings"].get("folds") and config["settings"].get("fold") is None else None
+
+
+def folders_of(directory: Path) -> list[Path]:
+    """Return the folders of the runs in a folder: those of its folds, in their order, or only itself."""
+    folds = [*directory.glob(FOLD.format("*"))]
+    return sorted(folds, key=lambda fold: (len(fold.name), fold.name)) or [directory]
+
+
+def best_weights(directory: Path) -> list[Path]:
+    """Return the file with the best weights of the run in a folder; those of all its folds that have one."""
+    return [file for folder in folders_of(directory) if (file := folder / BEST).is_file()] or [directory / BEST]
 
 
 class FolderLostError(RuntimeError):

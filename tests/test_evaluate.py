@@ -97,9 +97,9 @@ def test_averaged_weights_are_used_at_the_training_size(checkpoint: Path) -> Non
     assert not torch.equal(
         state["model"]["decoder.coarse_head.weight"], state["ema"]["model"]["decoder.coarse_head.weight"]
     )
-    used = network.model.state_dict()
+    used = network.models[0].state_dict()
     assert all(torch.equal(used[name], weight) for name, weight in state["ema"]["model"].items())
-    assert not network.model.training
+    assert not network.models[0].training
     assert network.img_size == 64
     assert load_network(checkpoint, "cpu", "fp32", img_size=96).img_size == 96
 

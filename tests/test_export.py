@@ -44,7 +44,7 @@ def folder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def network_of(checkpoint: Path) -> CamouflageSegmenter:
-    return load_network(checkpoint, "cpu", "fp32", None).model
+    return load_network(checkpoint, "cpu", "fp32", None).models[0]
 
 
 def untrained(

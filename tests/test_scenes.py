@@ -9,7 +9,7 @@ from conftest import needs_shared
 from PIL import Image, ImageFilter
 
 from data.layouts import Pair, find_subsets, split_validation, training_pairs
-from data.scenes import keep_scenes_together, scenes_of
+from data.scenes import fold_of_each, keep_scenes_together, scenes_of
 
 
 def photograph(seed: int) -> Image.Image:
@@ -84,3 +84,33 @@ def test_photographs_of_camo_do_not_leak_into_validation() -> None:
     _, validation, moved = keep_scenes_together(pairs, drawn, seed=42)
     assert moved > 0
     assert len(validation) == len(drawn)
+
+
+@pytest.mark.parametrize("num_folds", [2, 3, 5, 22])
+def test_folds_are_of_equal_size_as_far_as_scenes_allow(frames: list[Pair], num_folds: int) -> None:
+    folds = fold_of_each(frames, num_folds, seed=1)
+    scenes = scenes_of([pair.image for pair in frames])
+    assert len({*zip(scenes, folds, strict=True)}) == len({*scenes}) == 22  # no scene in two folds
+    sizes = [folds.count(number) for number in range(1, num_folds + 1)]
+    assert sum(sizes) == 30
+    assert max(sizes) - min(sizes) <= (1 if num_folds <= 5 else 4)  # two scenes have five photographs
+    assert folds == fold_of_each(frames, num_folds, seed=1)
+    assert folds != fold_of_each(frames, num_folds, seed=2)
+
+
+def test_folds_share_the_superclasses(frames: list[Pair], tmp_path: Path) -> None:
+    pairs = []
+    for number, pair in enumerate(frames[:20]):
+        superclass = ("Aquatic", "Flying")[number % 4 == 0]
+        image = tmp_path / f"COD10K-CAM-1-{superclass}-1-X-{number}.jpg"
+        image.symlink_to(pair.image)
+        pairs.append(Pair(image, pair.mask))
+    folds = fold_of_each(pairs, 5, seed=0)
+    for number in range(1, 6):
+        own = [pair.superclass for pair, fold in zip(pairs, folds, strict=True) if fold == number]
+        assert sorted(own) == ["Aquatic"] * 3 + ["Flying"]
+
+
+def test_more_folds_than_scenes_are_refused(frames: list[Pair]) -> None:
+    with pytest.raises(ValueError, match="only 30 photographs, of 22 scenes; give fewer folds"):
+        fold_of_each(frames, 23, seed=0)

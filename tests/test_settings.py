@@ -22,6 +22,7 @@ FROZEN = {
     "resume": None, "checkpoint_dir": "./checkpoints", "keep_checkpoints": 3, "checkpoint_every": 0,
     "device": "auto", "rank_timeout": 60.0, "shard": False, "quiet": False, "json_logs": False,
     "max_hours": None, "start_from": None, "plan": None, "rehearse": None, "rehearse_share": 0.5,
+    "folds": None, "fold": None,
     "augment_on": "loader", "channels_last": True, "compile": False, "gradient_checkpointing": False,
 }  # fmt: skip
 

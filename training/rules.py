@@ -197,7 +197,8 @@ def too_few_validated(num_validated: int) -> str:
         return ""
     return (
         f"Only {num_validated} images to validate on: the standard error of their mean IoU is about "
-        f"{_DEVIATION_OF_IOU / math.sqrt(num_validated):.2f}; smaller differences between epochs or runs are chance"
+        f"{_DEVIATION_OF_IOU / math.sqrt(num_validated):.2f}; smaller differences between epochs or runs are chance. "
+        "--folds 5 scores every photograph, in five runs"
     )
 
 

@@ -26,7 +26,7 @@ NOT_RESUMED = ("resume", "checkpoint_dir", "drill", "quiet", "json_logs", "max_h
 FIXED_AT_START = ("backbone", "decoder_channels", "zoom")  # they decide the shapes in a checkpoint
 PATHS = ("dataset_path", "exclude", "backbone_weights", "start_from", "rehearse", "cache_dir")
 # Without use once a checkpoint brings the weights and the list of validation images.
-ONLY_AT_START = ("pretrained", "backbone_weights", "start_from", "val_fraction", "plan")
+ONLY_AT_START = ("pretrained", "backbone_weights", "start_from", "val_fraction", "folds", "fold", "plan")
 
 
 class UsageError(ValueError):
@@ -67,8 +67,8 @@ def above(low: float, high: float = math.inf) -> Range:
 
 FACTOR = Range(0.25, 4)  # of --img-size, for --zoom and --multi-scale
 RANGES: Mapping[str, Range] = {
-    "img_size": whole(64), "val_fraction": above(0, 0.9), "num_workers": whole(0), "frozen_levels": whole(0),
-    "rehearse_share": above(0, 0.95),
+    "img_size": whole(64), "val_fraction": above(0, 0.9), "folds": whole(2), "fold": whole(1),
+    "num_workers": whole(0), "frozen_levels": whole(0), "rehearse_share": above(0, 0.95),
     "decoder_channels": whole(8), "zoom": FACTOR, "multi_scale": FACTOR, "epochs": whole(1), "stage1_epochs": whole(0),
     "batch_size": whole(1), "accumulation_steps": whole(1), "lr": above(0), "stage2_lr_scale": above(0),
     "backbone_lr_scale": above(0), "weight_decay": Range(0), "ema_decay": Range(0, 1), "grad_clip": above(0),
@@ -98,6 +98,8 @@ class Settings:
     mask_values: str = "auto"
     img_size: int = 384  # pixels
     val_fraction: float = 0.1
+    folds: int | None = None  # parts that the data are split into, each validated on once; None: no cross-validation
+    fold: int | None = None  # part to validate on, from 1; None: each in turn, as a run of its own
     num_workers: int | None = None  # None: by the number of cores, of whichever machine the run is on
     cache: bool = False
     cache_dir: str | None = None
@@ -221,6 +223,8 @@ class Settings:
                 f"try --stage1-epochs {round(self.epochs * STAGE1_SHARE)}"
             )
         check_img_size(self.img_size)
+        if self.fold is not None and self.fold > (self.folds or 0):
+            raise UsageError(f"--fold {self.fold}: {f'there are {self.folds}' if self.folds else 'it needs --folds K'}")
         if self.decoder_channels % 8:
             raise UsageError(f"--decoder-channels {self.decoder_channels} is not a multiple of 8")
         if self.frozen_levels and not self.pretrained and self.backbone_weights is None and self.start_from is None:

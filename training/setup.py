@@ -31,7 +31,7 @@ from data.layouts import (
 )
 from data.masks import MaskReading
 from data.processes import keep_freed_memory, num_cores
-from data.scenes import keep_scenes_together
+from data.scenes import fold_of_each, keep_scenes_together
 from data.survey import survey_pairs
 from data.synthetic import write_synthetic_dataset
 from data.unreadable import UnreadablePairs, require_few
@@ -141,8 +141,9 @@ class FileReport:
 
 
 def prepare(
-    given: Mapping[str, Any], ranks: Ranks, preset: Mapping[str, Any] | None = None, parts: Parts | None = None
-) -> Run:
+    given: Mapping[str, Any], ranks: Ranks, preset: Mapping[str, Any] | None = None, parts: Parts | None = None,
+    began: float | None = None,
+) -> Run:  # fmt: skip
     """Build a run that is ready to train, new or resumed.
 
     Args:
@@ -150,11 +151,12 @@ def prepare(
         ranks: the processes that train together.
         preset: defaults of ``demo``.
         parts: exchangeable parts.
+        began: time.monotonic() from which ``--max-hours`` counts; None: now.
 
     Raises:
         ValueError, OSError: a mistake in the flags, the data or the checkpoint.
     """
-    began = time.monotonic()
+    began = began or time.monotonic()
     parts = parts or Parts()
     plan = ranks.from_first(lambda: plan_run(given, preset, ranks.size, parts.scenes))
     machine = set_up_machine(plan, ranks, parts.build_network)
@@ -165,10 +167,8 @@ def prepare(
     folder = claim_folder(plan, state, ranks)
     data = open_data(plan, files, state, folder, ranks)
     recovery = parts.recovery(state, data.images, plan.settings, machine, runner, folder.path / INCIDENTS, folder.log)
-    signals = signals_of(plan.settings, ranks, began)
-    run = Run(plan.settings, machine, data, state, folder, runner, recovery, signals)
-    record_start(run, resumed=plan.checkpoint is not None)
-    data.unreadable.note(files.problems)
+    run = Run(plan.settings, machine, data, state, folder, runner, recovery, signals_of(plan.settings, ranks, began))
+    record_start(run, files, resumed=plan.checkpoint is not None)
     return run
 
 
@@ -212,7 +212,7 @@ def plan_run(
     excluded = excluded_names(settings, before)
     validation = None if before is None else before["validation"]
     train_pairs, val_pairs, root = find_pairs(settings, validation, excluded, scenes)
-    if before is None and settings.dataset_path != "synthetic" and settings.plan is None:
+    if before is None and settings.dataset_path != "synthetic" and settings.plan is None and settings.fold in (None, 1):
         num_windows = settings.epochs * math.ceil(len(train_pairs) / size)
         if misfit := what_does_not_fit(len(train_pairs), num_windows, not {"lr", "epochs"} & given.keys()):
             command = shlex.join(["python", sys.argv[0], "plan", "--dataset-path", settings.dataset_path])
@@ -278,12 +278,17 @@ def find_pairs(
     found = training_pairs(subsets, root)
     pairs, unmatched = leave_out(found, root, excluded)
     num_moved = 0
-    if validation is None:
+    if validation is not None:
+        train_pairs, val_pairs = split_as_before(pairs, root, validation)
+    elif settings.folds is None:
         _, drawn = split_validation(pairs, settings.val_fraction, settings.seed)
         train_pairs, val_pairs, num_moved = keep_scenes_together(pairs, drawn, settings.seed)
     else:
-        train_pairs, val_pairs = split_as_before(pairs, root, validation)
-    logger.info(f"Data: {root}, {len(train_pairs)} pairs to train on, {len(val_pairs)} to validate on")
+        folds = list(zip(pairs, fold_of_each(pairs, settings.folds, settings.seed), strict=True))
+        train_pairs = [pair for pair, fold in folds if fold != settings.fold]
+        val_pairs = [pair for pair, fold in folds if fold == settings.fold]
+    part = "" if settings.fold is None else f", fold {settings.fold} of {settings.folds}"
+    logger.info(f"Data: {root}, {len(train_pairs)} pairs to train on, {len(val_pairs)} to validate on{part}")
     if num_moved:
         logger.info(f"   {num_moved} of them exchanged for others, because training has photographs of the same scenes")
     for line in describe(subsets, len(found)):
@@ -603,8 +608,8 @@ def signals_of(settings: Settings, ranks: Ranks, began: float) -> Signals:
     return Signals(ranks.size == 1, is_launched(), began, None if hours is None else 3600 * hours)
 
 
-def record_start(run: Run, resumed: bool) -> None:
-    """Write ``config.json`` and the log's first event: command, device, settings, data and versions."""
+def record_start(run: Run, files: FileReport, resumed: bool) -> None:
+    """Write ``config.json`` and the log's first events: command, settings, data, versions; then unreadable files."""
     facts = {
         "command": shlex.join(["python", *sys.argv]),
         "device": str(run.machine.device),
@@ -618,3 +623,4 @@ def record_start(run: Run, resumed: bool) -> None:
     if run.machine.ranks.is_first:
         write_json(run.folder.path / CONFIG, facts)
     run.folder.log.event("resume" if resumed else "run_start", **facts, progress=asdict(run.state.progress))
+    run.data.unreadable.note(files.problems)

@@ -1,0 +1,104 @@
+"""``train --folds``: a run for each part of the data; each photograph scored by the network that has not seen it."""
+
+import json
+import os
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from commands.cli import Request, evaluate_arguments
+from commands.evaluate import evaluate
+from commands.output import print_lines
+from data.processes import num_cores
+from evaluation.metrics import interval_of_mean
+from runtime.files import write_json
+from runtime.folder import CONFIG, FOLD, folds_begun, require_free
+from training.settings import NOT_RESUMED, Settings, UsageError, with_paths_found
+
+SCORES, SHEET = "out_of_fold.json", "out_of_fold.png"  # in the folder of the folds
+
+
+def runs_of(request: Request) -> list[Request]:
+    """Return a request for each run that ``train`` or ``demo`` asks for: of each fold, in a folder below, or only one.
+
+    With ``--folds`` their settings are written to ``config.json`` of the folder, for ``--resume auto``.
+
+    Raises:
+        UsageError: The flags do not go together.
+        ValueError, OSError: The folder holds another run, or cannot be written to.
+    """
+    given, folder = request.given, Path(request.given["checkpoint_dir"])
+    resume, trained = given.get("resume"), [*folder.glob(FOLD.format("*/*.pth"))]
+    begun = folds_begun(folder) if resume or trained else None
+    before = {} if begun is None else with_paths_found(begun)
+    num_folds = given.get("folds", before.get("folds") if resume == "auto" else None)
+    if num_folds is None:
+        if begun is not None:
+            raise ValueError(f"{folder} holds the folds of a run already: go on with --resume auto, or choose another")
+        return [request]
+    if resume not in (None, "auto"):
+        raise UsageError(f"--folds {num_folds}: goes on with --resume auto, and --checkpoint-dir names the folder")
+    if before and before["folds"] != num_folds:
+        raise ValueError(f"{folder} holds a run with --folds {before['folds']}, not {num_folds}: choose another folder")
+    if any(folder.glob("*.pth")):
+        raise ValueError(f"{folder} holds a run without --folds: choose another --checkpoint-dir")
+    kept = {name: value for name, value in before.items() if name not in NOT_RESUMED} if resume else {}
+    preset = {**request.preset, **kept}
+
+    def run_of(fold: int) -> Request:
+        own = {"folds": num_folds, "fold": fold, "checkpoint_dir": str(folder / FOLD.format(fold))}
+        return replace(request, given={**given, **own}, preset=preset)
+
+    if "fold" in given:
+        return [run_of(given["fold"])]
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError("--folds with several processes: start each fold by itself, with --fold 1, --fold 2, ...")
+    if resume is None and trained:
+        raise ValueError(
+            f"{folder} holds the folds of a run already: go on with --resume auto, or choose another folder"
+        )
+    settings = Settings.resolve({**given, "folds": num_folds}, preset=preset).to_dict()
+    require_free(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG, {"settings": settings, "working_directory": str(Path.cwd())})
+    return [run_of(fold) for fold in range(1, num_folds + 1)]
+
+
+def score_folds(folder: Path, quiet: bool) -> int:
+    """Score every photograph by the network of the fold that held it out. Print the scores, and where the worst are.
+
+    Args:
+        folder: of the folds, all trained.
+        quiet: only write the files.
+
+    Returns:
+        exit code of ``evaluate``.
+
+    Raises:
+        ValueError, OSError: see ``evaluate``.
+    """
+    settings = with_paths_found(json.loads((folder / FOLD.format(1) / CONFIG).read_text(encoding="utf-8")))
+    data = settings["dataset_path"]
+    if data == "synthetic":
+        data = str(folder / FOLD.format(1) / "synthetic")
+    args = evaluate_arguments(
+        checkpoint=str(folder), dataset_path=[data], held_out=True, device=settings["device"],
+        json=str(folder / SCORES), contact_sheet=str(folder / SHEET),
+    )  # fmt: skip
+    lines: list[str] = []
+    exit_code = evaluate(args, min(8, num_cores()), lines.extend)
+    rows = json.loads((folder / SCORES).read_text(encoding="utf-8"))["sets"]["held-out"]["images"]
+    low, high = interval_of_mean([row["iou"] for row in rows])
+    mean = sum(row["iou"] for row in rows) / len(rows)
+    if not quiet:
+        print_lines(
+            [
+                *lines,
+                f"Done: IoU {mean:.4f} over {len(rows)} photographs, each by the network that has not seen it (95 % "
+                f"interval {low:.3f} to {high:.3f}); the worst are hard cases, or errors in their masks",
+                f"Next: {shlex.join(['python', sys.argv[0], 'predict', '--checkpoint', str(folder)])} PHOTOGRAPHS "
+                "--output found --overlay",
+            ]
+        )
+    return exit_code
