@@ -255,7 +255,7 @@ def _add_training_flags(parser: argparse.ArgumentParser, preset: Mapping[str, An
     add(group, "backbone_weights", "start from this .pth or .safetensors file instead; nothing is downloaded")
     add(group, "start_from",
         "start from a network that this program trained, on these data and with a schedule of its own: a checkpoint, a "
-        "folder of export, owner/name on the Hugging Face hub, or a file of weights", metavar="PATH|NAME")
+        "run's folder, a folder of export, owner/name on the Hugging Face hub, or a file of weights", metavar="PATH|NAME")
     add(group, "rehearse",
         "against forgetting: mix in photographs of this dataset, which the network of --start-from was trained on, and "
         "validate on both", metavar="DIR")
@@ -348,7 +348,9 @@ def _add_evaluate(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )  # fmt: skip
     # fmt: off
     flag = parser.add_argument_group("what to score").add_argument
-    flag("--checkpoint", help="a checkpoint of train, such as best_model.pth; its averaged weights are scored")
+    flag("--checkpoint", metavar="PATH",
+         help="a checkpoint of train, such as best_model.pth, or a run's folder; its averaged weights are scored. The "
+         "folder of train --folds: an ensemble")
     flag("--tta", action=argparse.BooleanOptionalAction, default=False,
          help="average the logits of each image and its mirror image: a little better at twice the time")
     flag("--predictions", metavar="DIR", help="predictions of any method, each with its mask's file name, instead")
@@ -375,7 +377,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction[_Parser]") -> None:
 
 def _add_predict(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser = commands.add_parser(
-        "predict", usage="%(prog)s --checkpoint FILE INPUT... --output DIR [flags]",
+        "predict", usage="%(prog)s --checkpoint PATH INPUT... --output DIR [flags]",
         help="find the objects in photographs; no masks needed",
     )  # fmt: skip
     # fmt: off
@@ -391,8 +393,9 @@ def _add_predict(commands: "argparse._SubParsersAction[_Parser]") -> None:
          "on, or else 0.5) tinted and outlined")
 
     flag = parser.add_argument_group("network").add_argument
-    flag("--checkpoint", metavar="FILE", required=True,
-         help="a checkpoint of train, such as best_model.pth; its averaged weights are used")
+    flag("--checkpoint", metavar="PATH", required=True,
+         help="a checkpoint of train, such as best_model.pth, or a run's folder; its averaged weights are used. The "
+         "folder of train --folds: an ensemble")
     flag("--tta", action=argparse.BooleanOptionalAction, default=False,
          help="average the logits of each image and its mirror image: a little better at twice the time")
     _add_machine_flags(parser, "decode and write")

@@ -153,6 +153,7 @@ def test_mistakes_are_named(
     checkpoint = str(folds / "fold_1" / "epoch_0001.pth")
     assert "goes on with --resume auto" in message("--folds", "2", "--resume", checkpoint)
     assert "2 folds; name one file" in failing(["export", "--checkpoint", str(folds), "--format", "onnx"], capsys)
+    assert "2 folds; name one file" in message("--start-from", str(folds))
 
 
 def test_several_processes_are_refused_unless_they_train_one_fold(

@@ -54,6 +54,10 @@ def test_checkpoint_starts_a_new_run_at_another_size_on_other_data(
     assert_started_from(run, averaged(finished))
 
 
+def test_a_runs_folder_stands_for_its_best_weights(finished: Path, tiny_argv: Argv) -> None:
+    assert_started_from(prepare_run(own_network(tiny_argv("--start-from", str(finished)))), averaged(finished))
+
+
 @pytest.mark.slow
 def test_exported_folder_starts_a_run(finished: Path, tmp_path: Path, tiny_argv: Argv) -> None:
     export = "export", "--checkpoint", str(finished / "best_model.pth"), "--format", "safetensors"

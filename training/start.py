@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from models.backbone import embedding_like
 from models.hub import read_network
 from runtime.checkpoint import CheckpointError, made_by_modified_copy, read_checkpoint, read_weights
+from runtime.folder import best_weights
 from runtime.sharding import load_whole_state
 from runtime.tensors import first_difference
 
@@ -32,13 +33,17 @@ def read_trained(source: str) -> TrainedNetwork:
     """Read a trained network. Nothing in its files is executed.
 
     Args:
-        source: a checkpoint, a folder of ``export --format safetensors``, "owner/name" on the Hugging Face hub, or a
-            file of weights of this network, in any wrapping that ``read_weights`` knows.
+        source: a checkpoint, a run's folder, a folder of ``export --format safetensors``, "owner/name" on the Hugging
+            Face hub, or a file of weights of this network, in any wrapping that ``read_weights`` knows.
 
     Raises:
         ValueError: There is no such file, folder or repository, or it holds no weights.
     """
     path = Path(source)
+    files = [file for file in best_weights(path) if file.exists()]  # if it is a run's folder
+    if len(files) > 1:
+        raise CheckpointError(f"--start-from {source}: {len(files)} folds; name one file, such as {files[0]}")
+    path = files[0] if files else path
     if path.is_dir() or not path.exists():
         if path.suffix in (".pth", ".pt", ".safetensors", ".ckpt"):
             raise CheckpointError(f"--start-from {source}: no such file")
