@@ -255,7 +255,8 @@ def _add_training_flags(parser: argparse.ArgumentParser, preset: Mapping[str, An
     add(group, "backbone_weights", "start from this .pth or .safetensors file instead; nothing is downloaded")
     add(group, "start_from",
         "start from a network that this program trained, on these data and with a schedule of its own: a checkpoint, a "
-        "run's folder, a folder of export, owner/name on the Hugging Face hub, or a file of weights", metavar="PATH|NAME")
+        "run's folder, a folder of export, owner/name on the Hugging Face hub, or a file of weights",
+        metavar="PATH|NAME")
     add(group, "rehearse",
         "against forgetting: mix in photographs of this dataset, which the network of --start-from was trained on, and "
         "validate on both", metavar="DIR")
