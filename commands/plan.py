@@ -1,5 +1,6 @@
 """``plan``: look at photographs and machine, try settings out for a minute, and choose those to train with."""
 
+import gc
 import math
 import shlex
 import shutil
@@ -212,7 +213,8 @@ class _SampleOf:
 
     def settings(self, settings: Settings) -> dict[str, Any]:
         """Return the settings of a trial."""
-        number = _WINDOWS * settings.batch_size * settings.accumulation_steps + _VALIDATED
+        window = settings.batch_size * settings.accumulation_steps
+        number = _WINDOWS * window + window // 2 + _VALIDATED  # a short window: on a GPU it takes memory of its own
         step = max(1, len(self.names) // number)
         kept = set(self.names[::step][:number])
         exclude = self.folder / "others.txt"
@@ -235,6 +237,7 @@ def _measured_apart(trial: Trial, sample: _SampleOf, on_cpu: bool) -> Callable[[
         given = sample.settings(settings)
         seconds = min(_SECONDS_OF_WINDOWS, seconds / 2)
         if not on_cpu:
+            gc.collect()  # the trial before refers to itself
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             return trial(given, seconds)

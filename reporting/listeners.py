@@ -186,6 +186,7 @@ class TensorBoardCurves:
             for thread in self._writing_threads:
                 thread.join(_LAST_WORDS_SECONDS)
             threading.excepthook = self._excepthook
+            self._samples = None  # it holds the run, and threads begun meanwhile hold the hook: tqdm's never ends
 
     def _require_thread(self) -> None:
         """Check that the writer's thread lives: the writer waits forever for one that has ended without an error.

@@ -33,16 +33,17 @@ def test_ranks_share_images() -> None:
 
 
 def test_the_meter_measures_windows_at_their_scale_and_ends_the_trial(tiny_argv: Argv) -> None:
-    run = prepare_run(tiny_argv("--multi-scale", "0.5", "2", "--stage1-epochs", "0", "--epochs", "2"))
+    run = prepare_run(tiny_argv("--multi-scale", "0.5", "2", "--stage1-epochs", "0", "--seed", "1"))
     now = 100.0
     meter = Meter(run, began=97.0, seconds=0.0, clock=lambda: now)
-    for epoch in (1, 2):
-        for window in range(1, 13):
-            number = 12 * (epoch - 1) + window
+    for epoch in (1, 2, 3, 4):
+        for window in range(1, 5):  # of 20 images, six in each but the last
+            number = 4 * (epoch - 1) + window
             scale = drawn(run.settings.multi_scale, run.settings.seed, number)
-            now += (20.0 if number < 3 else 1.0) * (1 + scale**2) + (1.5 if (epoch, window) == (2, 1) else 0.0)
+            now += (20.0 if number < 3 else 1.0) * (1 + scale**2) + (1.5 if epoch > 1 == window else 0.0)
+            now -= 0.9 if window == 4 else 0.0
             meter.event("window", {"stage": 2, "window": window, "global_window": number})
-            assert run.signals.time_is_up == (number >= 4)
+            assert run.signals.time_is_up == (number >= 6)
         now += 0.5 * len(run.data.validation)
         meter.event("epoch", {})
     costs = meter.costs(decoding=0.0, checkpoint=1e6)

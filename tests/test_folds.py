@@ -1,5 +1,6 @@
 """``train --folds``: a run for each part of the data, resumed as one, scored on what each has not seen."""
 
+import gc
 import json
 import os
 import subprocess
@@ -16,6 +17,8 @@ from commands.folds import SCORES, SHEET, runs_of
 from evaluation.predictor import load_network
 from runtime.checkpoint import read_checkpoint
 from runtime.folder import folders_of
+from train_ultimate import main
+from training.run import Run
 from training.settings import UsageError
 
 SHORT = ("--epochs", "1", "--stage1-epochs", "0")
@@ -138,6 +141,15 @@ def test_a_folder_of_folds_takes_no_other_run(
     before = sorted(path.name for path in folds.iterdir())
     assert message in failing(tiny_arguments(tiny_dataset, folds, *flags), capsys)
     assert sorted(path.name for path in folds.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_a_run_that_has_ended_is_not_kept(tiny_dataset: Path, tmp_path: Path) -> None:
+    """It would stay in the GPU's memory beside the next fold. TensorBoard and the report take part."""
+    assert main(tiny_arguments(tiny_dataset, tmp_path / "run", *SHORT)) == 0
+    gc.collect()
+    folder = str(tmp_path / "run")
+    assert not [one for one in gc.get_objects() if isinstance(one, Run) and one.settings.checkpoint_dir == folder]
 
 
 def test_mistakes_are_named(

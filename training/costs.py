@@ -104,6 +104,8 @@ class Meter:
         self._run, self._clock = run, clock
         self._start, self._seconds = clock() - began, seconds
         self._latest = clock()  # event
+        num_images, window_size = len(run.data.images), run.data.window_size
+        self._short_window = -(-num_images // window_size) if num_images % window_size else None  # of each epoch
         self._stage_began = math.nan
         self._windows: dict[int, list[tuple[float, float]]] = {}  # stage -> seconds and scale of each
         self._validations: list[float] = []  # seconds per image
@@ -126,7 +128,7 @@ class Meter:
         scale = drawn(self._run.settings.multi_scale, self._run.settings.seed, fields["global_window"])
         if fields["window"] == 1 and self._validations:
             self._epochs.append(seconds)
-        else:
+        elif fields["window"] != self._short_window:
             of_stage.append((seconds, scale))
         is_last = fields["stage"] == self._run.stages[-1].number
         if is_last and len(of_stage) >= _FIRST + _FEWEST and now - self._stage_began > self._seconds:
