@@ -85,7 +85,7 @@ def load_network(
     sizes = sorted({config["settings"]["img_size"] for config in configs})
     if len(sizes) > 1 and img_size is None:
         raise ValueError(f"{path}: its folds were trained at {sizes} pixels; choose one with --img-size")
-    if path.is_dir() and len(files) < settings.get("folds", 0):
+    if path.is_dir() and len(files) < (settings.get("folds") or 0):
         logger.warning(f"{path}: {len(files)} of {settings['folds']} folds have weights so far")
     memory_format = torch.channels_last if settings.get("channels_last", True) else torch.contiguous_format
     return TrainedNetwork(

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -75,6 +76,23 @@ def test_the_ensemble_averages_the_logits_of_its_networks(folds: Path) -> None:
         torch.testing.assert_close(both.logits(images), (one + other) / 2)
         assert not torch.allclose(one, other, atol=1e-3)
         torch.testing.assert_close(both.members()[1].logits(images), other, rtol=0, atol=0)
+
+
+def test_folds_without_weights_are_counted(folds: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in (1, 2, 3):
+        (tmp_path / f"fold_{number}").mkdir()
+    for number in (1, 3):
+        shutil.copy(folds / "fold_1" / "best_model.pth", tmp_path / f"fold_{number}")
+    caplog.clear()
+    assert len(load_network(tmp_path, "cpu", "fp32", None).models) == 2
+    assert not caplog.messages  # it was trained as one of two
+    (tmp_path / "fold_3" / "best_model.pth").unlink()
+    assert len(load_network(tmp_path, "cpu", "fp32", None).models) == 1
+    assert caplog.messages == [f"{tmp_path}: 1 of 2 folds have weights so far"]
+
+
+def test_a_runs_folder_is_no_ensemble(finished: Path) -> None:
+    assert len(load_network(finished, "cpu", "fp32", None).models) == 1
 
 
 def test_predict_and_evaluate_take_the_folder(
