@@ -44,6 +44,7 @@ _SECONDS_OF_WINDOWS = 15.0  # in a trial, of each stage
 _MOST_HOURS = 0.1  # of a trial, whose own clock ends it before
 _WINDOWS, _VALIDATED = 12, 16  # an epoch of a trial: of fewer windows, loader processes would be idle for most
 _SHARE_OF_TIME = 0.9  # of --hours: the rest is for what a forecast does not know
+_LEAST_SHARE = 1 / 3  # of the wanted epochs: the rest gains less than a larger network or size, docs/experiments.md
 _SAVE_EVERY = 600.0  # seconds; epochs that take longer are saved on the way
 
 
@@ -153,7 +154,7 @@ def choose(
             settings = replace(settings, precision=costs.precision)
             reasons["precision"] = costs.precision, Rule({}, "the faster one of bf16 and fp32 here")
         best = _with_epochs(situation, settings, reasons, costs, hours)
-        if 2 * best.settings.epochs >= best.wanted:  # the other half gains less than a larger network
+        if best.settings.epochs >= _LEAST_SHARE * best.wanted:
             return best
     if best is None:
         raise ValueError(problem or "no network can be trained here")

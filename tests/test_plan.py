@@ -57,12 +57,12 @@ def test_without_a_limit_the_most_able_network_gets_the_epochs_it_deserves() -> 
     assert choice.forecast.seconds == pytest.approx(12 + 15 * (112 * 1.0 + 1 + 100 / 16), rel=0.02)
 
 
-@pytest.mark.parametrize(("hours", "size"), [(1.0, 352), (0.25, 288), (0.15, 224), (0.05, 160)])
+@pytest.mark.parametrize(("hours", "size"), [(1.0, 352), (0.25, 352), (0.15, 288), (0.1, 224), (0.05, 160)])
 def test_less_time_means_a_smaller_network_then_fewer_epochs(hours: float, size: int) -> None:
     choice = choose(CAMO, {"dataset_path": "x"}, hours, costs)
     assert choice.settings.img_size == size
     assert choice.forecast.seconds <= 3600 * hours
-    assert 2 * choice.settings.epochs >= choice.wanted or size == 160
+    assert 3 * choice.settings.epochs >= choice.wanted or size == 160
 
 
 def test_what_does_not_fit_into_memory_is_passed_over() -> None:
