@@ -140,6 +140,8 @@ def choose(
         left = TIME_FOR_TRIALS - (clock() - began)
         if best is not None and left < LONGEST_TRIAL / 2:
             break
+        if best is not None and network is not networks[-1] and _is_too_slow(network, best):
+            continue
         reasons = settings_for(situation, network)
         values = {name: value for name, (value, _) in reasons.items()}
         settings = Settings.resolve({**values, **given})
@@ -159,6 +161,17 @@ def choose(
     if best is None:
         raise ValueError(problem or "no network can be trained here")
     return best
+
+
+def _is_too_slow(network: Rule, tried: Choice) -> bool:
+    """Return whether a network need not be tried: the same one at a larger size gets far too few epochs.
+
+    A window takes time by the area of its images. Epochs by that estimate are too few if half as many again are.
+    """
+    if network.settings.get("backbone", tried.settings.backbone) != tried.settings.backbone:
+        return False
+    epochs = 1.5 * tried.settings.epochs * (tried.settings.img_size / network.settings["img_size"]) ** 2
+    return epochs < _LEAST_SHARE * tried.wanted
 
 
 def _with_epochs(

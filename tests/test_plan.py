@@ -65,6 +65,18 @@ def test_less_time_means_a_smaller_network_then_fewer_epochs(hours: float, size:
     assert 3 * choice.settings.epochs >= choice.wanted or size == 160
 
 
+def test_sizes_that_would_take_far_too_long_are_not_tried() -> None:
+    """On a busy machine, the time for trials would be over before one that fits."""
+    tried = []
+
+    def measure(settings: Settings, seconds: float) -> Costs:
+        tried.append(settings.img_size)
+        return costs(settings, seconds)
+
+    choose(CAMO, {"dataset_path": "x"}, 0.05, measure)
+    assert tried == [352, 160]
+
+
 def test_what_does_not_fit_into_memory_is_passed_over() -> None:
     assert choose(replace(CAMO, memory=5 * GB), {"dataset_path": "x"}, None, costs).settings.img_size == 288
 
