@@ -1,9 +1,9 @@
 """``train --folds``: a run for each part of the data; each photograph scored by the network that has not seen it."""
 
-import json
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +12,9 @@ from commands.evaluate import evaluate
 from commands.output import print_lines
 from data.processes import num_cores
 from evaluation.metrics import interval_of_mean
+from reporting.history import interval
 from runtime.files import write_json
-from runtime.folder import CONFIG, FOLD, folds_begun, require_free
+from runtime.folder import CONFIG, FOLD, folds_begun, read_json, require_free
 from training.settings import NOT_RESUMED, Settings, UsageError, with_paths_found
 
 SCORES, SHEET = "out_of_fold.json", "out_of_fold.png"  # in the folder of the folds
@@ -32,10 +33,11 @@ def runs_of(request: Request) -> list[Request]:
     resume, trained = given.get("resume"), [*folder.glob(FOLD.format("*/*.pth"))]
     begun = folds_begun(folder) if resume or trained else None
     before = {} if begun is None else with_paths_found(begun)
+    taken = f"{folder} holds the folds of a run already: go on with --resume auto, or choose another folder"
     num_folds = given.get("folds", before.get("folds") if resume == "auto" else None)
     if num_folds is None:
         if begun is not None:
-            raise ValueError(f"{folder} holds the folds of a run already: go on with --resume auto, or choose another")
+            raise ValueError(taken)
         return [request]
     if resume not in (None, "auto"):
         raise UsageError(f"--folds {num_folds}: goes on with --resume auto, and --checkpoint-dir names the folder")
@@ -55,9 +57,7 @@ def runs_of(request: Request) -> list[Request]:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UsageError("--folds with several processes: start each fold by itself, with --fold 1, --fold 2, ...")
     if resume is None and trained:
-        raise ValueError(
-            f"{folder} holds the folds of a run already: go on with --resume auto, or choose another folder"
-        )
+        raise ValueError(taken)
     settings = Settings.resolve({**given, "folds": num_folds}, preset=preset).to_dict()
     require_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def score_folds(folder: Path, quiet: bool) -> int:
     Raises:
         ValueError, OSError: see ``evaluate``.
     """
-    settings = with_paths_found(json.loads((folder / FOLD.format(1) / CONFIG).read_text(encoding="utf-8")))
+    settings = with_paths_found(read_json(folder / FOLD.format(1) / CONFIG))
     data = settings["dataset_path"]
     if data == "synthetic":
         data = str(folder / FOLD.format(1) / "synthetic")
@@ -86,19 +86,21 @@ def score_folds(folder: Path, quiet: bool) -> int:
         checkpoint=str(folder), dataset_path=[data], held_out=True, device=settings["device"],
         json=str(folder / SCORES), contact_sheet=str(folder / SHEET),
     )  # fmt: skip
-    lines: list[str] = []
-    evaluate(args, min(8, num_cores()), lines.extend)
-    rows = json.loads((folder / SCORES).read_text(encoding="utf-8"))["sets"]["held-out"]["images"]
-    low, high = interval_of_mean([row["iou"] for row in rows])
-    mean = sum(row["iou"] for row in rows) / len(rows)
-    if not quiet:
-        print_lines(
-            [
-                *lines,
-                f"Done: IoU {mean:.4f} over {len(rows)} photographs, each by the network that has not seen it (95 % "
-                f"interval {low:.3f} to {high:.3f}); the worst are hard cases, or errors in their masks",
-                f"Next: {shlex.join(['python', sys.argv[0], 'predict', '--checkpoint', str(folder)])} PHOTOGRAPHS "
-                "--output found --overlay",
-            ]
-        )
+    say = _say_nothing if quiet else print_lines
+    evaluate(args, min(8, num_cores()), say)
+    held_out = read_json(folder / SCORES)["sets"]["held-out"]
+    low, high = interval_of_mean([row["iou"] for row in held_out["images"]])
+    uncertain = interval({"iou_low": low, "iou_high": high})
+    say(
+        [
+            f"Done: IoU {held_out['scores']['iou']:.4f} over {held_out['num_images']} photographs, each by the network "
+            f"that has not seen it{uncertain}; the worst are hard cases, or errors in their masks",
+            f"Next: {shlex.join(['python', sys.argv[0], 'predict', '--checkpoint', str(folder)])} PHOTOGRAPHS "
+            "--output found --overlay",
+        ]
+    )
     return 0
+
+
+def _say_nothing(_lines: Iterable[str]) -> None:
+    pass

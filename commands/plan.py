@@ -166,7 +166,8 @@ def choose(
 def _is_too_slow(network: Rule, tried: Choice) -> bool:
     """Return whether a network need not be tried: the same one at a larger size gets far too few epochs.
 
-    A window takes time by the area of its images. Epochs by that estimate are too few if half as many again are.
+    The time of a window grows with the area of its images. That estimate gets half as many epochs again, in case it is
+    too low.
     """
     if network.settings.get("backbone", tried.settings.backbone) != tried.settings.backbone:
         return False

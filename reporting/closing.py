@@ -14,9 +14,7 @@ from training.run import Run
 
 def resume_command(run: Run) -> str:
     """Return the command that continues the run, and the other folds that were begun with it."""
-    folder = Path(run.settings.checkpoint_dir)
-    if run.settings.fold is not None and folds_begun(folder.parent):
-        folder = folder.parent
+    folder = _folder_of_folds(run) or run.settings.checkpoint_dir
     return shlex.join(["python", sys.argv[0], "train", "--resume", "auto", "--checkpoint-dir", str(folder)])
 
 
@@ -25,19 +23,25 @@ def closing_lines(run: Run) -> list[str]:
     progress, best = run.state.progress, _weights(run)
     is_synthetic = run.settings.dataset_path == "synthetic"
     data = run.folder.path / "synthetic" if is_synthetic else Path(run.settings.dataset_path)
-    next_command = ["predict", "--checkpoint", str(best), "PHOTOGRAPHS", "--output", "found", "--overlay"]
-    with suppress(ValueError, OSError):  # the dataset may have gone
-        if any(subset.split == "test" for subset in find_subsets(data)):
-            next_command = ["evaluate", "--checkpoint", str(best), "--dataset-path", str(data)]
     few = [] if is_synthetic else _too_few(run)
     result = "Done"
     if progress.best_iou >= 0:
         uncertain = interval(read_run(run.folder.path).epochs.get(progress.best_epoch, {}))
         result += f": validation IoU {progress.best_iou:.4f}, reached at epoch {progress.best_epoch}{uncertain}"
     lines = [*few, result, f"Weights: {best}, curves: {run.folder.path / LOG}"]
-    if run.settings.fold is not None and folds_begun(run.folder.path.parent):
+    if _folder_of_folds(run) is not None:
         return lines  # what comes next is another fold
+    next_command = ["predict", "--checkpoint", str(best), "PHOTOGRAPHS", "--output", "found", "--overlay"]
+    with suppress(ValueError, OSError):  # the dataset may have gone
+        if any(subset.split == "test" for subset in find_subsets(data)):
+            next_command = ["evaluate", "--checkpoint", str(best), "--dataset-path", str(data)]
     return [*lines, f"Next: {shlex.join(['python', sys.argv[0], *next_command])}"]
+
+
+def _folder_of_folds(run: Run) -> Path | None:
+    """Return the folder of all folds if the run is one that was begun with the others; None if it stands alone."""
+    parent = Path(run.settings.checkpoint_dir).parent
+    return parent if run.settings.fold is not None and folds_begun(parent) else None
 
 
 def _too_few(run: Run) -> list[str]:
