@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -389,16 +390,30 @@ def test_checkpoint_that_would_run_code_is_refused(
 # Full disks, Ctrl-C, kill -9
 
 
-def forked(function: Callable[[], int]) -> int:
-    """Fork a child that runs the function, without importing torch again. Return its process id."""
+def forked(function: Callable[[], int], output: Path) -> int:
+    """Fork a child that runs the function, without importing torch again. Return its process id.
+
+    Args:
+        function: returns the exit code.
+        output: file that the child's output is appended to.
+    """
     child = os.fork()
     if child == 0:
         os.setsid()
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        os._exit(function())
+        sys.stdout = sys.stderr = open(output, "a", buffering=1, encoding="utf-8")
+        try:
+            exit_code = function()
+        except BaseException:
+            traceback.print_exc()
+            exit_code = 70
+        os._exit(exit_code)
     return child
+
+
+def windows_logged(directory: Path) -> int:
+    """Return how many windows, of 4 an epoch, a run has trained by its log; 0 if it was killed before it wrote one."""
+    events = read_events(directory, "window") if (directory / "metrics.jsonl").exists() else []
+    return events[-1]["window"] + 4 * (events[-1]["epoch"] - 1) if events else 0
 
 
 def test_full_disk_costs_warnings_and_no_training(finished: Path, tiny_argv: Argv, tmp_path: Path) -> None:
@@ -436,8 +451,8 @@ def test_when_there_is_room_again_saving_goes_on_and_nothing_is_lost(
 
         return train(tiny_argv(), validate=limited)
 
-    _, status = os.waitpid(forked(life), 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+    _, status = os.waitpid(forked(life, tmp_path / "output.txt"), 0)
+    assert os.waitstatus_to_exitcode(status) == 0, (tmp_path / "output.txt").read_text()
     saved = [event["file"] for event in read_events(tmp_path / "run", "checkpoint")]
     assert [name for name in saved if name.startswith("epoch")] == ["epoch_0001.pth", "epoch_0004.pth"]
     assert differing_tensors(final(tmp_path / "run"), final(finished)) == []
@@ -472,7 +487,7 @@ def test_killed_at_a_hundred_random_instants_the_run_ends_in_the_same_weights(
     finished: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Writing is slowed down, so that many kills strike during a write. At most one interval of work is lost."""
-    directory = tmp_path / "run"
+    directory, output = tmp_path / "run", tmp_path / "output.txt"
     instants = random.Random(11)
     kills = kills_in_writes = 0
     most_lost = 0
@@ -491,7 +506,7 @@ def test_killed_at_a_hundred_random_instants_the_run_ends_in_the_same_weights(
         shutil.rmtree(directory, ignore_errors=True)
         exit_code = None
         while exit_code is None and kills < 100:
-            child = forked(life)
+            child = forked(life, output)
             deadline = time.monotonic() + instants.uniform(0.3, 3.0)
             while time.monotonic() < deadline and exit_code is None:
                 done, status = os.waitpid(child, os.WNOHANG)
@@ -502,14 +517,12 @@ def test_killed_at_a_hundred_random_instants_the_run_ends_in_the_same_weights(
                 os.waitpid(child, 0)
                 kills += 1
                 kills_in_writes += bool(list(directory.glob(".*.unfinished")))
-                newest, events = CheckpointStore(directory, keep=1).newest(), read_events(directory, "window")
-                done_windows = [event["window"] + 4 * (event["epoch"] - 1) for event in events]
+                newest = CheckpointStore(directory, keep=1).newest()
                 saved = newest[1]["progress"]["global_window"] if newest is not None else 0
-                most_lost = max(most_lost, (done_windows[-1] if done_windows else 0) - saved)
+                most_lost = max(most_lost, windows_logged(directory) - saved)
         if exit_code is None:
-            assert os.waitstatus_to_exitcode(os.waitpid(forked(life), 0)[1]) == 0
-        else:
-            assert exit_code == 0
+            exit_code = os.waitstatus_to_exitcode(os.waitpid(forked(life, output), 0)[1])
+        assert exit_code == 0, output.read_text()[-5000:]
         assert differing_tensors(final(directory), final(finished)) == []
     with capsys.disabled():
         print(f"{kills} kills, {kills_in_writes} of them during a write; at most {most_lost} windows trained again")
