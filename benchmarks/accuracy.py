@@ -36,7 +36,7 @@ from runs import seconds_of, settings_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from commands.evaluate import Case, SetReport, scored_cases
+from commands.scoring import Case, SetReport, scored_cases
 from data.layouts import Pair, find_subsets, named_pairs, training_pairs
 from data.processes import keep_freed_memory, num_cores
 from evaluation.figures import contact_sheet, thumbnail

@@ -6,8 +6,7 @@ Images stream from the network (or from files) to the processes that score them;
 import argparse
 import heapq
 import itertools
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,80 +16,32 @@ from PIL import Image
 
 from commands.output import print_lines, progress_bar, require_writable
 from commands.own_files import is_json_with, is_picture_with, require_own, save_picture
-from data.decoding import decode_mask
-from data.layouts import (
-    MASK_SUFFIXES,
-    OUTSIDE,
-    PAIR_FOLDER_NAMES,
-    Pair,
-    Subset,
-    describe_left_out,
-    find_subsets,
-    named_pairs,
-    names_of_masks,
-    split_of,
-    superclass_of,
-    training_pairs,
+from commands.scoring import (
+    COLUMNS,
+    GROUP_COLUMNS,
+    MARK,
+    Case,
+    MaskSet,
+    SetReport,
+    cases_in_folder,
+    mask_sets,
+    pictures_in,
+    scored_cases,
+    short_names,
+    test_sets,
 )
-from data.listing import files_by_stem, list_pictures, list_tree, subfolders
-from data.masks import ABOVE_HALF, MaskReading
-from data.pairing import match_names
-from data.predictions import PredictionReading, decode_prediction, survey_predictions
-from data.processes import map_in_order
-from data.survey import AUTO, survey_pairs
+from data.layouts import MASK_SUFFIXES, OUTSIDE, Pair, find_subsets, named_pairs, training_pairs
+from data.survey import AUTO
 from evaluation.figures import contact_sheet, thumbnail
-from evaluation.metrics import ByteArray, ImageScores, MeanScores, score_image
+from evaluation.metrics import ImageScores
 from runtime.files import write_json
 from runtime.log import environment
 
 if TYPE_CHECKING:
     from evaluation.predictor import TrainedNetwork  # torch: scoring files does not need it
 
-logger = logging.getLogger("train_ultimate")
-
-_COLUMNS = {  # names as in papers
-    "s_measure": "S", "weighted_f": "wF", "mae": "MAE", "adaptive_e": "adpE", "mean_e": "meanE", "max_e": "maxE",
-    "adaptive_f": "adpF", "mean_f": "meanF", "max_f": "maxF", "iou": "IoU", "dice": "Dice",
-}  # fmt: skip
-_GROUP_COLUMNS = ("s_measure", "weighted_f", "mae", "mean_e", "mean_f", "iou", "dice")  # means of image scores
-_PREDICTION_SUFFIXES = (*MASK_SUFFIXES, ".tif", ".tiff")
 _NUM_WORST = 24
 _GREY_OF_LABEL = np.array([0, 255, 128], dtype=np.uint8)  # in a picture of a mask
-_MARK = "train_ultimate evaluate"  # in each picture that evaluate writes
-
-
-@dataclass(frozen=True)
-class Case:
-    """One image to score."""
-
-    set_name: str
-    mask: Path
-    image: Path | None
-    prediction: Path | ByteArray
-    save_as: Path | None = None  # None: the prediction is not saved
-    name: str = ""  # the mask's name in the set, without ending; empty for that of its file
-    mask_reading: MaskReading = ABOVE_HALF
-    prediction_reading: PredictionReading = field(default_factory=PredictionReading)
-    stretch: bool = True  # the prediction to its full range
-
-    def labels(self) -> ByteArray:
-        """Return the mask, (H, W): 0 background, 1 object, IGNORED."""
-        return decode_mask(self.mask, self.mask_reading)
-
-    def grey_levels(self) -> ByteArray:
-        """Return the prediction, (H, W)."""
-        if isinstance(self.prediction, np.ndarray):
-            return self.prediction
-        return decode_prediction(self.prediction, self.prediction_reading)
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Result of a scoring process."""
-
-    scores: ImageScores
-    object_share: float  # share of the object in the image's pixels
-    was_resized: bool  # whether the prediction had another size than the mask
 
 
 @dataclass(order=True)
@@ -101,47 +52,6 @@ class Bad:
     number: int
     panels: list[Image.Image] = field(compare=False)
     caption: str = field(compare=False)
-
-
-@dataclass
-class SetReport:
-    """Scores of a test set so far: sums, and a row of numbers for each image."""
-
-    totals: MeanScores = field(default_factory=MeanScores)
-    images: list[dict[str, Any]] = field(default_factory=list)
-    num_resized: int = 0
-
-    def add(self, case: Case, scored: Scored) -> None:
-        self.totals.add(scored.scores)
-        self.num_resized += scored.was_resized
-        name, superclass = f"{case.name or case.mask.stem}{case.mask.suffix}", superclass_of(case.mask.stem)
-        row = {"name": name, "superclass": superclass, "object_share": scored.object_share, **scored.scores.numbers()}
-        self.images.append(row)
-
-    def by_superclass(self) -> dict[str, dict[str, float]]:
-        names = sorted({row["superclass"] for row in self.images} - {""})
-        return {name: _means([row for row in self.images if row["superclass"] == name]) for name in names}
-
-    def by_size(self) -> dict[str, dict[str, float]]:
-        """Return mean scores of three groups of equal size, by the object's share of the image."""
-        by_share = sorted(self.images, key=lambda row: row["object_share"])
-        thirds: dict[str, dict[str, float]] = {}
-        for name, rows in zip(("small", "medium", "large"), np.array_split(np.arange(len(by_share)), 3), strict=True):
-            if len(rows):
-                chosen = [by_share[row] for row in rows]
-                thirds[f"{name}, to {chosen[-1]['object_share']:.1%}"] = _means(chosen)
-        return thirds
-
-    def to_json(self) -> dict[str, Any]:
-        curves = zip(("e", "f", "precision", "recall"), self.totals.curve_sums / self.totals.num_images, strict=True)
-        return {
-            "num_images": self.totals.num_images,
-            "scores": self.totals.means(),
-            "curves": {name: curve.tolist() for name, curve in curves},
-            "by_superclass": self.by_superclass(),
-            "by_size": self.by_size(),
-            "images": self.images,
-        }
 
 
 def evaluate(args: argparse.Namespace, num_processes: int, say: Callable[[Iterable[str]], None] = print_lines) -> int:
@@ -165,7 +75,7 @@ def evaluate(args: argparse.Namespace, num_processes: int, say: Callable[[Iterab
         require_own([Path(args.json)], is_json_with("sets", "not_scored"), "evaluate", f"--json {args.json}")
     if args.contact_sheet is not None:
         sheet_file = Path(args.contact_sheet)
-        require_own([sheet_file], is_picture_with(_MARK), "evaluate", f"--contact-sheet {sheet_file}")
+        require_own([sheet_file], is_picture_with(MARK), "evaluate", f"--contact-sheet {sheet_file}")
     if args.contact_sheet is not None and Path(args.contact_sheet).suffix.lower() not in (".png", ".jpg", ".webp"):
         raise ValueError(f"--contact-sheet {args.contact_sheet}: is no picture; name a .png, .jpg or .webp file")
     if args.checkpoint is not None:
@@ -198,110 +108,93 @@ def evaluate(args: argparse.Namespace, num_processes: int, say: Callable[[Iterab
     if args.contact_sheet is not None:
         rows = [(bad.caption, bad.panels) for bad in sorted(worst, reverse=True)]
         sheet = contact_sheet(rows, ("image", "mask", "prediction"))
-        save_picture(sheet, Path(args.contact_sheet), _MARK)
+        save_picture(sheet, Path(args.contact_sheet), MARK)
         say([f"The {len(rows)} worst: {args.contact_sheet}"])
     return 1 if failures else 0
 
 
-def scored_cases(cases: Iterable[Case | str], num_processes: int) -> Iterator[tuple[Case, Scored] | str]:
-    """Yield each case with its scores, in order, or the reason why it has none. Few cases are in memory at once.
+def cases_of_networks(
+    parts: Sequence[tuple["TrainedNetwork", Sequence[Pair]]], sets: Sequence[MaskSet], batch_size: int, stretch: bool,
+    num_processes: int, folder: Path | None = None,
+) -> Iterator[Case | str]:  # fmt: skip
+    """Yield the masks of sets with their predictions, or the reason why there is none.
 
     Args:
-        cases: images to score, or reasons why there is none.
-        num_processes: processes that score; 0 to score in this one.
+        parts: networks, each with the pairs that it predicts; all together are the pairs of the sets, in order.
+        sets: the masks.
+        batch_size: images that go through a network at once.
+        stretch: each prediction to its full range.
+        num_processes: processes that score; half as many decode.
+        folder: where predictions are saved, in a folder of each set; None for nowhere.
     """
-    way_out = "try fewer with --num-workers"
-    for case, scored in map_in_order(score_case, cases, num_processes, "scores", way_out):
-        if isinstance(scored, str):
-            yield scored
+    from evaluation.predictor import predict_pairs  # torch: scoring files does not need it
+
+    named = [(masks, *entry) for masks in sets for entry in zip(masks.pairs, masks.names, strict=True)]
+    num_loaders = max(1, num_processes // 2) if num_processes else 0
+    starts = itertools.accumulate((len(pairs) for _, pairs in parts), initial=0)
+    predictions = (
+        (start + index, prediction)
+        for start, (network, pairs) in zip(starts, parts, strict=False)
+        for index, prediction in predict_pairs(network, pairs, batch_size, num_loaders, stretch)
+    )
+    for index, prediction in predictions:
+        masks, pair, name = named[index]
+        if isinstance(prediction, str):
+            yield prediction
         else:
-            assert isinstance(case, Case)
-            yield case, scored
-
-
-def score_case(case: Case | str) -> Scored | str:
-    """Score one image, and save its prediction if asked to. Return the reason if that fails, or if ``case`` is one."""
-    if isinstance(case, str):
-        return case
-    try:
-        mask, prediction = case.labels(), case.grey_levels()
-        fits = prediction.shape == mask.shape
-        if not fits:
-            size = mask.shape[1], mask.shape[0]
-            prediction = np.array(Image.fromarray(prediction).resize(size, Image.Resampling.BILINEAR))
-        scored = Scored(score_image(prediction, mask, case.stretch), float((mask == 1).mean()), not fits)
-    except ValueError as error:
-        return str(error) if str(case.mask) in str(error) else f"{case.mask}: {error}"
-    if case.save_as is not None:
-        try:
-            save_picture(Image.fromarray(prediction), case.save_as, _MARK)
-        except OSError as error:
-            return f"{case.save_as}: cannot be saved ({error.strerror or error})"
-    return scored
+            save_as = None if folder is None else folder / masks.name / f"{name}.png"
+            yield Case(masks.name, pair.mask, pair.image, prediction, save_as, name, masks.reading, stretch=stretch)
 
 
 def _cases_of_checkpoint(
     args: argparse.Namespace, num_processes: int, say: Callable[[Iterable[str]], None]
 ) -> tuple[Iterator[Case | str], int, dict[str, Any]]:
-    from evaluation.predictor import load_network, predict_pairs  # torch: scoring files does not need it
+    from evaluation.predictor import load_network  # torch: scoring files does not need it
 
-    sets = {} if args.held_out else _test_sets(args.dataset_path, args.include_noncam)
+    found = {} if args.held_out else test_sets(args.dataset_path, args.include_noncam)
     network = load_network(Path(args.checkpoint), args.device, args.precision, args.img_size, args.tta)
     if args.held_out:
         root = Path(args.dataset_path[0])
         trained_on = training_pairs(find_subsets(root, include_noncam=True), root)
         parts = [_held_out(member, trained_on, root) for member in network.members()]
-        sets = {"held-out": [pair for _, pairs in parts for pair in pairs]}
+        found = {"held-out": [pair for _, pairs in parts for pair in pairs]}
     else:
-        parts = [(network, [pair for pairs in sets.values() for pair in pairs])]
-    names = [
-        (name, pair, mask)
-        for name, pairs in sets.items()
-        for pair, mask in zip(pairs, names_of_masks(pairs), strict=True)
-    ]
-    saved = network.masks if args.held_out and args.mask_values == AUTO else None
-    readings, source = _mask_readings(sets, args.mask_values, saved)
-    folders: dict[str, Path | None] = dict.fromkeys(sets)
-    if args.save_predictions is not None:
-        data = {path.parent.resolve() for _, pair, _ in names for path in (pair.image, pair.mask)}
-        for name in sets:
-            folder = folders[name] = Path(args.save_predictions) / name
-            if data & {folder.resolve(), *folder.resolve().parents}:
-                raise ValueError(
-                    f"--save-predictions {args.save_predictions}: {folder} belongs to the dataset; name another folder"
-                )
-        files = [Path(args.save_predictions) / name / f"{mask}.png" for name, _, mask in names]
-        require_own(files, is_picture_with(_MARK), "evaluate", f"--save-predictions {args.save_predictions}")
-        for folder in {file.parent for file in files}:
-            folder.mkdir(parents=True, exist_ok=True)
+        parts = [(network, [pair for pairs in found.values() for pair in pairs])]
+    sets, rules = mask_sets(
+        found, args.mask_values, network.masks if args.held_out and args.mask_values == AUTO else None
+    )
+    folder = None if args.save_predictions is None else Path(args.save_predictions)
+    if folder is not None:
+        _make_folders(folder, sets)
     use = ["networks, each for the images that it has not seen"] if args.held_out else []
     say([f"Network: {args.checkpoint}, {network.describe(*use)}"])
-
-    def cases() -> Iterator[Case | str]:
-        num_loaders = max(1, num_processes // 2) if num_processes else 0
-        starts = itertools.accumulate((len(pairs) for _, pairs in parts), initial=0)
-        predictions = (
-            (start + index, prediction)
-            for start, (member, pairs) in zip(starts, parts, strict=False)
-            for index, prediction in predict_pairs(member, pairs, args.batch_size, num_loaders, args.stretch)
-        )
-        for index, prediction in predictions:
-            (name, pair, mask), folder = names[index], folders[names[index][0]]
-            if isinstance(prediction, str):
-                yield prediction
-            else:
-                save_as = None if folder is None else folder / f"{mask}.png"
-                reading, stretch = readings[name], args.stretch
-                yield Case(name, pair.mask, pair.image, prediction, save_as, mask, reading, stretch=stretch)
-
-    source |= {
+    source = {
+        "masks": rules,
         "checkpoint": args.checkpoint,
         "img_size": network.img_size,
         "precision": network.precision.name,
         "tta": network.tta,
         "stretch": args.stretch,
     }
-    return cases(), len(names), source
+    cases = cases_of_networks(parts, sets, args.batch_size, args.stretch, num_processes, folder)
+    return cases, sum(len(pairs) for _, pairs in parts), source
+
+
+def _make_folders(folder: Path, sets: Sequence[MaskSet]) -> None:
+    """Make the folders for predictions.
+
+    Raises:
+        ValueError: The folder holds photographs, masks or files that evaluate has not written.
+    """
+    data = {path.parent.resolve() for masks in sets for pair in masks.pairs for path in (pair.image, pair.mask)}
+    for masks in sets:
+        own = folder / masks.name
+        if data & {own.resolve(), *own.resolve().parents}:
+            raise ValueError(f"--save-predictions {folder}: {own} belongs to the dataset; name another folder")
+    files = [folder / masks.name / f"{name}.png" for masks in sets for name in masks.names]
+    require_own(files, is_picture_with(MARK), "evaluate", f"--save-predictions {folder}")
+    for parent in {file.parent for file in files}:
+        parent.mkdir(parents=True, exist_ok=True)
 
 
 def _held_out(network: "TrainedNetwork", pairs: Sequence[Pair], root: Path) -> "tuple[TrainedNetwork, list[Pair]]":
@@ -314,49 +207,36 @@ def _cases_of_folder(args: argparse.Namespace) -> tuple[Iterator[Case | str], in
     """Pair each mask with its prediction in a folder.
 
     Raises:
-        ValueError: a folder or a prediction is missing. A method must not be scored only on the images it chose.
+        ValueError: a folder or a prediction is missing.
     """
     root = Path(args.predictions)
     if not root.is_dir():
         raise ValueError(f"--predictions {root}: no such folder; name the folder with a method's predictions")
-    if args.masks is not None:
-        masks = Path(args.masks)
-        if not masks.is_dir():
-            raise ValueError(f"--masks {masks}: no such folder; name the folder with the masks")
-        _require_no_dataset(masks)
-        pairs = [Pair(mask, mask) for mask in _listed(masks, MASK_SUFFIXES).values()]
-        if not pairs:
-            kinds = ", ".join(MASK_SUFFIXES)
-            raise ValueError(f"--masks {masks}: no mask ({kinds}) there; name the folder with the masks")
-        sets = {_short_names([masks.resolve().parts[1:]])[0]: pairs}
-    else:
-        sets = _test_sets(args.dataset_path, args.include_noncam)
-    readings, source = _mask_readings(sets, args.mask_values)
+    found = test_sets(args.dataset_path, args.include_noncam) if args.masks is None else _masks_alone(Path(args.masks))
+    sets, rules = mask_sets(found, args.mask_values)
     cases: list[Case | str] = []
-    for name, pairs in sets.items():
-        own_folders = [root / name] if args.masks is None else [root / name, root / Path(args.masks).resolve().name]
-        folder = next((folder for folder in own_folders if folder.is_dir()), root)
-        names = names_of_masks(pairs)
-        predictions = _predictions_of(names, pairs, folder, name)
-        missing = [pair.mask.name for pair, mask in zip(pairs, names, strict=True) if mask not in predictions]
-        if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise ValueError(
-                f"{folder}: no prediction for {len(missing)} of the {len(pairs)} masks of {name}: "
-                f"{', '.join(missing[:3])}{more}; give each prediction its mask's file name, in this folder or in one "
-                f"called {name}"
-            )
-        prediction_reading = survey_predictions(predictions[mask] for mask in names)
-        for advice in prediction_reading.advice:
-            logger.warning(f"predictions of {name}: {advice}")
-        for pair, mask in zip(pairs, names, strict=True):
-            image = pair.image if args.masks is None else None
-            prediction = predictions[mask]
-            case = Case(
-                name, pair.mask, image, prediction, None, mask, readings[name], prediction_reading, args.stretch
-            )
-            cases.append(case)
-    return iter(cases), len(cases), {**source, "predictions": str(root), "stretch": args.stretch}
+    for masks in sets:
+        own = [root / name for name in (masks.name, *([] if args.masks is None else [Path(args.masks).resolve().name]))]
+        folder = next((folder for folder in own if folder.is_dir()), root)
+        cases += cases_in_folder(folder, masks, args.stretch, folder != root or len(sets) == 1)
+    return iter(cases), len(cases), {"masks": rules, "predictions": str(root), "stretch": args.stretch}
+
+
+def _masks_alone(folder: Path) -> dict[str, list[Pair]]:
+    """Return the masks in a folder as a set, each as its own image.
+
+    Raises:
+        ValueError: There are none, or the folder is one above theirs.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"--masks {folder}: no such folder; name the folder with the masks")
+    _require_no_dataset(folder)
+    pairs = [Pair(mask, mask) for mask in pictures_in(folder, MASK_SUFFIXES).values()]
+    if not pairs:
+        raise ValueError(
+            f"--masks {folder}: no mask ({', '.join(MASK_SUFFIXES)}) there; name the folder with the masks"
+        )
+    return {short_names([folder.resolve().parts[1:]])[0]: pairs}
 
 
 def _require_no_dataset(masks: Path) -> None:
@@ -378,111 +258,6 @@ def _require_no_dataset(masks: Path) -> None:
         )
 
 
-def _mask_readings(
-    sets: Mapping[str, Sequence[Pair]], mask_values: str, saved: MaskReading | None = None
-) -> tuple[dict[str, MaskReading], dict[str, Any]]:
-    """Decide how the masks of each set are read, and log it.
-
-    Args:
-        sets: pairs by the name of their set.
-        mask_values: one of ``MASK_VALUES``.
-        saved: how the checkpoint's run read them, if they are its own.
-
-    Returns:
-        readings by set, and what the JSON file says of them.
-    """
-    if saved is not None:
-        logger.info(f"Masks: as the checkpoint's run read them; {saved.rule}")
-        return dict.fromkeys(sets, saved), {"masks": dict.fromkeys(sets, saved.rule)}
-    surveys = {name: survey_pairs(pairs, mask_values) for name, pairs in sets.items()}
-    for name, survey in surveys.items():
-        logger.info(f"Masks of {name}: {survey.summary}")
-        for text in filter(None, (survey.advice, survey.constant)):
-            logger.warning(f"masks of {name}: {text}")
-    readings = {name: survey.reading for name, survey in surveys.items()}
-    return readings, {"masks": {name: survey.summary for name, survey in surveys.items()}}
-
-
-def _listed(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """Return a folder's pictures by name; of a folder without any, those below it."""
-    return files_by_stem(folder, suffixes) or list_pictures(folder, suffixes).files or list_tree(folder, suffixes).files
-
-
-def _predictions_of(names: Sequence[str], pairs: Sequence[Pair], folder: Path, set_name: str) -> dict[str, Path]:
-    """Find the predictions of masks in a folder, by names as ``data.pairing`` matches them.
-
-    Args:
-        names: the masks' names.
-        pairs: their pairs: a prediction may also have its photograph's name.
-        folder: the folder with the predictions.
-        set_name: the set's name, for messages.
-
-    Returns:
-        mask's name -> prediction; incomplete if predictions are missing.
-    """
-    files = files_by_stem(folder, _PREDICTION_SUFFIXES)
-    if files.keys() >= set(names):
-        return files
-    if not files or any("/" in name for name in names):  # one set, in folders: their overlays are no predictions
-        overlays = [child for child in subfolders(folder) if child.name.startswith("overlays")]
-        files = list_tree(folder, _PREDICTION_SUFFIXES, overlays).files
-    matching = match_names(files, names, ("predictions", "masks"))
-    found = {mask: files[prediction] for prediction, mask in matching.partners.items()}
-    if len(found) < len(names):
-        matching = match_names(names, files, ("masks", "predictions"))
-        found = {mask: files[prediction] for mask, prediction in matching.partners.items()}
-    if len(found) < len(names):
-        matching = match_names([pair.image.stem for pair in pairs], files, ("images", "predictions"))
-        mask_of = {pair.image.stem: mask for pair, mask in zip(pairs, names, strict=True)}
-        found = {mask_of[image]: files[prediction] for image, prediction in matching.partners.items()}
-    if len(found) == len(names):
-        for rule in matching.rules:
-            logger.info(f"{set_name}: {rule}")
-    return found
-
-
-def _test_sets(roots: Sequence[str], include_noncam: bool) -> dict[str, list[Pair]]:
-    """Return the pairs of the test sets below each root, by the name to print.
-
-    If a root has no test set, all of its folders are taken, with a warning.
-    """
-    found: dict[tuple[str, ...], Subset] = {}
-    for root in roots:
-        subsets = find_subsets(Path(root), include_noncam)
-        tests = [subset for subset in subsets if subset.split == "test"]
-        if not tests:
-            logger.warning(
-                f"{root}: nothing in its path marks a test set; all images are scored, trained on or not "
-                f"(--held-out scores those that the checkpoint's run did not train on)"
-            )
-        for subset in tests or subsets:
-            for rule in subset.rules:
-                logger.info(f"{subset.name}: {rule}")
-            if subset.images_without_mask:
-                logger.warning(f"{subset.name}: {len(subset.images_without_mask)} images without a mask are skipped")
-            for line in describe_left_out(subset):
-                logger.warning(f"{subset.name}: {line}")
-            if subset.pairs:
-                found[*Path(root).resolve().parts[1:], *subset.name.split("/")] = subset
-    if not found:
-        raise ValueError(f"--dataset-path {' '.join(roots)}: no image there has a mask; name a folder with both")
-    return dict(zip(_short_names(list(found)), [list(subset.pairs) for subset in found.values()], strict=True))
-
-
-def _short_names(paths: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return the last folder of each path that says more than "test" or "images", and more if that is not unique."""
-    specific = [
-        [part for part in path if split_of([part]) is None and part.lower() not in PAIR_FOLDER_NAMES] or list(path)
-        for path in paths
-    ]
-    names = []
-    for own in specific:
-        endings = ("-".join(own[-length:]) for length in range(1, len(own) + 1))
-        unique = (end for end in endings if sum(f"-{'-'.join(other)}".endswith(f"-{end}") for other in specific) == 1)
-        names.append(next(unique, None))
-    return [name or "-".join(path) for name, path in zip(names, paths, strict=True)]
-
-
 def _keep_if_bad(worst: list[Bad], case: Case, scores: ImageScores, number: int) -> None:
     badness = -scores.s_measure
     if len(worst) == _NUM_WORST and badness <= worst[0].badness:
@@ -498,24 +273,19 @@ def _keep_if_bad(worst: list[Bad], case: Case, scores: ImageScores, number: int)
     keep(worst, Bad(badness, number, panels, caption))
 
 
-def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    means = {name: float(np.mean([row[name] for row in rows])) for name in _GROUP_COLUMNS}
-    return {"num_images": len(rows), **means}
-
-
 def _table(reports: dict[str, SetReport]) -> list[str]:
     """Return the aligned lines of the table."""
-    rows = [("", "images", list(_COLUMNS.values()))]
+    rows = [("", "images", list(COLUMNS.values()))]
     for name, report in reports.items():
         means = report.totals.means()
-        rows.append((name, str(report.totals.num_images), [f"{means[key]:.3f}" for key in _COLUMNS]))
-    titles = [_COLUMNS[key] for key in _GROUP_COLUMNS]
+        rows.append((name, str(report.totals.num_images), [f"{means[key]:.3f}" for key in COLUMNS]))
+    titles = [COLUMNS[key] for key in GROUP_COLUMNS]
     for name, report in reports.items():
         for title, groups in (("by object size", report.by_size()), ("by superclass", report.by_superclass())):
             if len(groups) > 1:
                 rows += [("", "", []), (f"{name} {title}", "images", titles)]
                 for group, means in groups.items():
-                    values = [f"{means[key]:.3f}" for key in _GROUP_COLUMNS]
+                    values = [f"{means[key]:.3f}" for key in GROUP_COLUMNS]
                     rows.append((f"  {group}", str(int(means["num_images"])), values))
     width = max(28, *(len(name) for name, _, _ in rows))
     lines = [

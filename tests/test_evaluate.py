@@ -20,7 +20,7 @@ from conftest import tiny_arguments
 from PIL import Image, ImageFilter
 
 import train_ultimate
-from commands.evaluate import Case, Scored, score_case, scored_cases
+from commands.scoring import Case, Scored, score_case, scored_cases
 from data.decoding import decode_mask
 from data.masks import MaskReading
 from data.predictions import PredictionReading, decode_prediction, survey_predictions

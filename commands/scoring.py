@@ -1,0 +1,321 @@
+"""Test sets, the predictions that belong to them, and their scores: what ``evaluate`` and ``compare`` share.
+
+Images stream from the network (or from files) to the processes that score them; only sums and a row each are kept.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from commands.own_files import save_picture
+from data.decoding import decode_mask
+from data.layouts import (
+    MASK_SUFFIXES,
+    PAIR_FOLDER_NAMES,
+    Pair,
+    Subset,
+    describe_left_out,
+    find_subsets,
+    names_of_masks,
+    split_of,
+    superclass_of,
+)
+from data.listing import files_by_stem, list_pictures, list_tree, subfolders
+from data.masks import ABOVE_HALF, MaskReading
+from data.pairing import match_names
+from data.predictions import PredictionReading, decode_prediction, survey_predictions
+from data.processes import map_in_order
+from data.survey import survey_pairs
+from evaluation.metrics import ByteArray, ImageScores, MeanScores, score_image
+
+logger = logging.getLogger("train_ultimate")
+
+COLUMNS = {  # names as in papers
+    "s_measure": "S", "weighted_f": "wF", "mae": "MAE", "adaptive_e": "adpE", "mean_e": "meanE", "max_e": "maxE",
+    "adaptive_f": "adpF", "mean_f": "meanF", "max_f": "maxF", "iou": "IoU", "dice": "Dice",
+}  # fmt: skip
+GROUP_COLUMNS = ("s_measure", "weighted_f", "mae", "mean_e", "mean_f", "iou", "dice")  # means of image scores
+MARK = "train_ultimate evaluate"  # in each picture that evaluate writes
+_PREDICTION_SUFFIXES = (*MASK_SUFFIXES, ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image to score."""
+
+    set_name: str
+    mask: Path
+    image: Path | None
+    prediction: Path | ByteArray
+    save_as: Path | None = None  # None: the prediction is not saved
+    name: str = ""  # the mask's name in the set, without ending; empty for that of its file
+    mask_reading: MaskReading = ABOVE_HALF
+    prediction_reading: PredictionReading = field(default_factory=PredictionReading)
+    stretch: bool = True  # the prediction to its full range
+
+    def labels(self) -> ByteArray:
+        """Return the mask, (H, W): 0 background, 1 object, IGNORED."""
+        return decode_mask(self.mask, self.mask_reading)
+
+    def grey_levels(self) -> ByteArray:
+        """Return the prediction, (H, W)."""
+        if isinstance(self.prediction, np.ndarray):
+            return self.prediction
+        return decode_prediction(self.prediction, self.prediction_reading)
+
+
+@dataclass(frozen=True)
+class MaskSet:
+    """Masks of a test set, and how they are read.
+
+    Attributes:
+        name: to print.
+        pairs: masks with their images.
+        names: a name for each mask in the set: its predictions are called like it.
+        reading: of the masks.
+    """
+
+    name: str
+    pairs: Sequence[Pair]
+    names: Sequence[str]
+    reading: MaskReading
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Result of a scoring process."""
+
+    scores: ImageScores
+    object_share: float  # share of the object in the image's pixels
+    was_resized: bool  # whether the prediction had another size than the mask
+
+
+@dataclass
+class SetReport:
+    """Scores of a test set so far: sums, and a row of numbers for each image."""
+
+    totals: MeanScores = field(default_factory=MeanScores)
+    images: list[dict[str, Any]] = field(default_factory=list)
+    num_resized: int = 0
+
+    def add(self, case: Case, scored: Scored) -> None:
+        self.totals.add(scored.scores)
+        self.num_resized += scored.was_resized
+        name, superclass = f"{case.name or case.mask.stem}{case.mask.suffix}", superclass_of(case.mask.stem)
+        row = {"name": name, "superclass": superclass, "object_share": scored.object_share, **scored.scores.numbers()}
+        self.images.append(row)
+
+    def by_superclass(self) -> dict[str, dict[str, float]]:
+        names = sorted({row["superclass"] for row in self.images} - {""})
+        return {name: means_of([row for row in self.images if row["superclass"] == name]) for name in names}
+
+    def by_size(self) -> dict[str, dict[str, float]]:
+        """Return mean scores of three groups of equal size, by the object's share of the image."""
+        by_share = sorted(self.images, key=lambda row: row["object_share"])
+        thirds: dict[str, dict[str, float]] = {}
+        for name, rows in zip(("small", "medium", "large"), np.array_split(np.arange(len(by_share)), 3), strict=True):
+            if len(rows):
+                chosen = [by_share[row] for row in rows]
+                thirds[f"{name}, to {chosen[-1]['object_share']:.1%}"] = means_of(chosen)
+        return thirds
+
+    def to_json(self) -> dict[str, Any]:
+        curves = zip(("e", "f", "precision", "recall"), self.totals.curve_sums / self.totals.num_images, strict=True)
+        return {
+            "num_images": self.totals.num_images,
+            "scores": self.totals.means(),
+            "curves": {name: curve.tolist() for name, curve in curves},
+            "by_superclass": self.by_superclass(),
+            "by_size": self.by_size(),
+            "images": self.images,
+        }
+
+
+def scored_cases(cases: Iterable[Case | str], num_processes: int) -> Iterator[tuple[Case, Scored] | str]:
+    """Yield each case with its scores, in order, or the reason why it has none. Few cases are in memory at once.
+
+    Args:
+        cases: images to score, or reasons why there is none.
+        num_processes: processes that score; 0 to score in this one.
+    """
+    way_out = "try fewer with --num-workers"
+    for case, scored in map_in_order(score_case, cases, num_processes, "scores", way_out):
+        if isinstance(scored, str):
+            yield scored
+        else:
+            assert isinstance(case, Case)
+            yield case, scored
+
+
+def score_case(case: Case | str) -> Scored | str:
+    """Score one image, and save its prediction if asked to. Return the reason if that fails, or if ``case`` is one."""
+    if isinstance(case, str):
+        return case
+    try:
+        mask, prediction = case.labels(), case.grey_levels()
+        fits = prediction.shape == mask.shape
+        if not fits:
+            size = mask.shape[1], mask.shape[0]
+            prediction = np.array(Image.fromarray(prediction).resize(size, Image.Resampling.BILINEAR))
+        scored = Scored(score_image(prediction, mask, case.stretch), float((mask == 1).mean()), not fits)
+    except ValueError as error:
+        return str(error) if str(case.mask) in str(error) else f"{case.mask}: {error}"
+    if case.save_as is not None:
+        try:
+            save_picture(Image.fromarray(prediction), case.save_as, MARK)
+        except OSError as error:
+            return f"{case.save_as}: cannot be saved ({error.strerror or error})"
+    return scored
+
+
+def means_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    means = {name: float(np.mean([row[name] for row in rows])) for name in GROUP_COLUMNS}
+    return {"num_images": len(rows), **means}
+
+
+def mask_sets(
+    sets: Mapping[str, Sequence[Pair]], mask_values: str, saved: MaskReading | None = None
+) -> tuple[list[MaskSet], dict[str, str]]:
+    """Decide how the masks of each set are read, and log it.
+
+    Args:
+        sets: pairs by the name of their set.
+        mask_values: one of ``MASK_VALUES``.
+        saved: how the checkpoint's run read them, if they are its own.
+
+    Returns:
+        the sets, and a sentence on the masks of each.
+    """
+    if saved is not None:
+        logger.info(f"Masks: as the checkpoint's run read them; {saved.rule}")
+        readings, rules = dict.fromkeys(sets, saved), dict.fromkeys(sets, saved.rule)
+    else:
+        surveys = {name: survey_pairs(pairs, mask_values) for name, pairs in sets.items()}
+        for name, survey in surveys.items():
+            logger.info(f"Masks of {name}: {survey.summary}")
+            for text in filter(None, (survey.advice, survey.constant)):
+                logger.warning(f"masks of {name}: {text}")
+        readings = {name: survey.reading for name, survey in surveys.items()}
+        rules = {name: survey.summary for name, survey in surveys.items()}
+    return [MaskSet(name, pairs, names_of_masks(pairs), readings[name]) for name, pairs in sets.items()], rules
+
+
+def cases_in_folder(folder: Path, masks: MaskSet, stretch: bool, is_own: bool) -> list[Case]:
+    """Pair each mask of a set with its prediction in a folder.
+
+    Args:
+        folder: of one method's predictions.
+        masks: of the set.
+        stretch: each prediction to its full range.
+        is_own: The folder is the set's own: a prediction without a mask is named in a warning.
+
+    Raises:
+        ValueError: a prediction is missing. A method must not be scored only on the images it chose.
+    """
+    predictions, surplus = _predictions_of(masks, folder)
+    missing = [pair.mask.name for pair, name in zip(masks.pairs, masks.names, strict=True) if name not in predictions]
+    if missing:
+        raise ValueError(
+            f"{folder}: no prediction for {len(missing)} of the {len(masks.pairs)} masks of {masks.name}: "
+            f"{_first_of(missing)}; give each prediction its mask's file name, in this folder or in one called "
+            f"{masks.name}"
+        )
+    if surplus and is_own:
+        logger.warning(f"{folder}: {len(surplus)} predictions have no mask in {masks.name}: {_first_of(surplus)}")
+    reading = survey_predictions(predictions[name] for name in masks.names)
+    for advice in reading.advice:
+        logger.warning(f"predictions of {masks.name}: {advice}")
+    images = [None if pair.image == pair.mask else pair.image for pair in masks.pairs]
+    return [
+        Case(masks.name, pair.mask, image, predictions[name], None, name, masks.reading, reading, stretch)
+        for pair, image, name in zip(masks.pairs, images, masks.names, strict=True)
+    ]
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def pictures_in(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    """Return a folder's pictures by name; of a folder without any, those below it."""
+    return files_by_stem(folder, suffixes) or list_pictures(folder, suffixes).files or list_tree(folder, suffixes).files
+
+
+def _predictions_of(masks: MaskSet, folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """Find the predictions of masks in a folder, by names as ``data.pairing`` matches them.
+
+    Args:
+        masks: of the set. A prediction may also have its photograph's name.
+        folder: the folder with the predictions.
+
+    Returns:
+        mask's name -> prediction, incomplete if predictions are missing; and the names of files that belong to none.
+    """
+    names = masks.names
+    files = files_by_stem(folder, _PREDICTION_SUFFIXES)
+    if files.keys() >= set(names):
+        return files, [path.name for name, path in files.items() if name not in set(names)]
+    if not files or any("/" in name for name in names):  # one set, in folders: their overlays are no predictions
+        overlays = [child for child in subfolders(folder) if child.name.startswith("overlays")]
+        files = list_tree(folder, _PREDICTION_SUFFIXES, overlays).files
+    matching = match_names(files, names, ("predictions", "masks"))
+    found = {mask: files[prediction] for prediction, mask in matching.partners.items()}
+    if len(found) < len(names):
+        matching = match_names(names, files, ("masks", "predictions"))
+        found = {mask: files[prediction] for mask, prediction in matching.partners.items()}
+    if len(found) < len(names):
+        matching = match_names([pair.image.stem for pair in masks.pairs], files, ("images", "predictions"))
+        mask_of = {pair.image.stem: mask for pair, mask in zip(masks.pairs, names, strict=True)}
+        found = {mask_of[image]: files[prediction] for image, prediction in matching.partners.items()}
+    if len(found) == len(names):
+        for rule in matching.rules:
+            logger.info(f"{masks.name}: {rule}")
+    used = set(found.values())
+    return found, [path.name for path in files.values() if path not in used]
+
+
+def test_sets(roots: Sequence[str], include_noncam: bool) -> dict[str, list[Pair]]:
+    """Return the pairs of the test sets below each root, by the name to print.
+
+    If a root has no test set, all of its folders are taken, with a warning.
+    """
+    found: dict[tuple[str, ...], Subset] = {}
+    for root in roots:
+        subsets = find_subsets(Path(root), include_noncam)
+        tests = [subset for subset in subsets if subset.split == "test"]
+        if not tests:
+            logger.warning(
+                f"{root}: nothing in its path marks a test set; all images are scored, trained on or not "
+                f"(--held-out scores those that the checkpoint's run did not train on)"
+            )
+        for subset in tests or subsets:
+            for rule in subset.rules:
+                logger.info(f"{subset.name}: {rule}")
+            if subset.images_without_mask:
+                logger.warning(f"{subset.name}: {len(subset.images_without_mask)} images without a mask are skipped")
+            for line in describe_left_out(subset):
+                logger.warning(f"{subset.name}: {line}")
+            if subset.pairs:
+                found[*Path(root).resolve().parts[1:], *subset.name.split("/")] = subset
+    if not found:
+        raise ValueError(f"--dataset-path {' '.join(roots)}: no image there has a mask; name a folder with both")
+    return dict(zip(short_names(list(found)), [list(subset.pairs) for subset in found.values()], strict=True))
+
+
+def short_names(paths: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return the last folder of each path that says more than "test" or "images", and more if that is not unique."""
+    specific = [
+        [part for part in path if split_of([part]) is None and part.lower() not in PAIR_FOLDER_NAMES] or list(path)
+        for path in paths
+    ]
+    names = []
+    for own in specific:
+        endings = ("-".join(own[-length:]) for length in range(1, len(own) + 1))
+        unique = (end for end in endings if sum(f"-{'-'.join(other)}".endswith(f"-{end}") for other in specific) == 1)
+        names.append(next(unique, None))
+    return [name or "-".join(path) for name, path in zip(names, paths, strict=True)]
