@@ -167,6 +167,10 @@ def _run(request: cli.Request) -> int:
         from commands.predict import predict
 
         return predict(args, num_workers)
+    if request.command == "compare":
+        from commands.compare import compare
+
+        return compare(args, num_workers)
     from commands.evaluate import evaluate
 
     return evaluate(args, num_workers)

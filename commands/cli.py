@@ -25,6 +25,10 @@ from training.settings import (
 )
 from training.settings import flag as flag_of
 
+PUBLISHED = Path(__file__).parents[1] / "evaluation" / "published.csv"
+MEASURES = (
+    "s_measure", "weighted_f", "mae", "adaptive_e", "mean_e", "max_e", "adaptive_f", "mean_f", "max_f", "iou", "dice",
+)  # fmt: skip
 EXPORT_FORMATS = ("onnx", "torch", "safetensors")
 _SEVERAL_GPUS = ("--gpus", "--num-gpus", "--devices", "--ngpus", "--nproc-per-node", "--distributed")  # elsewhere
 
@@ -89,6 +93,7 @@ def parse(argv: Sequence[str] | None) -> Request:
     _add_plan(commands)
     _add_replay(commands)
     _add_evaluate(commands)
+    _add_compare(commands)
     _add_predict(commands)
     _add_export(commands)
     _add_report(commands)
@@ -105,7 +110,7 @@ def parse(argv: Sequence[str] | None) -> Request:
             args.checkpoint = type(args.checkpoint)(files[0])  # else the folder of --folds: an ensemble
     if command == "evaluate":
         _check_evaluate(args)
-    if command in ("evaluate", "predict", "export") and args.img_size is not None:
+    if command in ("evaluate", "compare", "predict", "export") and args.img_size is not None:
         check_img_size(args.img_size)
     return Request(command, args=args)
 
@@ -372,6 +377,47 @@ def _add_evaluate(commands: "argparse._SubParsersAction[_Parser]") -> None:
     flag("--json", metavar="FILE", help="everything: scores, curves, groups, and each image's scores")
     flag("--save-predictions", metavar="DIR", help="8-bit PNGs at the masks' sizes, in one folder a set")
     flag("--contact-sheet", metavar="FILE", help="a picture of the 24 worst: image, mask, prediction")
+    # fmt: on
+    _add_machine_flags(parser, "score")
+
+
+def _add_compare(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser(
+        "compare", usage="%(prog)s METHOD... --dataset-path DIR... [flags]",
+        help="score several methods on test sets: one table, and whether differences mean anything",
+    )  # fmt: skip
+    # fmt: off
+    parser.add_argument("methods", metavar="METHOD", nargs="+",
+                        help="a folder with predictions, in one folder a set; a folder of several methods, or of one "
+                        "method's runs (seed1, seed2, ...); a checkpoint or a run's folder; each also as NAME=PATH")
+    flag = parser.add_argument_group("what to score").add_argument
+    flag("--dataset-path", metavar="DIR", nargs="+", required=True,
+         help="folders with test sets, in any layout docs/data.md lists")
+    flag("--include-noncam", action=argparse.BooleanOptionalAction, default=False,
+         help="COD10K: take in its images without camouflaged objects too")
+    flag("--mask-values", choices=CHOICES["mask_values"], default="auto", help=_MASK_VALUES)
+    flag("--stretch", action=argparse.BooleanOptionalAction, default=True,
+         help="stretch each prediction from its darkest to its brightest value before it is scored, as the field does")
+    flag("--tta", action=argparse.BooleanOptionalAction, default=False,
+         help="checkpoints: average the logits of each image and its mirror image")
+    flag("--cache-dir", type=Path, metavar="DIR",
+         help="where scores are kept, so that a new method costs only itself (default: the user's cache folder)")
+
+    flag = parser.add_argument_group("what to compare").add_argument
+    flag("--measures", nargs="+", choices=MEASURES, default=["s_measure", "weighted_f", "mae", "mean_e"],
+         metavar="NAME", help=f"of {', '.join(MEASURES)} (default: %(default)s)")
+    flag("--baseline", metavar="NAME",
+         help="say of each other method whether it differs from this one beyond chance: bootstrap interval, Wilcoxon's "
+         "test, Holm's correction")
+    flag("--published", type=Path, metavar="FILE", nargs="?", const=PUBLISHED,
+         help="also numbers from papers, for sets of the same size: the program's own, evaluation/published.csv, or a "
+         "file like it")
+
+    flag = parser.add_argument_group("what to write").add_argument
+    for name, what in (("json", "everything: scores, curves, groups, each image's scores, and the differences"),
+                       ("markdown", "the table in Markdown"), ("latex", "the table for LaTeX, with booktabs"),
+                       ("csv", "the table for a spreadsheet, with all digits")):
+        flag(f"--{name}", type=Path, metavar="FILE", help=what)
     # fmt: on
     _add_machine_flags(parser, "score")
 

@@ -5,7 +5,7 @@ Images stream from the network (or from files) to the processes that score them;
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ COLUMNS = {  # names as in papers
 }  # fmt: skip
 GROUP_COLUMNS = ("s_measure", "weighted_f", "mae", "mean_e", "mean_f", "iou", "dice")  # means of image scores
 MARK = "train_ultimate evaluate"  # in each picture that evaluate writes
-_PREDICTION_SUFFIXES = (*MASK_SUFFIXES, ".tif", ".tiff")
+PREDICTION_SUFFIXES = (*MASK_SUFFIXES, ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,17 @@ class SetReport:
                 chosen = [by_share[row] for row in rows]
                 thirds[f"{name}, to {chosen[-1]['object_share']:.1%}"] = means_of(chosen)
         return thirds
+
+    def state(self) -> dict[str, Any]:
+        """Return everything, for ``of``."""
+        totals = {**asdict(self.totals), "curve_sums": self.totals.curve_sums.tolist()}
+        return {"totals": totals, "images": self.images, "num_resized": self.num_resized}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "SetReport":
+        """Return the report that ``state`` described."""
+        totals = {**state["totals"], "curve_sums": np.array(state["totals"]["curve_sums"])}
+        return cls(MeanScores(**totals), state["images"], state["num_resized"])
 
     def to_json(self) -> dict[str, Any]:
         curves = zip(("e", "f", "precision", "recall"), self.totals.curve_sums / self.totals.num_images, strict=True)
@@ -226,7 +237,7 @@ def cases_in_folder(folder: Path, masks: MaskSet, stretch: bool, is_own: bool) -
             f"{masks.name}"
         )
     if surplus and is_own:
-        logger.warning(f"{folder}: {len(surplus)} predictions have no mask in {masks.name}: {_first_of(surplus)}")
+        logger.warning(f"{folder}: not scored, without a mask in {masks.name}: {_first_of(surplus)}")
     reading = survey_predictions(predictions[name] for name in masks.names)
     for advice in reading.advice:
         logger.warning(f"predictions of {masks.name}: {advice}")
@@ -257,12 +268,12 @@ def _predictions_of(masks: MaskSet, folder: Path) -> tuple[dict[str, Path], list
         mask's name -> prediction, incomplete if predictions are missing; and the names of files that belong to none.
     """
     names = masks.names
-    files = files_by_stem(folder, _PREDICTION_SUFFIXES)
+    files = files_by_stem(folder, PREDICTION_SUFFIXES)
     if files.keys() >= set(names):
         return files, [path.name for name, path in files.items() if name not in set(names)]
     if not files or any("/" in name for name in names):  # one set, in folders: their overlays are no predictions
         overlays = [child for child in subfolders(folder) if child.name.startswith("overlays")]
-        files = list_tree(folder, _PREDICTION_SUFFIXES, overlays).files
+        files = list_tree(folder, PREDICTION_SUFFIXES, overlays).files
     matching = match_names(files, names, ("predictions", "masks"))
     found = {mask: files[prediction] for prediction, mask in matching.partners.items()}
     if len(found) < len(names):

@@ -93,8 +93,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     copy(train, tmp_path / "own/images", tmp_path / "own/masks")
     shutil.copytree(test / "Imgs", tmp_path / "photos")
     shutil.copytree(test / "GT", tmp_path / "video/night")
-    shutil.copytree(test / "GT", tmp_path / "results/SINet-V2/CAMO")
+    for name in ("SINet-V2/CAMO", "SINet-V2/NC4K", "PFNet/CAMO", "PFNet/NC4K"):
+        shutil.copytree(test / "GT", tmp_path / "results" / name)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("a", "b", "c"):
         assert main(["train", "--dataset-path", "own", "--checkpoint-dir", f"runs/{name}", *SMALL], SMALL_PARTS) == 0
     return tmp_path
@@ -121,5 +123,12 @@ def test_every_command_works(folder: Path) -> None:
         assert main(arguments, SMALL_PARTS) in expected, shlex.join(arguments)
         num_runs += 1
     assert num_runs > 20
-    for path in ("compared.html", "runs/drill/report.html", "runs/drill/incidents/000001", "found", "exclude.txt"):
+    for path in (
+        "compared.html",
+        "table.md",
+        "runs/drill/report.html",
+        "runs/drill/incidents/000001",
+        "found",
+        "exclude.txt",
+    ):
         assert (folder / path).exists()
