@@ -110,6 +110,8 @@ def parse(argv: Sequence[str] | None) -> Request:
             args.checkpoint = type(args.checkpoint)(files[0])  # else the folder of --folds: an ensemble
     if command == "evaluate":
         _check_evaluate(args)
+    if command == "compare" and (args.dataset_path is None) == (args.masks is None):
+        raise UsageError("compare needs --dataset-path or --masks, one of them")
     if command in ("evaluate", "compare", "predict", "export") and args.img_size is not None:
         check_img_size(args.img_size)
     return Request(command, args=args)
@@ -383,7 +385,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction[_Parser]") -> None:
 
 def _add_compare(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser = commands.add_parser(
-        "compare", usage="%(prog)s METHOD... --dataset-path DIR... [flags]",
+        "compare", usage="%(prog)s METHOD... (--dataset-path DIR... | --masks DIR) [flags]",
         help="score several methods on test sets: one table, and whether differences mean anything",
     )  # fmt: skip
     # fmt: off
@@ -391,8 +393,8 @@ def _add_compare(commands: "argparse._SubParsersAction[_Parser]") -> None:
                         help="a folder with predictions, in one folder a set; a folder of several methods, or of one "
                         "method's runs (seed1, seed2, ...); a checkpoint or a run's folder; each also as NAME=PATH")
     flag = parser.add_argument_group("what to score").add_argument
-    flag("--dataset-path", metavar="DIR", nargs="+", required=True,
-         help="folders with test sets, in any layout docs/data.md lists")
+    flag("--dataset-path", metavar="DIR", nargs="+", help="folders with test sets, in any layout docs/data.md lists")
+    flag("--masks", metavar="DIR", type=Path, help="the folder with the masks of one set, instead; predictions only")
     flag("--include-noncam", action=argparse.BooleanOptionalAction, default=False,
          help="COD10K: take in its images without camouflaged objects too")
     flag("--mask-values", choices=CHOICES["mask_values"], default="auto", help=_MASK_VALUES)

@@ -29,6 +29,7 @@ from commands.scoring import (
     SetReport,
     cases_in_folder,
     mask_sets,
+    masks_alone,
     scored_cases,
     test_sets,
 )
@@ -116,7 +117,8 @@ def compare(args: argparse.Namespace, num_processes: int) -> int:
         if (file := getattr(args, name)) is not None:
             require_writable(file)
             require_own([file], is_own, "compare", f"--{name} {file}")
-    sets, rules = mask_sets(test_sets(args.dataset_path, args.include_noncam), args.mask_values)
+    found = masks_alone(args.masks) if args.masks else test_sets(args.dataset_path, args.include_noncam)
+    sets, rules = mask_sets(found, args.mask_values)
     methods = find_methods(args.methods, sets)
     baseline = _named(methods, args.baseline)
     score(methods, sets, args, num_processes)
@@ -328,6 +330,9 @@ def _cases_and_key(
         ]
         facts += [(str(case.prediction_reading), _fingerprint(Path(str(case.prediction)))) for case in cases]
         return lambda: iter(cases), _key(facts)
+
+    if args.masks is not None:
+        raise ValueError(f"{source.path}: a network needs photographs: give --dataset-path instead of --masks")
 
     from evaluation.predictor import load_network  # torch: scoring files does not need it
 

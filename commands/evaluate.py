@@ -25,12 +25,11 @@ from commands.scoring import (
     SetReport,
     cases_in_folder,
     mask_sets,
-    pictures_in,
+    masks_alone,
     scored_cases,
-    short_names,
     test_sets,
 )
-from data.layouts import MASK_SUFFIXES, OUTSIDE, Pair, find_subsets, named_pairs, training_pairs
+from data.layouts import OUTSIDE, Pair, find_subsets, named_pairs, training_pairs
 from data.survey import AUTO
 from evaluation.figures import contact_sheet, thumbnail
 from evaluation.metrics import ImageScores
@@ -212,7 +211,7 @@ def _cases_of_folder(args: argparse.Namespace) -> tuple[Iterator[Case | str], in
     root = Path(args.predictions)
     if not root.is_dir():
         raise ValueError(f"--predictions {root}: no such folder; name the folder with a method's predictions")
-    found = test_sets(args.dataset_path, args.include_noncam) if args.masks is None else _masks_alone(Path(args.masks))
+    found = test_sets(args.dataset_path, args.include_noncam) if args.masks is None else masks_alone(Path(args.masks))
     sets, rules = mask_sets(found, args.mask_values)
     cases: list[Case | str] = []
     for masks in sets:
@@ -220,42 +219,6 @@ def _cases_of_folder(args: argparse.Namespace) -> tuple[Iterator[Case | str], in
         folder = next((folder for folder in own if folder.is_dir()), root)
         cases += cases_in_folder(folder, masks, args.stretch, folder != root or len(sets) == 1)
     return iter(cases), len(cases), {"masks": rules, "predictions": str(root), "stretch": args.stretch}
-
-
-def _masks_alone(folder: Path) -> dict[str, list[Pair]]:
-    """Return the masks in a folder as a set, each as its own image.
-
-    Raises:
-        ValueError: There are none, or the folder is one above theirs.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"--masks {folder}: no such folder; name the folder with the masks")
-    _require_no_dataset(folder)
-    pairs = [Pair(mask, mask) for mask in pictures_in(folder, MASK_SUFFIXES).values()]
-    if not pairs:
-        raise ValueError(
-            f"--masks {folder}: no mask ({', '.join(MASK_SUFFIXES)}) there; name the folder with the masks"
-        )
-    return {short_names([folder.resolve().parts[1:]])[0]: pairs}
-
-
-def _require_no_dataset(masks: Path) -> None:
-    """Check that ``--masks`` names no folder above the masks' own: photographs below it would be taken for masks.
-
-    Raises:
-        ValueError: it holds images and masks; the message names the folders of the masks.
-    """
-    try:
-        subsets = find_subsets(masks)
-    except ValueError:  # no images and masks below it
-        return
-    folders = sorted({str(pair.mask.parent) for subset in subsets for pair in subset.pairs})
-    if folders and str(masks) not in folders:
-        more = f" and {len(folders) - 3} others" if len(folders) > 3 else ""
-        raise ValueError(
-            f"--masks {masks}: is the folder of a dataset, whose masks are in {', '.join(folders[:3])}{more}; name "
-            f"that folder, or give --dataset-path {masks} instead of --masks"
-        )
 
 
 def _keep_if_bad(worst: list[Bad], case: Case, scores: ImageScores, number: int) -> None:

@@ -189,6 +189,42 @@ def means_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {"num_images": len(rows), **means}
 
 
+def masks_alone(folder: Path) -> dict[str, list[Pair]]:
+    """Return the masks in a folder as a set, each as its own image.
+
+    Raises:
+        ValueError: There are none, or the folder is one above theirs.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"--masks {folder}: no such folder; name the folder with the masks")
+    _require_no_dataset(folder)
+    pairs = [Pair(mask, mask) for mask in pictures_in(folder, MASK_SUFFIXES).values()]
+    if not pairs:
+        raise ValueError(
+            f"--masks {folder}: no mask ({', '.join(MASK_SUFFIXES)}) there; name the folder with the masks"
+        )
+    return {short_names([folder.resolve().parts[1:]])[0]: pairs}
+
+
+def _require_no_dataset(masks: Path) -> None:
+    """Check that ``--masks`` names no folder above the masks' own: photographs below it would be taken for masks.
+
+    Raises:
+        ValueError: it holds images and masks; the message names the folders of the masks.
+    """
+    try:
+        subsets = find_subsets(masks)
+    except ValueError:  # no images and masks below it
+        return
+    folders = sorted({str(pair.mask.parent) for subset in subsets for pair in subset.pairs})
+    if folders and str(masks) not in folders:
+        more = f" and {len(folders) - 3} others" if len(folders) > 3 else ""
+        raise ValueError(
+            f"--masks {masks}: is the folder of a dataset, whose masks are in {', '.join(folders[:3])}{more}; name "
+            f"that folder, or give --dataset-path {masks} instead of --masks"
+        )
+
+
 def mask_sets(
     sets: Mapping[str, Sequence[Pair]], mask_values: str, saved: MaskReading | None = None
 ) -> tuple[list[MaskSet], dict[str, str]]:

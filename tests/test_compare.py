@@ -118,7 +118,19 @@ def test_masks_in_folders_of_classes_are_no_methods(data: Path, compare: Compare
 def test_one_set_needs_no_folder_of_its_own(data: Path, compare: Compare, tmp_path: Path) -> None:
     folder = predict(data, tmp_path / "unet", 40, ("CAMO",)) / "CAMO"
     compare.flags[1] = str(data / "CAMO")
-    assert names(compare(f"unet={folder}")) == ["unet"]
+    (only,) = compare(f"unet={folder}")["methods"]
+    compare.flags[:2] = ["--masks", str(data / "CAMO" / "TestDataset" / "GT")]
+    (alone,) = compare(f"unet={folder}")["methods"]
+    assert only["name"] == alone["name"] == "unet"
+    assert only["scores"] == alone["scores"]
+
+
+def test_masks_alone_are_not_enough_for_a_network(data: Path, compare: Compare, tmp_path: Path) -> None:
+    (tmp_path / "net.pth").write_bytes(b"")
+    compare.flags[:2] = ["--masks", str(data / "CAMO" / "TestDataset" / "GT")]
+    assert "a network needs photographs: give --dataset-path" in compare.failing(tmp_path / "net.pth")
+    compare.flags[:2] = []
+    assert "compare needs --dataset-path or --masks, one of them" in compare.failing(tmp_path)
 
 
 def test_runs_of_a_method_become_a_mean_and_a_deviation(data: Path, compare: Compare, tmp_path: Path) -> None:
