@@ -418,7 +418,8 @@ def _add_compare(commands: "argparse._SubParsersAction[_Parser]") -> None:
     flag = parser.add_argument_group("what to write").add_argument
     for name, what in (("json", "everything: scores, curves, groups, each image's scores, and the differences"),
                        ("markdown", "the table in Markdown"), ("latex", "the table for LaTeX, with booktabs"),
-                       ("csv", "the table for a spreadsheet, with all digits")):
+                       ("csv", "the table for a spreadsheet, with all digits"),
+                       ("page", "an HTML page: tables to sort, curves, groups, images on which methods differ")):
         flag(f"--{name}", type=Path, metavar="FILE", help=what)
     # fmt: on
     _add_machine_flags(parser, "score")

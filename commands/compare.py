@@ -7,23 +7,21 @@ import argparse
 import csv
 import hashlib
 import json
-import logging
-import re
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from commands.evaluate import cases_of_networks
+from commands.methods import Method, Source, find_methods
 from commands.output import print_lines, progress_bar, require_writable
-from commands.own_files import contains, is_json_with, require_own
+from commands.own_files import contains, is_json_with, is_report, require_own
 from commands.scoring import (
     COLUMNS,
-    PREDICTION_SUFFIXES,
     Case,
     MaskSet,
     SetReport,
@@ -35,9 +33,12 @@ from commands.scoring import (
 )
 from data.cache import default_directory
 from data.layouts import size_and_time
-from data.listing import files_by_stem, subfolders
 from evaluation import metrics
-from evaluation.statistics import Difference, FloatArray, difference, holm
+from evaluation.figures import thumbnail
+from evaluation.statistics import Difference, difference, holm
+from reporting.comparison import Disputed, render_comparison
+from reporting.pictures import panel
+from reporting.report import plotly_script
 from reporting.score_table import (
     CSV_HEADER,
     LOWER_IS_BETTER,
@@ -54,47 +55,9 @@ from runtime.files import write_json, write_text
 from runtime.folder import best_weights, read_json
 from runtime.log import environment
 
-logger = logging.getLogger("train_ultimate")
-
-_NETWORK_SUFFIXES = (".pth", ".pt")
-_DEEPEST = 2  # folders of methods, and in them folders of runs
-_SEED = re.compile(r"(seed|run|fold)?[-_ ]?\d+", re.IGNORECASE)
+_NUM_DISPUTED = 12  # images on the page
 _FORMAT = "1"  # of the cache's files: raise it whenever the same files give other scores
 _PAIRED = tuple(name for name in COLUMNS if not name.startswith("max_"))  # an image has no maximum of mean curves
-
-
-@dataclass(frozen=True)
-class Source:
-    """Predictions of one run of a method.
-
-    Attributes:
-        path: folder or checkpoint that was named.
-        folders: predictions of each set by its name; empty for a trained network.
-    """
-
-    path: Path
-    folders: Mapping[str, Path] = field(default_factory=dict)
-
-
-@dataclass
-class Method:
-    name: str
-    sources: list[Source]
-    reports: list[dict[str, SetReport]] = field(default_factory=list)  # of each source, by set
-
-    def image_scores(self, set_name: str, measure: str) -> FloatArray:
-        """Return a score of each image of a set, by the images' names: the mean over runs."""
-        by_name = [{image["name"]: image[measure] for image in report[set_name].images} for report in self.reports]
-        return np.mean([[scores[name] for name in sorted(scores)] for scores in by_name], axis=0)
-
-    def row(self) -> Row:
-        scores = {
-            set_name: {
-                measure: [report[set_name].totals.means()[measure] for report in self.reports] for measure in COLUMNS
-            }
-            for set_name in self.reports[0]
-        }
-        return Row(self.name, scores)
 
 
 def compare(args: argparse.Namespace, num_processes: int) -> int:
@@ -112,6 +75,7 @@ def compare(args: argparse.Namespace, num_processes: int) -> int:
         "markdown": contains(f"<!-- {MADE_BY} -->".encode()),
         "latex": contains(f"% {MADE_BY}".encode()),
         "csv": contains(",".join(CSV_HEADER).encode()),
+        "page": is_report,
     }
     for name, is_own in outputs.items():
         if (file := getattr(args, name)) is not None:
@@ -150,106 +114,14 @@ def compare(args: argparse.Namespace, num_processes: int) -> int:
     for file, write in ((args.markdown, markdown), (args.latex, latex), (args.csv, comma_separated)):
         if file is not None:
             write_text(file, write(table))
+    if args.page is not None:
+        sentences = [one["sentence"] for one in differences]
+        disputed = disputed_images(methods, sets) if len(methods) > 1 else []
+        details = [method.details() for method in _baseline_first(methods, baseline)]
+        write_text(args.page, render_comparison(table, sentences, details, disputed, plotly_script()))
     written = [str(file) for name in outputs if (file := getattr(args, name)) is not None]
     print_lines([f"Written: {', '.join(written)}"] if written else [])
     return 0
-
-
-def find_methods(given: Sequence[str], sets: Sequence[MaskSet]) -> list[Method]:
-    """Return the methods that were named, each by a path or as NAME=PATH.
-
-    A path is a checkpoint, a run's folder, or a folder of predictions with a folder for each set (of one set, also the
-    predictions themselves). Folders of these, called by numbers or seeds, are runs of one method; by other names, they
-    are methods. So are the folders in a folder of each set.
-
-    Raises:
-        ValueError: a path has no predictions for some set, or two methods have the same name.
-    """
-    methods: list[Method] = []
-    for text in given:
-        name, path = _name_and_path(text)
-        if not path.exists():
-            raise ValueError(f"{path}: no such file or folder; name a method's predictions, or a checkpoint")
-        found = _methods_at(path, sets, _DEEPEST)
-        if not found:
-            raise ValueError(_nothing_at(path, sets))
-        if len(found) == 1:
-            found[0].name = name or found[0].name
-        elif name:
-            raise ValueError(f"{text}: {path} holds several methods: {', '.join(method.name for method in found)}")
-        methods += found
-    names = [method.name for method in methods]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"two methods are called {repeated[0]}: give them names, as in OTHER={given[-1]}")
-    return methods
-
-
-def _methods_at(path: Path, sets: Sequence[MaskSet], depth: int) -> list[Method]:
-    """Return the methods at a path or in folders below it; a folder without any is named in a warning."""
-    if (source := _source_at(path, sets)) is not None:
-        return [Method(_name_of(path), [source])]
-    if in_sets := _methods_in_sets(path, sets):
-        return [Method(name, [source]) for name, source in in_sets.items()]
-    children = sorted(subfolders(path)) if path.is_dir() and depth else []
-    by_child = {child: _methods_at(child, sets, depth - 1) for child in children}
-    below = [method for methods in by_child.values() for method in methods]
-    if below and depth == _DEEPEST:
-        for child in (child for child, methods in by_child.items() if not methods):
-            logger.warning(f"left out: {_nothing_at(child, sets)}")
-    if below and all(_SEED.fullmatch(child.name) for child, methods in by_child.items() if methods):
-        return [Method(_name_of(path), [source for method in below for source in method.sources])]
-    return below
-
-
-def _name_and_path(text: str) -> tuple[str, Path]:
-    name, equals, path = text.partition("=")
-    return (name, Path(path)) if equals and name and not Path(text).exists() else ("", Path(text))
-
-
-def _name_of(path: Path) -> str:
-    """Return a name for a method at a path: of a checkpoint that of its run's folder."""
-    path = path.resolve()
-    return path.parent.name if path.suffix in _NETWORK_SUFFIXES else path.name
-
-
-def _source_at(path: Path, sets: Sequence[MaskSet]) -> Source | None:
-    """Return the run of a method at a path; None if there is none, but perhaps below it."""
-    if path.is_file() or best_weights(path)[0].is_file():
-        return Source(path)
-    folders = _folders_of_sets(path, sets)
-    if len(folders) == len(sets) and not _methods_in_sets(path, sets):
-        return Source(path, folders)
-    if len(sets) == 1 and files_by_stem(path, PREDICTION_SUFFIXES):
-        return Source(path, {sets[0].name: path})
-    return None
-
-
-def _folders_of_sets(path: Path, sets: Sequence[MaskSet]) -> dict[str, Path]:
-    """Return the folders that are called like sets."""
-    children = {child.name.lower(): child for child in subfolders(path)}
-    return {masks.name: children[masks.name.lower()] for masks in sets if masks.name.lower() in children}
-
-
-def _methods_in_sets(path: Path, sets: Sequence[MaskSet]) -> dict[str, Source]:
-    """Return the methods in folders of each set, those that all sets have. Masks may be in folders, too: of classes."""
-    folders = _folders_of_sets(path, sets)
-    if len(folders) < len(sets):
-        return {}
-    of_masks = {pair.mask.parent.name for masks in sets for pair in masks.pairs}
-    common = set.intersection(*({child.name for child in subfolders(folder)} for folder in folders.values()))
-    names = sorted(name for name in common - of_masks if not name.startswith("overlays"))
-    return {name: Source(path, {each: folder / name for each, folder in folders.items()}) for name in names}
-
-
-def _nothing_at(path: Path, sets: Sequence[MaskSet]) -> str:
-    found = [child.name for child in subfolders(path)] if path.is_dir() else []
-    there = f"; it has {', '.join(found[:4])}{' and more' if len(found) > 4 else ''}" if found else ""
-    missing = [masks.name for masks in sets if masks.name.lower() not in {child.lower() for child in found}]
-    return (
-        f"{path}: neither a checkpoint, nor predictions with a folder for each set (missing: {', '.join(missing)})"
-        f"{there}; put each set's predictions into {path / sets[0].name}, or leave sets without predictions out of "
-        "--dataset-path"
-    )
 
 
 def _named(methods: Sequence[Method], name: str | None) -> Method | None:
@@ -259,6 +131,10 @@ def _named(methods: Sequence[Method], name: str | None) -> Method | None:
     if not found:
         raise ValueError(f"--baseline {name}: the methods are {', '.join(method.name for method in methods)}")
     return found[0]
+
+
+def _baseline_first(methods: Sequence[Method], baseline: Method | None) -> list[Method]:
+    return sorted(methods, key=lambda method: method is not baseline)
 
 
 def score(methods: Sequence[Method], sets: Sequence[MaskSet], args: argparse.Namespace, num_processes: int) -> None:
@@ -272,8 +148,9 @@ def score(methods: Sequence[Method], sets: Sequence[MaskSet], args: argparse.Nam
     files: list[Path] = []  # in the cache, of each source
     missing: dict[Path, Callable[[], Iterator[Case | str]]] = {}
     reports: dict[Path, dict[str, SetReport]] = {}
-    for source in (source for method in methods for source in method.sources):
-        cases, key = _cases_and_key(source, sets, args, num_processes)
+    for method, source in [(each, source) for each in methods for source in each.sources]:
+        cases, key, saved = _cases_and_key(source, sets, args, num_processes)
+        method.cases = method.cases or {(case.set_name, f"{case.name}{case.mask.suffix}"): case for case in saved}
         files.append(file := folder / f"{key}.json")
         kept = read_json(file)
         if list(kept) == names:
@@ -318,8 +195,8 @@ def score(methods: Sequence[Method], sets: Sequence[MaskSet], args: argparse.Nam
 
 def _cases_and_key(
     source: Source, sets: Sequence[MaskSet], args: argparse.Namespace, num_processes: int
-) -> tuple[Callable[[], Iterator[Case | str]], str]:
-    """Return a function that yields a run's cases, and a key of all that its scores depend on."""
+) -> tuple[Callable[[], Iterator[Case | str]], str, list[Case]]:
+    """Return a function that yields a run's cases, a key of all that its scores depend on, and the saved cases."""
     facts: list[Any] = [_FORMAT, Path(metrics.__file__).read_text(encoding="utf-8"), args.stretch]
     facts += [(masks.name, str(masks.reading), *map(_fingerprint, (p.mask for p in masks.pairs))) for masks in sets]
     if source.folders:
@@ -329,7 +206,7 @@ def _cases_and_key(
             for case in cases_in_folder(source.folders[masks.name], masks, args.stretch, is_own=True)
         ]
         facts += [(str(case.prediction_reading), _fingerprint(Path(str(case.prediction)))) for case in cases]
-        return lambda: iter(cases), _key(facts)
+        return lambda: iter(cases), _key(facts), cases
 
     if args.masks is not None:
         raise ValueError(f"{source.path}: a network needs photographs: give --dataset-path instead of --masks")
@@ -345,7 +222,7 @@ def _cases_and_key(
         pairs = [pair for masks in sets for pair in masks.pairs]
         return cases_of_networks([(network, pairs)], sets, args.batch_size, args.stretch, num_processes)
 
-    return predicted, _key(facts)
+    return predicted, _key(facts), []
 
 
 def _fingerprint(file: Path) -> tuple[str, Any]:
@@ -410,7 +287,10 @@ def differences_to(
         results: list[tuple[Method, list[str], Difference]] = []
         for method in (method for method in methods if method is not baseline):
             for where in places:
-                first, second = ([one.image_scores(name, measure) for name in where] for one in (method, baseline))
+                first, second = (
+                    [np.array([*one.image_scores(name, measure).values()]) for name in where]
+                    for one in (method, baseline)
+                )
                 results.append((method, where, difference(first, second)))
         p_values = [result.p for _, _, result in results if result.p is not None]
         corrected = holm(p_values) if len(p_values) == len(results) else [None] * len(results)
@@ -424,6 +304,27 @@ def differences_to(
                  "p_corrected": p, "sentence": text}
             )  # fmt: skip
     return found
+
+
+def disputed_images(methods: Sequence[Method], sets: Sequence[MaskSet]) -> list[Disputed]:
+    """Return the images whose S scatters most from method to method, with the saved predictions of each."""
+    spread: list[tuple[float, str, str, dict[str, float]]] = []
+    for masks in sets:
+        scores = {method.name: method.image_scores(masks.name, "s_measure") for method in methods}
+        for name in scores[methods[0].name]:
+            of_image = {method: scores[method][name] for method in scores}
+            spread.append((statistics.pstdev(of_image.values()), masks.name, name, of_image))
+    disputed = []
+    for _, set_name, name, of_image in sorted(spread, key=lambda entry: -entry[0])[:_NUM_DISPUTED]:
+        cases = {method.name: case for method in methods if (case := method.cases.get((set_name, name))) is not None}
+        panels = []
+        for first in [*cases.values()][:1]:
+            grey = (first.labels() == 1).astype(np.uint8) * 255
+            sources = [("image", first.image)] if first.image is not None else []
+            panels = [panel(title, name, thumbnail(source)) for title, source in [*sources, ("mask", grey)]]
+        panels += [panel(title, f"prediction of {title}", thumbnail(c.grey_levels())) for title, c in cases.items()]
+        disputed.append(Disputed(f"{set_name}/{name}", of_image, panels))
+    return disputed
 
 
 def _about_runs(methods: Sequence[Method]) -> str:

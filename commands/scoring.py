@@ -40,6 +40,7 @@ COLUMNS = {  # names as in papers
     "adaptive_f": "adpF", "mean_f": "meanF", "max_f": "maxF", "iou": "IoU", "dice": "Dice",
 }  # fmt: skip
 GROUP_COLUMNS = ("s_measure", "weighted_f", "mae", "mean_e", "mean_f", "iou", "dice")  # means of image scores
+CURVES: Sequence[str] = ("e", "f", "precision", "recall")  # in the order of MeanScores
 MARK = "train_ultimate evaluate"  # in each picture that evaluate writes
 PREDICTION_SUFFIXES = (*MASK_SUFFIXES, ".tif", ".tiff")
 
@@ -136,7 +137,7 @@ class SetReport:
         return cls(MeanScores(**totals), state["images"], state["num_resized"])
 
     def to_json(self) -> dict[str, Any]:
-        curves = zip(("e", "f", "precision", "recall"), self.totals.curve_sums / self.totals.num_images, strict=True)
+        curves = zip(CURVES, self.totals.curve_sums / self.totals.num_images, strict=True)
         return {
             "num_images": self.totals.num_images,
             "scores": self.totals.means(),

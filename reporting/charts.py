@@ -111,12 +111,12 @@ def _epoch_chart(runs: NamedRuns, key: str, title: str, series: dict[str, str], 
             traces += _saved_epochs(run)
     if not rows:
         return None
-    layout = _layout("epoch", ", ".join(series.values()) if len(series) == 1 else "score")
+    layout = layout_of("epoch", ", ".join(series.values()) if len(series) == 1 else "score")
     if key == "throughput":
         layout["yaxis"]["rangemode"] = "tozero"
     layout["xaxis"] |= {"tickformat": "d", **({"dtick": 1} if len(rows) <= 12 * len(runs) else {})}
     columns = [*_run_cell(runs, "run"), "epoch", *series.values()]
-    return Chart(key, title, description, _figure(traces, layout), Table(title, columns, rows))
+    return Chart(key, title, description, with_legend(traces, layout), Table(title, columns, rows))
 
 
 def _saved_epochs(run: RunHistory) -> list[Trace]:
@@ -125,7 +125,7 @@ def _saved_epochs(run: RunHistory) -> list[Trace]:
     traces = [_marks(list(saved), list(saved.values()), "checkpoints", "triangle-up", CHECKPOINT, 0.02)]
     if run.best is not None:
         iou, epoch = run.best
-        best = {"type": "scatter", "mode": "markers", "name": "best IoU", "x": [epoch], "y": [_rounded(iou)]}
+        best = {"type": "scatter", "mode": "markers", "name": "best IoU", "x": [epoch], "y": [rounded(iou)]}
         star = {"symbol": "star", "size": 15, "color": COLOURS[0], "line": {"width": 1, "color": "#ffffff"}}
         traces.append({**best, "marker": star, "hovertemplate": f"best: {iou:.4f} in epoch {epoch}<extra></extra>"})
     return [trace for trace in traces if trace["x"]]
@@ -159,7 +159,7 @@ def _norm_chart(runs: NamedRuns) -> Chart | None:
         x = [numbers[i] for i in chosen]
         hover = "spike limit %{y:.3g}<extra></extra>"
         traces.append(_line(x, limits[chosen], "spike limit", INCIDENT, "dot", hover=hover))
-    return replace(chart, description=description, figure=_figure(traces, chart.figure["layout"]))
+    return replace(chart, description=description, figure=with_legend(traces, chart.figure["layout"]))
 
 
 def _learning_rate_chart(runs: NamedRuns) -> Chart | None:
@@ -185,10 +185,10 @@ def _learning_rate_chart(runs: NamedRuns) -> Chart | None:
         return None
     columns = ["windows", "decoder, first", "decoder, last", "backbone, first", "backbone, last"]
     table = Table("Learning rates", [*_run_cell(runs, "run"), *columns], rows)
-    layout = _layout("window", "learning rate")
+    layout = layout_of("window", "learning rate")
     layout["yaxis"] |= {"exponentformat": "e", "rangemode": "tozero"}
     description = "Decoder and backbone. The backbone is frozen in stage 1."
-    return Chart("learning-rates", "Learning rates", description, _figure(traces, layout), table)
+    return Chart("learning-rates", "Learning rates", description, with_legend(traces, layout), table)
 
 
 def _scale_chart(runs: NamedRuns) -> Chart | None:
@@ -250,11 +250,11 @@ def _window_chart(
             traces += [*incidents, *_saved_windows(run)]
     if not rows:
         return None
-    layout = _layout("window", axis, annotations)
+    layout = layout_of("window", axis, annotations)
     if log:
         layout["yaxis"] |= {"type": "log", "exponentformat": "power", "dtick": 1 if _decades(traces) > 1 else "D2"}
     columns = [*_run_cell(runs, "run"), "windows", "epochs", "minimum", "mean", "maximum", "not finite"]
-    return Chart(key, title, description, _figure(traces, layout), Table(title, columns, rows))
+    return Chart(key, title, description, with_legend(traces, layout), Table(title, columns, rows))
 
 
 def _incident_marks(run: RunHistory) -> tuple[list[Trace], list[dict[str, Any]]]:
@@ -329,12 +329,12 @@ def _line(
 ) -> Trace:
     return {
         "type": "scatter", "mode": "lines+markers" if dots and len(x) <= 60 else "lines", "name": name,
-        "x": [int(value) for value in x], "y": [_rounded(value) for value in y], "hovertemplate": hover,
+        "x": [int(value) for value in x], "y": [rounded(value) for value in y], "hovertemplate": hover,
         "line": {"color": colour, "dash": dash, "width": 2 if dots or dash != "solid" else 1.5}, "connectgaps": False,
     }  # fmt: skip
 
 
-def _layout(x_title: str, y_title: str, annotations: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+def layout_of(x_title: str, y_title: str, annotations: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     axis = {"automargin": True, "zeroline": False, "gridcolor": "rgba(128,128,128,0.25)", "linecolor": LIMIT}
     return {
         "height": _HEIGHT,
@@ -352,7 +352,7 @@ def _layout(x_title: str, y_title: str, annotations: Sequence[dict[str, Any]] = 
     }
 
 
-def _figure(traces: list[Trace], layout: dict[str, Any]) -> dict[str, Any]:
+def with_legend(traces: list[Trace], layout: dict[str, Any]) -> dict[str, Any]:
     """Return the figure, with a legend and room for it if it has more than one trace."""
     if len(traces) > 1:
         layout |= {"showlegend": True, "height": _HEIGHT + _LEGEND_LINE * len(traces)}
@@ -401,7 +401,7 @@ def _decades(traces: Sequence[Trace]) -> float:
     return math.log10(max(values) / min(values)) if values else 0
 
 
-def _rounded(value: float) -> float | None:
+def rounded(value: float) -> float | None:
     """Return a value to six digits, which keeps the page small; None, a gap in the line, if it is not finite."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
 

@@ -27,3 +27,14 @@ for (const [key, figure] of Object.entries(figures)) {
   charts.push(chart);
 }
 scheme.addEventListener("change", () => charts.forEach((chart) => Plotly.relayout(chart, ink())));
+for (const table of document.querySelectorAll("table.sortable")) {
+  const heads = [...table.tHead.rows[0].cells], number = (row, index) => parseFloat(row.cells[index].textContent);
+  heads.forEach((head, index) => head.querySelector("button")?.addEventListener("click", () => {
+    const up = head.getAttribute("aria-sort") === "descending";
+    for (const other of heads) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", up ? "ascending" : "descending");
+    const rows = [...table.tBodies[0].rows].sort((a, b) => (up ? 1 : -1) *
+      ((isNaN(number(a, index)) ? -1 : number(a, index)) - (isNaN(number(b, index)) ? -1 : number(b, index))));
+    table.tBodies[0].append(...rows);
+  }));
+}

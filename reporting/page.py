@@ -16,7 +16,7 @@ from typing import Any
 
 from reporting.charts import Chart, Table
 from reporting.history import RunHistory, differing_settings, duration, interval, label, number, whole
-from reporting.pictures import Gallery
+from reporting.pictures import Gallery, Panel
 from runtime.folder import INCIDENTS, LOG
 from training.rules import too_few_validated, too_few_windows
 
@@ -57,13 +57,30 @@ def render(
         ):
             ident = f"{tag}{key}"
             links.append((ident, prefix + heading))
-            body.append(_section(ident, prefix + heading, content))
+            body.append(section(ident, prefix + heading, content))
+    return document(f"{title}: training report", f"Training report: {title}", links, "".join(body), charts, plotly)
+
+
+def document(
+    title: str, heading: str, links: Sequence[tuple[str, str]], body: str, charts: Sequence[Chart], plotly: str
+) -> str:
+    """Return a page as HTML.
+
+    Args:
+        title: of the browser's window.
+        heading: the first line.
+        links: (id, text) of each section.
+        body: the sections as HTML, see ``section``.
+        charts: drawn in their places of the body, see ``chart_section``.
+        plotly: plotly's JavaScript.
+    """
     figures = {chart.key: chart.figure for chart in charts}
     return Template(_beside("page.html")).substitute(
         title=escape(title),
+        heading=escape(heading),
         written=_when(time.time()),
         navigation="".join(f'<li><a href="#{ident}">{escape(text)}</a></li>' for ident, text in links),
-        body="".join(body),
+        body=body,
         figures=json.dumps(figures, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
         drawing=f"<script>{plotly}</script><script>\n{_beside('page.js')}</script>" if charts else "",
     )
@@ -73,7 +90,8 @@ def _beside(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-def _section(ident: str, heading: str, content: str) -> str:
+def section(ident: str, heading: str, content: str) -> str:
+    """Return a section of the page; its content is HTML."""
     title = f'<h2 id="{ident}-title">{escape(heading)}</h2>'
     return f'<section id="{ident}" aria-labelledby="{ident}-title">{title}{content}</section>'
 
@@ -101,7 +119,7 @@ def _summary(run: RunHistory) -> str:
     few = "".join(f"<p>{escape(text)}.</p>" for text in _too_few(run))
     empty = "" if run.windows else "<p>No window has been trained yet.</p>"
     spoilt = f" {run.num_spoilt} lines of its log hold no event: half-written or damaged." if run.num_spoilt else ""
-    return _section("summary", "Summary", f'<dl class="cards">{items}</dl>{few}{empty}<p class="soft">{spoilt}</p>')
+    return section("summary", "Summary", f'<dl class="cards">{items}</dl>{few}{empty}<p class="soft">{spoilt}</p>')
 
 
 def _forecast_time(run: RunHistory) -> str:
@@ -146,12 +164,18 @@ def _comparison(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
     same = "<p>All settings, versions and devices are the same.</p>"
     settings = [[key, *map(_value, values)] for key, values in differing.items()]
     other = _table(Table("Settings, versions and devices that differ", ("setting", *names), settings))
-    return _section("summary", "Summary", table + (other if differing else same))
+    return section("summary", "Summary", table + (other if differing else same))
 
 
 def _charts(charts: Sequence[Chart]) -> str:
     if not charts:
-        return _section("charts", "Charts", "<p>Nothing to draw yet: no epoch and no window has been logged.</p>")
+        return section("charts", "Charts", "<p>Nothing to draw yet: no epoch and no window has been logged.</p>")
+    scale = "" if any(chart.key == "loss-scale" for chart in charts) else _NO_SCALE
+    return chart_section("charts", "Charts", charts, scale)
+
+
+def chart_section(ident: str, heading: str, charts: Sequence[Chart], below: str = "") -> str:
+    """Return a section with the places of charts, each with its numbers as a table, and more HTML below them."""
     figures = "".join(
         f'<figure aria-labelledby="{chart.key}-title"><h3 id="{chart.key}-title">{escape(chart.title)}</h3>'
         f"<figcaption>{escape(chart.description)}</figcaption>"
@@ -159,8 +183,7 @@ def _charts(charts: Sequence[Chart]) -> str:
         f"<details><summary>Data table: {escape(chart.title)}</summary>{_table(chart.table)}</details></figure>"
         for chart in charts
     )
-    scale = "" if any(chart.key == "loss-scale" for chart in charts) else _NO_SCALE
-    return _section("charts", "Charts", f'<div class="charts">{figures}</div>{scale}')
+    return section(ident, heading, f'<div class="charts">{figures}</div>{below}')
 
 
 def _table(table: Table) -> str:
@@ -256,18 +279,23 @@ def _pictures(galleries: Sequence[Gallery]) -> str:
     for gallery in galleries:
         cells = []
         for example in gallery.examples:
-            panels = "".join(
-                f'<div><img src="{panel.data_uri}" alt="{escape(panel.alt)}" width="{panel.width}" '
-                f'height="{panel.height}" decoding="async"><span>{escape(panel.title)}</span></div>'
-                for panel in example.panels
-            )
             scores = f"IoU {example.scores['iou']:.3f}, S {example.scores['s_measure']:.3f}"
             caption = f"<strong>{example.rank}</strong>: {scores}. <code>{escape(example.name)}</code>"
-            cells.append(f'<figure><div class="panels">{panels}</div><figcaption>{caption}</figcaption></figure>')
+            cells.append(figure(example.panels, caption))
         legend = " In the error map, orange is a false alarm, blue is missed." if cells else ""
         parts.append(f"<h3>{escape(gallery.title)}</h3><p>{escape(gallery.note + legend)}</p>")
         parts.append(f'<div class="pictures">{"".join(cells)}</div>' if cells else "")
     return "".join(parts) or "<p>None in this report.</p>"
+
+
+def figure(panels: Sequence[Panel], caption: str) -> str:
+    """Return pictures side by side, with a caption that is HTML."""
+    pictures = "".join(
+        f'<div><img src="{panel.data_uri}" alt="{escape(panel.alt)}" width="{panel.width}" '
+        f'height="{panel.height}" decoding="async"><span>{escape(panel.title)}</span></div>'
+        for panel in panels
+    )
+    return f'<figure><div class="panels">{pictures}</div><figcaption>{caption}</figcaption></figure>'
 
 
 def _data(run: RunHistory) -> str:

@@ -178,7 +178,7 @@ def _example(
     )
     pixels: tuple[ByteArray, ...] = (np.asarray(photograph), mask.astype(np.uint8) * 255, prediction, errors)
     images = (thumbnail(source) for source in pixels)
-    panels = [_panel(title, text, image) for title, text, image in zip(_TITLES, alt, images, strict=True)]
+    panels = [panel(title, text, image) for title, text, image in zip(_TITLES, alt, images, strict=True)]
     return Example(name, rank, scores, panels)
 
 
@@ -203,7 +203,8 @@ def error_map(
     return pixels, float((found & ~mask).mean()), float((~found & mask).mean())
 
 
-def _panel(title: str, alt: str, image: Image.Image) -> Panel:
+def panel(title: str, alt: str, image: Image.Image) -> Panel:
+    """Return a picture that is part of the page itself."""
     data = io.BytesIO()
     image.save(data, "JPEG", quality=82)
     uri = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()

@@ -36,13 +36,22 @@ def write_report(runs: Sequence[RunHistory], pictures: Sequence[Sequence[Gallery
         ValueError: plotly is not installed.
         OSError: the file cannot be written.
     """
+    names = unique_names(runs)
+    page = render(runs, names, charts_of(runs, names), pictures, plotly_script())
+    write_text(output, page)
+
+
+def plotly_script() -> str:
+    """Return the JavaScript of plotly.
+
+    Raises:
+        ValueError: it is not installed.
+    """
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise ValueError("plotly is not installed, and charts need it: pip install plotly") from error
-    names = unique_names(runs)
-    page = render(runs, names, charts_of(runs, names), pictures, get_plotlyjs())
-    write_text(output, page)
+    return get_plotlyjs()
 
 
 def write_final_report(directory: Path, with_pictures: bool) -> None:

@@ -52,6 +52,14 @@ class ScoreTable:
     def values(self, row: Row, set_name: str, measure: str) -> Sequence[float]:
         return row.scores.get(set_name, {}).get(measure, ())
 
+    def text(self, row: Row, set_name: str, measure: str, plus_minus: str) -> str:
+        """Return the mean of a method's runs, with their standard deviation if there are several; "" for none."""
+        values = self.values(row, set_name, measure)
+        if not values:
+            return ""
+        mean = f"{statistics.fmean(values):.3f}"
+        return mean if len(values) == 1 else f"{mean}{plus_minus}{statistics.stdev(values):.3f}"
+
     def _ranks(self) -> dict[tuple[int, str, str], int]:
         ranks = {}
         for set_name in self.sets:
@@ -71,14 +79,6 @@ class ScoreTable:
         return ranks
 
 
-def _text(values: Sequence[float], plus_minus: str) -> str:
-    """Return the mean of a method's runs, with their standard deviation if there are several."""
-    if not values:
-        return ""
-    mean = f"{statistics.fmean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean}{plus_minus}{statistics.stdev(values):.3f}"
-
-
 def terminal_lines(table: ScoreTable) -> list[str]:
     """Return a block of lines for each set. The best is marked with ``*``, the second best with ``+``."""
     width = max(12, *(len(row.name) for row in table.rows))
@@ -86,7 +86,7 @@ def terminal_lines(table: ScoreTable) -> list[str]:
     for set_name, num_images in table.sets.items():
         cells = [
             [
-                _text(table.values(row, set_name, measure), " ± ")
+                table.text(row, set_name, measure, " ± ")
                 + {_BEST: "*", _SECOND: "+"}.get(table.ranks.get((number, set_name, measure), 0), " ")
                 for measure in table.measures
             ]
@@ -112,7 +112,7 @@ def markdown(table: ScoreTable) -> str:
         cells = []
         for set_name in table.sets:
             for measure in table.measures:
-                text = _text(table.values(row, set_name, measure), " ± ")
+                text = table.text(row, set_name, measure, " ± ")
                 form = {_BEST: "**{}**", _SECOND: "<u>{}</u>"}.get(
                     table.ranks.get((number, set_name, measure), 0), "{}"
                 )
@@ -148,7 +148,7 @@ def latex(table: ScoreTable) -> str:
         cells = []
         for set_name in table.sets:
             for measure in table.measures:
-                text = _text(table.values(row, set_name, measure), " $\\pm$ ")
+                text = table.text(row, set_name, measure, " $\\pm$ ")
                 rank = table.ranks.get((number, set_name, measure), 0)
                 form = {_BEST: "\\textbf{%s}", _SECOND: "\\underline{%s}"}.get(rank, "%s")
                 cells.append(form % text if text else "--")

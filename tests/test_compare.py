@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -236,6 +237,32 @@ def test_tables_are_written_and_no_other_file_is_replaced(data: Path, compare: C
     for name, file in files.items():
         (tmp_path / file).write_text("mine\n")
         assert "compare did not write it" in compare.failing(method, name, tmp_path / file)
+
+
+def test_the_page_has_tables_curves_and_the_images_on_which_methods_differ(
+    data: Path, compare: Compare, tmp_path: Path
+) -> None:
+    methods = [predict(data, tmp_path / f"<{name}>", noise) for name, noise in (("a", 5), ("b", 60))]
+    Image.new("L", (32, 24)).save(methods[1] / "NC4K" / "4.png")
+    for _ in range(2):  # the page may be replaced
+        compare(*methods, "--baseline", "<a>", "--page", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('<table class="sortable">') == len(SETS)
+    assert page.count('<button type="button">') == 4 * len(SETS)
+    disputed = page[page.index('id="disputed"') : page.index('id="curves"')]
+    assert re.findall(r"<code>(.*?)</code>", disputed)[0] == "NC4K/4.png"
+    assert disputed.count("data:image/jpeg;base64,") == 4 * 12  # image, mask and two predictions
+    assert "&lt;b&gt; is worse than &lt;a&gt; on all sets" in page
+    assert "<b>" not in page[: page.index("<script>")]
+    figures = json.loads(page.split('<script type="application/json" id="figures">')[1].split("</script>")[0])
+    assert list(figures) == [
+        *(f"{curve}-{name}" for name in ("camo", "nc4k") for curve in ("pr", "f", "e")),
+        "object-size-camo", "object-size-nc4k", "images-camo", "images-nc4k",
+    ]  # fmt: skip
+    assert [trace["name"] for trace in figures["f-camo"]["data"]] == ["<a>", "<b>"]
+    assert len(figures["images-camo"]["data"][1]["x"]) == SETS["CAMO"]
+    (tmp_path / "page.html").write_text("mine")
+    assert "compare did not write it" in compare.failing(*methods, "--page", tmp_path / "page.html")
 
 
 def test_what_is_missing_or_wrong_is_named(data: Path, compare: Compare, tmp_path: Path) -> None:

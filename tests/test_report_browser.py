@@ -6,13 +6,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import SHARED, needs_shared, tiny_arguments
+from plotly.offline import get_plotlyjs
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
+from reporting.comparison import MethodDetails, render_comparison
+from reporting.score_table import Row, ScoreTable
 from train_ultimate import main
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -162,7 +166,7 @@ def test_clicking_an_incidents_mark_or_link_leads_to_its_entry(opened: Open) -> 
 def test_the_keyboard_skips_the_navigation_and_opens_a_data_table(opened: Open) -> None:
     browser = opened()
     browser.switch_to.active_element.send_keys("\ue004")  # tab
-    assert browser.switch_to.active_element.text == "Skip to the report"
+    assert browser.switch_to.active_element.text == "Skip to the content"
     browser.switch_to.active_element.send_keys("\ue007")  # enter
     assert browser.switch_to.active_element.get_attribute("id") == "main"
     summary = browser.find_element(By.CSS_SELECTOR, "#charts summary")
@@ -170,3 +174,22 @@ def test_the_keyboard_skips_the_navigation_and_opens_a_data_table(opened: Open) 
     table = browser.find_element(By.CSS_SELECTOR, "#charts table")
     WebDriverWait(browser, 20).until(lambda _: table.is_displayed())
     assert "IoU" in table.text
+
+
+def test_a_click_on_a_title_sorts_a_table_of_compare(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    """Highest first, then lowest first; a method without a number comes last of the highest."""
+    scores = {"low": {"s_measure": [0.5]}, "high": {"s_measure": [0.9, 0.7]}, "none": {"mae": [0.1]}}
+    rows = [Row(name, {"CAMO": values}) for name, values in scores.items()]
+    table = ScoreTable({"CAMO": 3}, {"s_measure": "S", "mae": "MAE"}, rows)
+    kinds: tuple[str, ...] = ("e", "f", "precision", "recall")
+    flat = dict.fromkeys(kinds, np.linspace(0, 1, 256))
+    method = MethodDetails("low", {"CAMO": flat}, {"CAMO": {}}, {"CAMO": {"a": 0.5}})
+    (tmp_path / "page.html").write_text(render_comparison(table, [], [method], [], get_plotlyjs()))
+    browser.get((tmp_path / "page.html").as_uri())
+    title = browser.find_element(By.CSS_SELECTOR, "table.sortable button")
+    orders = []
+    for _ in range(2):
+        title.click()
+        orders.append([head.text for head in browser.find_elements(By.CSS_SELECTOR, "table.sortable tbody th")])
+    assert orders == [["high", "low", "none"], ["none", "low", "high"]]
+    assert not browser.get_log("browser")
