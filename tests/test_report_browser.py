@@ -15,6 +15,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
+from commands.scoring import CURVES
 from reporting.comparison import MethodDetails, render_comparison
 from reporting.score_table import Row, ScoreTable
 from train_ultimate import main
@@ -181,8 +182,7 @@ def test_a_click_on_a_title_sorts_a_table_of_compare(browser: webdriver.Chrome, 
     scores = {"low": {"s_measure": [0.5]}, "high": {"s_measure": [0.9, 0.7]}, "none": {"mae": [0.1]}}
     rows = [Row(name, {"CAMO": values}) for name, values in scores.items()]
     table = ScoreTable({"CAMO": 3}, {"s_measure": "S", "mae": "MAE"}, rows)
-    kinds: tuple[str, ...] = ("e", "f", "precision", "recall")
-    flat = dict.fromkeys(kinds, np.linspace(0, 1, 256))
+    flat = {kind: np.linspace(0, 1, 256) for kind in CURVES}
     method = MethodDetails("low", {"CAMO": flat}, {"CAMO": {}}, {"CAMO": {"a": 0.5}})
     (tmp_path / "page.html").write_text(render_comparison(table, [], [method], [], get_plotlyjs()))
     browser.get((tmp_path / "page.html").as_uri())
