@@ -7,6 +7,7 @@ import argparse
 import csv
 import hashlib
 import json
+import logging
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,6 +59,15 @@ from runtime.log import environment
 _NUM_DISPUTED = 12  # images on the page
 _FORMAT = "1"  # of the cache's files: raise it whenever the same files give other scores
 _PAIRED = tuple(name for name in COLUMNS if not name.startswith("max_"))  # an image has no maximum of mean curves
+_OUTPUTS = {  # flag -> whether compare wrote a file
+    "json": is_json_with("methods", "differences"),
+    "markdown": contains(f"<!-- {MADE_BY} -->".encode()),
+    "latex": contains(f"% {MADE_BY}".encode()),
+    "csv": contains(",".join(CSV_HEADER).encode()),
+    "page": is_report,
+}
+
+logger = logging.getLogger("train_ultimate")
 
 
 def compare(args: argparse.Namespace, num_processes: int) -> int:
@@ -70,17 +80,10 @@ def compare(args: argparse.Namespace, num_processes: int) -> int:
         ValueError, OSError: a folder or checkpoint cannot be used, or an image of a method cannot be scored: a method
             must not be compared on other images than the rest.
     """
-    outputs = {
-        "json": is_json_with("methods", "differences"),
-        "markdown": contains(f"<!-- {MADE_BY} -->".encode()),
-        "latex": contains(f"% {MADE_BY}".encode()),
-        "csv": contains(",".join(CSV_HEADER).encode()),
-        "page": is_report,
-    }
-    for name, is_own in outputs.items():
-        if (file := getattr(args, name)) is not None:
-            require_writable(file)
-            require_own([file], is_own, "compare", f"--{name} {file}")
+    outputs = {name: file for name in _OUTPUTS if (file := getattr(args, name)) is not None}
+    for name, file in outputs.items():
+        require_writable(file)
+        require_own([file], _OUTPUTS[name], "compare", f"--{name} {file}")
     found = masks_alone(args.masks) if args.masks else test_sets(args.dataset_path, args.include_noncam)
     sets, rules = mask_sets(found, args.mask_values)
     methods = find_methods(args.methods, sets)
@@ -91,18 +94,9 @@ def compare(args: argparse.Namespace, num_processes: int) -> int:
     table = ScoreTable(
         sizes, {name: COLUMNS[name] for name in args.measures}, [*published, *(m.row() for m in methods)]
     )
-    print_lines(["", *terminal_lines(table), "", "* best, + second best" + _about_runs(methods)])
-    print_lines(left_out)
+    print_lines(["", *terminal_lines(table), "", "* best, + second best" + _about_runs(methods), *left_out])
     differences = [] if baseline is None else differences_to(baseline, methods, list(sizes), args.measures)
-    first = [one["sentence"] for one in differences if one["measure"] == args.measures[0]]
-    print_lines(["", *first] if first else [])
-    if len(first) < len(differences):
-        others = ", ".join(COLUMNS[name] for name in args.measures[1:] if name in _PAIRED)
-        print_lines([f"The same by {others}: {args.json or 'in --json FILE'}"])
-    if any(one["p"] is None for one in differences):
-        print_lines(["p-values need scipy: pip install scipy"])
-    if baseline is None and len(methods) > 1:
-        print_lines([f"--baseline {methods[0].name}: whether the others differ from it beyond chance"])
+    print_lines(_about_differences(differences, methods, baseline, args))
     if args.json is not None:
         content = {
             "masks": rules, "stretch": args.stretch, **environment(Path(__file__), ("numpy", "pillow", "scipy")),
@@ -117,11 +111,30 @@ def compare(args: argparse.Namespace, num_processes: int) -> int:
     if args.page is not None:
         sentences = [one["sentence"] for one in differences]
         disputed = disputed_images(methods, sets) if len(methods) > 1 else []
-        details = [method.details() for method in _baseline_first(methods, baseline)]
+        details = [method.details() for method in sorted(methods, key=lambda method: method is not baseline)]
         write_text(args.page, render_comparison(table, sentences, details, disputed, plotly_script()))
-    written = [str(file) for name in outputs if (file := getattr(args, name)) is not None]
-    print_lines([f"Written: {', '.join(written)}"] if written else [])
+    print_lines([f"Written: {', '.join(map(str, outputs.values()))}"] if outputs else [])
     return 0
+
+
+def _about_differences(
+    differences: Sequence[Mapping[str, Any]],
+    methods: Sequence[Method],
+    baseline: Method | None,
+    args: argparse.Namespace,
+) -> list[str]:
+    """Return the sentences on the first measure, and where the others are."""
+    if baseline is None:
+        return [f"--baseline {methods[0].name}: whether the others differ beyond chance"] if len(methods) > 1 else []
+    first = [one["sentence"] for one in differences if one["measure"] == args.measures[0]]
+    lines = ["", *first] if first else []
+    if len(first) < len(differences):
+        others = ", ".join(COLUMNS[name] for name in args.measures[1:] if name in _PAIRED)
+        lines.append(f"The same by {others}: {args.json or args.page or 'in --json FILE or --page FILE'}")
+    return [
+        *lines,
+        *(["p-values need scipy: pip install scipy"] if any(one["p"] is None for one in differences) else []),
+    ]
 
 
 def _named(methods: Sequence[Method], name: str | None) -> Method | None:
@@ -131,10 +144,6 @@ def _named(methods: Sequence[Method], name: str | None) -> Method | None:
     if not found:
         raise ValueError(f"--baseline {name}: the methods are {', '.join(method.name for method in methods)}")
     return found[0]
-
-
-def _baseline_first(methods: Sequence[Method], baseline: Method | None) -> list[Method]:
-    return sorted(methods, key=lambda method: method is not baseline)
 
 
 def score(methods: Sequence[Method], sets: Sequence[MaskSet], args: argparse.Namespace, num_processes: int) -> None:
@@ -178,10 +187,13 @@ def score(methods: Sequence[Method], sets: Sequence[MaskSet], args: argparse.Nam
     if failures:
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         raise ValueError(f"{failures[0]}{more}; methods are compared only if all their images can be scored")
-    for file in missing:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        state = {name: report.state() for name, report in reports[file].items()}
-        write_text(file, json.dumps(state))  # with NaN and infinity, which a degenerate image may have
+    try:
+        for file in missing:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            state = {name: report.state() for name, report in reports[file].items()}
+            write_text(file, json.dumps(state))  # with NaN and infinity, which a degenerate image may have
+    except OSError as error:
+        logger.warning(f"{folder}: scores are not kept for the next call ({error})")
     of_source = iter(files)
     for method in methods:
         method.reports = [reports[next(of_source)] for _ in method.sources]
@@ -300,8 +312,8 @@ def differences_to(
                 measure in LOWER_IS_BETTER,
             )  # fmt: skip
             found.append(
-                {"method": method.name, "sets": where, "measure": measure, **asdict(result), "p": result.p,
-                 "p_corrected": p, "sentence": text}
+                {"method": method.name, "sets": where, "measure": measure, **asdict(result), "p_corrected": p,
+                 "sentence": text}
             )  # fmt: skip
     return found
 

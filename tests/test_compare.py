@@ -192,6 +192,12 @@ def test_scores_are_kept_and_only_what_has_changed_is_scored_again(
     assert compare(first, second)["methods"] == after["methods"]
 
 
+def test_a_cache_that_cannot_be_written_costs_no_scores(data: Path, compare: Compare, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    assert names(compare(predict(data, tmp_path / "unet", 40))) == ["unet"]
+    assert "scores are not kept for the next call" in compare.out
+
+
 def test_numbers_of_papers_stand_beside_only_for_sets_of_their_size(
     data: Path, compare: Compare, tmp_path: Path
 ) -> None:
