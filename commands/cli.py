@@ -112,6 +112,8 @@ def parse(argv: Sequence[str] | None) -> Request:
         _check_evaluate(args)
     if command == "compare" and (args.dataset_path is None) == (args.masks is None):
         raise UsageError("compare needs --dataset-path or --masks, one of them")
+    if command == "compare" and args.attributes is not None and args.page is None:
+        raise UsageError("--attributes goes with --page, which shows their groups")
     if command in ("evaluate", "compare", "predict", "export") and args.img_size is not None:
         check_img_size(args.img_size)
     return Request(command, args=args)
@@ -414,6 +416,9 @@ def _add_compare(commands: "argparse._SubParsersAction[_Parser]") -> None:
     flag("--published", type=Path, metavar="FILE", nargs="?", const=PUBLISHED,
          help="also numbers from papers, for sets of the same size: the program's own, evaluation/published.csv, or a "
          "file like it")
+
+    flag("--attributes", type=Path, metavar="FILE",
+         help="a CSV of groups to show on the page: a column name, and a column for each attribute of the images")
 
     flag = parser.add_argument_group("what to write").add_argument
     for name, what in (("json", "everything: scores, curves, groups, each image's scores, and the differences"),

@@ -33,7 +33,7 @@ from commands.scoring import (
     test_sets,
 )
 from data.cache import default_directory
-from data.layouts import size_and_time
+from data.layouts import Pair, size_and_time
 from evaluation import metrics
 from evaluation.figures import thumbnail
 from evaluation.statistics import Difference, difference, holm
@@ -88,6 +88,7 @@ def compare(args: argparse.Namespace, num_processes: int) -> int:
     sets, rules = mask_sets(found, args.mask_values)
     methods = find_methods(args.methods, sets)
     baseline = _named(methods, args.baseline)
+    attributes = {} if args.attributes is None else read_attributes(args.attributes, sets)
     score(methods, sets, args, num_processes)
     sizes = {masks.name: len(masks.pairs) for masks in sets}
     published, left_out = ([], []) if args.published is None else published_rows(args.published, sizes)
@@ -111,7 +112,7 @@ def compare(args: argparse.Namespace, num_processes: int) -> int:
     if args.page is not None:
         sentences = [one["sentence"] for one in differences]
         disputed = disputed_images(methods, sets) if len(methods) > 1 else []
-        details = [method.details() for method in sorted(methods, key=lambda method: method is not baseline)]
+        details = [method.details(attributes) for method in sorted(methods, key=lambda method: method is not baseline)]
         write_text(args.page, render_comparison(table, sentences, details, disputed, plotly_script()))
     print_lines([f"Written: {', '.join(map(str, outputs.values()))}"] if outputs else [])
     return 0
@@ -258,14 +259,7 @@ def published_rows(file: Path, sizes: Mapping[str, int]) -> tuple[list[Row], lis
     Raises:
         ValueError: the file is no such table.
     """
-    try:
-        with file.open(newline="", encoding="utf-8") as stream:
-            entries = list(csv.DictReader(stream))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"--published {file}: cannot be read ({error})") from error
-    wanted = {"method", "set", "images", "source"}
-    if not entries or not wanted <= entries[0].keys():
-        raise ValueError(f"--published {file}: needs a first line with {', '.join(sorted(wanted))}, and measures")
+    _, entries = _read_table(file, f"--published {file}", {"method", "set", "images", "source"})
     by_name = {name.lower(): name for name in sizes}
     scores: dict[tuple[str, str], dict[str, dict[str, list[float]]]] = {}
     left_out: dict[str, str] = {}
@@ -284,6 +278,53 @@ def published_rows(file: Path, sizes: Mapping[str, int]) -> tuple[list[Row], lis
             continue
         scores.setdefault((entry["method"], entry["source"]), {})[set_name] = values
     return [Row(method, by_set, source) for (method, source), by_set in scores.items()], list(left_out.values())
+
+
+def read_attributes(file: Path, sets: Sequence[MaskSet]) -> dict[str, dict[str, str]]:
+    """Return the groups that images belong to: attribute -> mask's file name -> group.
+
+    Args:
+        file: CSV with a column ``name``, of masks or photographs, with ending or without, and a column an attribute.
+        sets: the masks.
+
+    Raises:
+        ValueError: the file is no such table, or none of its names is that of a mask.
+    """
+    columns, entries = _read_table(file, f"--attributes {file}", {"name"})
+    files = {name: f"{name}{pair.mask.suffix}" for masks in sets for pair, name in _named_pairs(masks)}
+    known = {**files, **{file: file for file in files.values()}}
+    known |= {pair.image.name: files[name] for masks in sets for pair, name in _named_pairs(masks)}
+    found = {known[entry["name"]]: entry for entry in entries if entry["name"] in known}
+    if not found:
+        raise ValueError(f"--attributes {file}: none of its names, such as {entries[0]['name']}, is that of a mask")
+    if missing := set(files.values()) - found.keys():
+        logger.warning(f"--attributes {file}: nothing about {len(missing)} images, such as {min(missing)}")
+    return {
+        attribute: {name: (entry[attribute] or "").strip() for name, entry in found.items()}
+        for attribute in columns
+        if attribute != "name"
+    }
+
+
+def _named_pairs(masks: MaskSet) -> Iterator[tuple[Pair, str]]:
+    return zip(masks.pairs, masks.names, strict=True)
+
+
+def _read_table(file: Path, flag: str, needed: set[str]) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the columns and lines of a CSV.
+
+    Raises:
+        ValueError: it cannot be read, or lacks a column.
+    """
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            columns, entries = list(reader.fieldnames or []), list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{flag}: cannot be read ({error})") from error
+    if not entries or not needed <= set(columns):
+        raise ValueError(f"{flag}: needs a first line with {', '.join(sorted(needed))}, and lines below it")
+    return columns, entries
 
 
 def differences_to(

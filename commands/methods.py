@@ -19,6 +19,8 @@ _NETWORK_SUFFIXES = (".pth", ".pt")
 _DEEPEST = 2  # folders of methods, and in them folders of runs
 _SEED = re.compile(r"(seed|run|fold)?[-_ ]?\d+", re.IGNORECASE)
 
+Attributes = Mapping[str, Mapping[str, str]]  # attribute -> mask's file name -> group
+
 logger = logging.getLogger("train_ultimate")
 
 
@@ -47,25 +49,20 @@ class Method:
         by_name = [{image["name"]: image[measure] for image in report[set_name].images} for report in self.reports]
         return {name: statistics.fmean(scores[name] for scores in by_name) for name in sorted(by_name[0])}
 
-    def details(self) -> MethodDetails:
+    def details(self, attributes: Attributes) -> MethodDetails:
         """Return what the page shows: means over runs."""
-        sets = list(self.reports[0])
-        curves = {
-            name: np.mean(
-                [report[name].totals.curve_sums / report[name].totals.num_images for report in self.reports], 0
-            )
-            for name in sets
-        }
-        groups = {
-            name: {
-                kind: _mean_s([groups_of(report[name]) for report in self.reports])
-                for kind, groups_of in (("object size", SetReport.by_size), ("superclass", SetReport.by_superclass))
+        curves, groups = {}, {}
+        for name in self.reports[0]:
+            reports = [report[name] for report in self.reports]
+            means = np.mean([one.totals.curve_sums / one.totals.num_images for one in reports], axis=0)
+            curves[name] = dict(zip(CURVES, means, strict=True))
+            groups[name] = {
+                "object size": _mean_s([one.by_size() for one in reports]),
+                "superclass": _mean_s([one.by_superclass() for one in reports]),
+                **{kind: _mean_s([one.by_group(group_of) for one in reports]) for kind, group_of in attributes.items()},
             }
-            for name in sets
-        }
-        named = {name: dict(zip(CURVES, curves[name], strict=True)) for name in sets}
-        images = {name: self.image_scores(name, "s_measure") for name in sets}
-        return MethodDetails(self.name, named, groups, images)
+        images = {name: self.image_scores(name, "s_measure") for name in curves}
+        return MethodDetails(self.name, curves, groups, images)
 
     def row(self) -> Row:
         scores = {

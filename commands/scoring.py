@@ -112,8 +112,14 @@ class SetReport:
         self.images.append(row)
 
     def by_superclass(self) -> dict[str, dict[str, float]]:
-        names = sorted({row["superclass"] for row in self.images} - {""})
-        return {name: means_of([row for row in self.images if row["superclass"] == name]) for name in names}
+        return self.by_group({row["name"]: row["superclass"] for row in self.images})
+
+    def by_group(self, group_of: Mapping[str, str]) -> dict[str, dict[str, float]]:
+        """Return mean scores of groups of images, by the group of each image's name; "" or no entry is no group."""
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for row in self.images:
+            groups.setdefault(group_of.get(row["name"], ""), []).append(row)
+        return {name: means_of(groups[name]) for name in sorted(groups.keys() - {""})}
 
     def by_size(self) -> dict[str, dict[str, float]]:
         """Return mean scores of three groups of equal size, by the object's share of the image."""

@@ -271,6 +271,25 @@ def test_the_page_has_tables_curves_and_the_images_on_which_methods_differ(
     assert "compare did not write it" in compare.failing(*methods, "--page", tmp_path / "page.html")
 
 
+def test_images_are_grouped_by_attributes_of_a_table(data: Path, compare: Compare, tmp_path: Path) -> None:
+    method, table = predict(data, tmp_path / "unet", 40), tmp_path / "attributes.csv"
+    lines = [f"{index}.jpg,{'day' if index < 4 else 'night'},{'' if index else 'rain'}" for index in range(9)]
+    table.write_text("name,light,weather\n" + "\n".join(lines) + "\n")
+    content = compare(method, "--attributes", table, "--page", tmp_path / "page.html")
+    assert "nothing about 3 images, such as 10.png" in compare.out
+    page = (tmp_path / "page.html").read_text()
+    figures = json.loads(page.split('<script type="application/json" id="figures">')[1].split("</script>")[0])
+    (bars,) = figures["light-camo"]["data"]
+    images = content["methods"][0]["runs"][0]["sets"]["CAMO"]["images"]
+    day = [image["s_measure"] for image in images if int(image["name"].removesuffix(".png")) < 4]
+    assert bars["x"] == ["day", "night"]
+    assert bars["y"][0] == pytest.approx(np.mean(day), abs=1e-5)
+    assert "weather-camo" not in figures  # one group is nothing to compare
+    table.write_text("name,light\nother,day\n")
+    assert "none of its names, such as other" in compare.failing(method, "--attributes", table, "--page", "page.html")
+    assert "--attributes goes with --page" in compare.failing(method, "--attributes", table)
+
+
 def test_what_is_missing_or_wrong_is_named(data: Path, compare: Compare, tmp_path: Path) -> None:
     method = predict(data, tmp_path / "unet", 40)
     assert "nowhere: no such file or folder" in compare.failing(tmp_path / "nowhere")
