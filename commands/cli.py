@@ -370,12 +370,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction[_Parser]") -> None:
          help="with --checkpoint: instead of test sets, the images of --dataset-path that its run held out of training "
          "to validate on")
     flag("--masks", metavar="DIR", help="with --predictions: the folder with the masks, instead of --dataset-path")
-    flag("--include-noncam", action=argparse.BooleanOptionalAction, default=False,
-         help="COD10K: take in its images without camouflaged objects too")
-    flag("--mask-values", choices=CHOICES["mask_values"], default="auto", help=_MASK_VALUES)
-    flag("--stretch", action=argparse.BooleanOptionalAction, default=True,
-         help="stretch each prediction from its darkest to its brightest value before it is scored, as the field does; "
-         "--no-stretch: score it as it is, so that a faint one stays faint")
+    _add_protocol_flags(flag)
 
     flag = parser.add_argument_group("what to write").add_argument
     flag("--json", metavar="FILE", help="everything: scores, curves, groups, and each image's scores")
@@ -383,6 +378,18 @@ def _add_evaluate(commands: "argparse._SubParsersAction[_Parser]") -> None:
     flag("--contact-sheet", metavar="FILE", help="a picture of the 24 worst: image, mask, prediction")
     # fmt: on
     _add_machine_flags(parser, "score")
+
+
+def _add_protocol_flags(flag: Callable[..., Any]) -> None:
+    """Add the flags that decide how predictions are scored."""
+    # fmt: off
+    flag("--include-noncam", action=argparse.BooleanOptionalAction, default=False,
+         help="COD10K: take in its images without camouflaged objects too")
+    flag("--mask-values", choices=CHOICES["mask_values"], default="auto", help=_MASK_VALUES)
+    flag("--stretch", action=argparse.BooleanOptionalAction, default=True,
+         help="stretch each prediction from its darkest to its brightest value before it is scored, as the field does; "
+         "--no-stretch: score it as it is, so that a faint one stays faint")
+    # fmt: on
 
 
 def _add_compare(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -397,13 +404,9 @@ def _add_compare(commands: "argparse._SubParsersAction[_Parser]") -> None:
     flag = parser.add_argument_group("what to score").add_argument
     flag("--dataset-path", metavar="DIR", nargs="+", help="folders with test sets, in any layout docs/data.md lists")
     flag("--masks", metavar="DIR", type=Path, help="the folder with the masks of one set, instead; predictions only")
-    flag("--include-noncam", action=argparse.BooleanOptionalAction, default=False,
-         help="COD10K: take in its images without camouflaged objects too")
-    flag("--mask-values", choices=CHOICES["mask_values"], default="auto", help=_MASK_VALUES)
-    flag("--stretch", action=argparse.BooleanOptionalAction, default=True,
-         help="stretch each prediction from its darkest to its brightest value before it is scored, as the field does")
     flag("--tta", action=argparse.BooleanOptionalAction, default=False,
          help="checkpoints: average the logits of each image and its mirror image")
+    _add_protocol_flags(flag)
     flag("--cache-dir", type=Path, metavar="DIR",
          help="where scores are kept, so that a new method costs only itself (default: the user's cache folder)")
 
