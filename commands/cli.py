@@ -412,7 +412,7 @@ def _add_compare(commands: "argparse._SubParsersAction[_Parser]") -> None:
 
     flag = parser.add_argument_group("what to compare").add_argument
     flag("--measures", nargs="+", choices=MEASURES, default=["s_measure", "weighted_f", "mae", "mean_e"],
-         metavar="NAME", help=f"of {', '.join(MEASURES)} (default: %(default)s)")
+         metavar="NAME", help=f"of {', '.join(MEASURES)} (default: s_measure weighted_f mae mean_e)")
     flag("--baseline", metavar="NAME",
          help="say of each other method whether it differs from this one beyond chance: bootstrap interval, Wilcoxon's "
          "test, Holm's correction")
