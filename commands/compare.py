@@ -33,12 +33,14 @@ from commands.scoring import (
     test_sets,
 )
 from data.cache import default_directory
+from data.decoding import decode_mask
 from data.layouts import Pair, size_and_time
 from evaluation import metrics
 from evaluation.figures import thumbnail
+from evaluation.metrics import ByteArray
 from evaluation.statistics import Difference, difference, holm
 from reporting.comparison import Disputed, render_comparison
-from reporting.pictures import panel
+from reporting.pictures import Panel, panel
 from reporting.report import plotly_script
 from reporting.score_table import (
     CSV_HEADER,
@@ -361,23 +363,29 @@ def differences_to(
 
 def disputed_images(methods: Sequence[Method], sets: Sequence[MaskSet]) -> list[Disputed]:
     """Return the images whose S scatters most from method to method, with the saved predictions of each."""
-    spread: list[tuple[float, str, str, dict[str, float]]] = []
+    spread: list[tuple[float, MaskSet, str, dict[str, float]]] = []
     for masks in sets:
         scores = {method.name: method.image_scores(masks.name, "s_measure") for method in methods}
         for name in scores[methods[0].name]:
             of_image = {method: scores[method][name] for method in scores}
-            spread.append((statistics.pstdev(of_image.values()), masks.name, name, of_image))
-    disputed = []
-    for _, set_name, name, of_image in sorted(spread, key=lambda entry: -entry[0])[:_NUM_DISPUTED]:
-        cases = {method.name: case for method in methods if (case := method.cases.get((set_name, name))) is not None}
-        panels = []
-        for first in [*cases.values()][:1]:
-            grey = (first.labels() == 1).astype(np.uint8) * 255
-            sources = [("image", first.image)] if first.image is not None else []
-            panels = [panel(title, name, thumbnail(source)) for title, source in [*sources, ("mask", grey)]]
-        panels += [panel(title, f"prediction of {title}", thumbnail(c.grey_levels())) for title, c in cases.items()]
-        disputed.append(Disputed(f"{set_name}/{name}", of_image, panels))
-    return disputed
+            spread.append((statistics.pstdev(of_image.values()), masks, name, of_image))
+    spread.sort(key=lambda entry: -entry[0])
+    return [
+        Disputed(f"{masks.name}/{name}", of_image, _panels(methods, masks, name))
+        for _, masks, name, of_image in spread[:_NUM_DISPUTED]
+    ]
+
+
+def _panels(methods: Sequence[Method], masks: MaskSet, name: str) -> list[Panel]:
+    """Return pictures of an image, its mask, and its saved predictions; networks have none."""
+    pair = next(pair for pair, stem in _named_pairs(masks) if f"{stem}{pair.mask.suffix}" == name)
+    labels = decode_mask(pair.mask, masks.reading)
+    pictures: list[tuple[str, Path | ByteArray]] = [] if pair.image == pair.mask else [("image", pair.image)]
+    pictures.append(("mask", (labels == 1).astype(np.uint8) * 255))
+    for method in methods:
+        if (case := method.cases.get((masks.name, name))) is not None:
+            pictures.append((method.name, case.grey_levels()))
+    return [panel(title, f"{title} of {name}", thumbnail(picture)) for title, picture in pictures]
 
 
 def _about_runs(methods: Sequence[Method]) -> str:

@@ -119,8 +119,11 @@ def _pictures(disputed: Sequence[Disputed]) -> str:
     for image in disputed:
         scores = ", ".join(f"{escape(name)} {value:.3f}" for name, value in image.scores.items())
         figures.append(figure(image.panels, f"<strong>S</strong>: {scores}. <code>{escape(image.name)}</code>"))
-    note = "<p>The images whose S scatters most from method to method.</p>"
-    return f'{note}<div class="pictures">{"".join(figures)}</div>'
+    titles = {panel.title for image in disputed for panel in image.panels}
+    note = "The images whose S scatters most from method to method."
+    if unseen := [name for name in disputed[0].scores if name not in titles]:
+        note += f" Predictions of {', '.join(unseen)} were not saved (evaluate --save-predictions)."
+    return f'<p>{escape(note)}</p><div class="pictures">{"".join(figures)}</div>'
 
 
 def _trace(number: int, name: str, x: Sequence[float], y: Sequence[float]) -> Trace:

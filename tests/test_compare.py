@@ -167,9 +167,12 @@ def test_a_network_is_compared_by_its_own_predictions(tiny_dataset: Path, compar
     flags = ["--checkpoint", str(run), "--dataset-path", str(tiny_dataset), "--save-predictions", str(saved)]
     assert main(["evaluate", *flags]) == 0
     compare.flags[1] = str(tiny_dataset)
-    network, files = compare(run, f"files={saved}")["methods"]
+    network, files = compare(run, f"files={saved}", "--page", tmp_path / "page.html")["methods"]
     assert network["name"] == "run"
     assert network["scores"] == files["scores"]
+    page = (tmp_path / "page.html").read_text()
+    assert "Predictions of run were not saved" in page
+    assert page.count("data:image/jpeg;base64,") == 3 * 3  # image, mask and the saved prediction
 
 
 def test_scores_are_kept_and_only_what_has_changed_is_scored_again(
