@@ -39,10 +39,19 @@ class Source:
 
 @dataclass
 class Method:
+    """A method, and once it is scored, its scores.
+
+    Attributes:
+        name: to print.
+        sources: its runs.
+        reports: of each run, by set.
+        cases: saved predictions of the first run, by set and mask's file name; none of a network.
+    """
+
     name: str
     sources: list[Source]
-    reports: list[dict[str, SetReport]] = field(default_factory=list)  # of each source, by set
-    cases: dict[tuple[str, str], Case] = field(default_factory=dict)  # of the first source, by set and name; saved ones
+    reports: list[dict[str, SetReport]] = field(default_factory=list)
+    cases: dict[tuple[str, str], Case] = field(default_factory=dict)
 
     def image_scores(self, set_name: str, measure: str) -> dict[str, float]:
         """Return a score of each image of a set, by the images' names in order: the mean over runs."""
@@ -65,6 +74,7 @@ class Method:
         return MethodDetails(self.name, curves, groups, images)
 
     def row(self) -> Row:
+        """Return the scores of each run, for the tables."""
         scores = {
             set_name: {
                 measure: [report[set_name].totals.means()[measure] for report in self.reports] for measure in COLUMNS
@@ -127,7 +137,7 @@ def _name_and_path(text: str) -> tuple[str, Path]:
 
 def _name_of(path: Path) -> str:
     """Return a name for a method at a path: of a checkpoint that of its run's folder."""
-    path = path.resolve()
+    path = path.resolve() if path.name in ("", "..") else path.absolute()  # a link is called like itself
     return path.parent.name if path.suffix in _NETWORK_SUFFIXES else path.name
 
 

@@ -116,6 +116,15 @@ def test_masks_in_folders_of_classes_are_no_methods(data: Path, compare: Compare
     assert len(only["runs"][0]["sets"]["NC4K"]["images"]) == SETS["NC4K"]
 
 
+def test_a_method_is_called_like_its_folder_or_the_link_to_it(
+    data: Path, compare: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = predict(data, tmp_path / "unet", 40)
+    (tmp_path / "best").symlink_to(method)
+    monkeypatch.chdir(method)
+    assert names(compare(".", tmp_path / "best")) == ["unet", "best"]
+
+
 def test_one_set_needs_no_folder_of_its_own(data: Path, compare: Compare, tmp_path: Path) -> None:
     folder = predict(data, tmp_path / "unet", 40, ("CAMO",)) / "CAMO"
     compare.flags[1] = str(data / "CAMO")
