@@ -486,7 +486,16 @@ def test_ctrl_c_on_a_terminal_saves_and_the_resumed_run_is_bitwise_the_same(
 def test_killed_at_a_hundred_random_instants_the_run_ends_in_the_same_weights(
     finished: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Writing is slowed down, so that many kills strike during a write. At most one interval of work is lost."""
+    """Writing is slowed down, so that many kills strike during a write. At most one interval of work is lost.
+
+    It needs a process of its own: once another test has started autograd's threads, torch refuses to train in a fork.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "slow", "--numprocesses", "0", __file__, "-k", "hundred"]
+        again = subprocess.run(command, cwd=Path(__file__).parents[1], env=alone, capture_output=True, text=True)
+        assert again.returncode == 0, again.stdout
+        return
     directory, output = tmp_path / "run", tmp_path / "output.txt"
     instants = random.Random(11)
     kills = kills_in_writes = 0
