@@ -440,19 +440,18 @@ def test_when_there_is_room_again_saving_goes_on_and_nothing_is_lost(
     finished: Path, tiny_argv: Argv, tmp_path: Path
 ) -> None:
     """No file may grow beyond 100 kB at the end of epochs 2 and 3: all other files are there."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def life() -> int:
-        def limited(run: Run, *rest: Any) -> dict[str, float]:
-            full = run.state.progress.epoch in (1, 2)
-            unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-            run.folder.store.wait()
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if full else unlimited, unlimited))
-            return validate(run, *rest)
+    def limited(run: Run, *rest: Any) -> dict[str, float]:
+        full = run.state.progress.epoch in (1, 2)
+        run.folder.store.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if full else limits[0], limits[1]))
+        return validate(run, *rest)
 
-        return train(tiny_argv(), validate=limited)
-
-    _, status = os.waitpid(forked(life, tmp_path / "output.txt"), 0)
-    assert os.waitstatus_to_exitcode(status) == 0, (tmp_path / "output.txt").read_text()
+    try:
+        assert train(tiny_argv(), validate=limited) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     saved = [event["file"] for event in read_events(tmp_path / "run", "checkpoint")]
     assert [name for name in saved if name.startswith("epoch")] == ["epoch_0001.pth", "epoch_0004.pth"]
     assert differing_tensors(final(tmp_path / "run"), final(finished)) == []
