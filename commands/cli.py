@@ -26,9 +26,10 @@ from training.settings import (
 from training.settings import flag as flag_of
 
 PUBLISHED = Path(__file__).parents[1] / "evaluation" / "published.csv"
-MEASURES = (
-    "s_measure", "weighted_f", "mae", "adaptive_e", "mean_e", "max_e", "adaptive_f", "mean_f", "max_f", "iou", "dice",
-)  # fmt: skip
+MEASURES = {  # names as in papers
+    "s_measure": "S", "weighted_f": "wF", "mae": "MAE", "adaptive_e": "adpE", "mean_e": "meanE", "max_e": "maxE",
+    "adaptive_f": "adpF", "mean_f": "meanF", "max_f": "maxF", "iou": "IoU", "dice": "Dice",
+}  # fmt: skip
 EXPORT_FORMATS = ("onnx", "torch", "safetensors")
 _SEVERAL_GPUS = ("--gpus", "--num-gpus", "--devices", "--ngpus", "--nproc-per-node", "--distributed")  # elsewhere
 
@@ -110,10 +111,8 @@ def parse(argv: Sequence[str] | None) -> Request:
             args.checkpoint = type(args.checkpoint)(files[0])  # else the folder of --folds: an ensemble
     if command == "evaluate":
         _check_evaluate(args)
-    if command == "compare" and (args.dataset_path is None) == (args.masks is None):
-        raise UsageError("compare needs --dataset-path or --masks, one of them")
-    if command == "compare" and args.attributes is not None and args.page is None:
-        raise UsageError("--attributes goes with --page, which shows their groups")
+    if command == "compare":
+        _check_compare(args)
     if command in ("evaluate", "compare", "predict", "export") and args.img_size is not None:
         check_img_size(args.img_size)
     return Request(command, args=args)
@@ -419,7 +418,6 @@ def _add_compare(commands: "argparse._SubParsersAction[_Parser]") -> None:
     flag("--published", type=Path, metavar="FILE", nargs="?", const=PUBLISHED,
          help="also numbers from papers, for sets of the same size: the program's own, evaluation/published.csv, or a "
          "file like it")
-
     flag("--attributes", type=Path, metavar="FILE",
          help="a CSV of groups to show on the page: a column name, and a column for each attribute of the images")
 
@@ -504,6 +502,13 @@ def _add_report(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--epochs", metavar="N", nargs="+", type=_number(whole(1)), default=[],
         help="show validation images as predicted after these epochs (default: the best one)",
     )  # fmt: skip
+
+
+def _check_compare(args: argparse.Namespace) -> None:
+    if (args.dataset_path is None) == (args.masks is None):
+        raise UsageError("compare needs --dataset-path or --masks, one of them")
+    if args.attributes is not None and args.page is None:
+        raise UsageError("--attributes goes with --page, which shows their groups")
 
 
 def _check_evaluate(args: argparse.Namespace) -> None:

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from commands.cli import MEASURES
 from commands.evaluate import cases_of_networks
 from commands.methods import Method, Source, find_methods
 from commands.output import print_lines, progress_bar, require_writable
 from commands.own_files import contains, is_json_with, is_report, require_own
 from commands.scoring import (
-    COLUMNS,
     Case,
     MaskSet,
     SetReport,
@@ -34,7 +34,7 @@ from commands.scoring import (
 )
 from data.cache import default_directory
 from data.decoding import decode_mask
-from data.layouts import Pair, size_and_time
+from data.layouts import size_and_time
 from evaluation import metrics
 from evaluation.figures import thumbnail
 from evaluation.metrics import ByteArray
@@ -60,7 +60,7 @@ from runtime.log import environment
 
 _NUM_DISPUTED = 12  # images on the page
 _FORMAT = "1"  # of the cache's files: raise it whenever the same files give other scores
-_PAIRED = tuple(name for name in COLUMNS if not name.startswith("max_"))  # an image has no maximum of mean curves
+_PAIRED = tuple(name for name in MEASURES if not name.startswith("max_"))  # an image has no maximum of mean curves
 _OUTPUTS = {  # flag -> whether compare wrote a file
     "json": is_json_with("methods", "differences"),
     "markdown": contains(f"<!-- {MADE_BY} -->".encode()),
@@ -86,16 +86,17 @@ def compare(args: argparse.Namespace, num_processes: int) -> int:
     for name, file in outputs.items():
         require_writable(file)
         require_own([file], _OUTPUTS[name], "compare", f"--{name} {file}")
+    plotly = "" if args.page is None else plotly_script()
     found = masks_alone(args.masks) if args.masks else test_sets(args.dataset_path, args.include_noncam)
     sets, rules = mask_sets(found, args.mask_values)
     methods = find_methods(args.methods, sets)
     baseline = _named(methods, args.baseline)
     attributes = {} if args.attributes is None else read_attributes(args.attributes, sets)
-    score(methods, sets, args, num_processes)
     sizes = {masks.name: len(masks.pairs) for masks in sets}
     published, left_out = ([], []) if args.published is None else published_rows(args.published, sizes)
+    score(methods, sets, args, num_processes)
     table = ScoreTable(
-        sizes, {name: COLUMNS[name] for name in args.measures}, [*published, *(m.row() for m in methods)]
+        sizes, {name: MEASURES[name] for name in args.measures}, [*published, *(m.row() for m in methods)]
     )
     print_lines(["", *terminal_lines(table), "", "* best, + second best" + _about_runs(methods), *left_out])
     differences = [] if baseline is None else differences_to(baseline, methods, list(sizes), args.measures)
@@ -115,7 +116,7 @@ def compare(args: argparse.Namespace, num_processes: int) -> int:
         sentences = [one["sentence"] for one in differences]
         disputed = disputed_images(methods, sets) if len(methods) > 1 else []
         details = [method.details(attributes) for method in sorted(methods, key=lambda method: method is not baseline)]
-        write_text(args.page, render_comparison(table, sentences, details, disputed, plotly_script()))
+        write_text(args.page, render_comparison(table, sentences, details, disputed, plotly))
     print_lines([f"Written: {', '.join(map(str, outputs.values()))}"] if outputs else [])
     return 0
 
@@ -132,7 +133,7 @@ def _about_differences(
     first = [one["sentence"] for one in differences if one["measure"] == args.measures[0]]
     lines = ["", *first] if first else []
     if len(first) < len(differences):
-        others = ", ".join(COLUMNS[name] for name in args.measures[1:] if name in _PAIRED)
+        others = ", ".join(MEASURES[name] for name in args.measures[1:] if name in _PAIRED)
         lines.append(f"The same by {others}: {args.json or args.page or 'in --json FILE or --page FILE'}")
     return [
         *lines,
@@ -160,9 +161,11 @@ def score(methods: Sequence[Method], sets: Sequence[MaskSet], args: argparse.Nam
     files: list[Path] = []  # in the cache, of each source
     missing: dict[Path, Callable[[], Iterator[Case | str]]] = {}
     reports: dict[Path, dict[str, SetReport]] = {}
+    common: list[Any] = [_FORMAT, Path(metrics.__file__).read_text(encoding="utf-8"), args.stretch]
+    common += [(masks.name, str(masks.reading), *(_fingerprint(pair.mask) for pair in masks.pairs)) for masks in sets]
     for method, source in [(each, source) for each in methods for source in each.sources]:
-        cases, key, saved = _cases_and_key(source, sets, args, num_processes)
-        method.cases = method.cases or {(case.set_name, f"{case.name}{case.mask.suffix}"): case for case in saved}
+        cases, key, saved = _cases_and_key(source, sets, args, num_processes, common)
+        method.cases = method.cases or {(case.set_name, case.row_name): case for case in saved}
         files.append(file := folder / f"{key}.json")
         kept = read_json(file)
         if list(kept) == names:
@@ -209,11 +212,13 @@ def score(methods: Sequence[Method], sets: Sequence[MaskSet], args: argparse.Nam
 
 
 def _cases_and_key(
-    source: Source, sets: Sequence[MaskSet], args: argparse.Namespace, num_processes: int
+    source: Source, sets: Sequence[MaskSet], args: argparse.Namespace, num_processes: int, common: Sequence[Any]
 ) -> tuple[Callable[[], Iterator[Case | str]], str, list[Case]]:
-    """Return a function that yields a run's cases, a key of all that its scores depend on, and the saved cases."""
-    facts: list[Any] = [_FORMAT, Path(metrics.__file__).read_text(encoding="utf-8"), args.stretch]
-    facts += [(masks.name, str(masks.reading), *map(_fingerprint, (p.mask for p in masks.pairs))) for masks in sets]
+    """Return a function that yields a run's cases, a key of all that its scores depend on, and the saved cases.
+
+    ``common`` is what the scores of all runs depend on.
+    """
+    facts = [*common]
     if source.folders:
         cases = [
             case
@@ -270,7 +275,7 @@ def published_rows(file: Path, sizes: Mapping[str, int]) -> tuple[list[Row], lis
             continue
         try:
             number = int(entry["images"])
-            values = {name: [float(entry[name])] for name in COLUMNS if entry.get(name)}
+            values = {name: [float(entry[name])] for name in MEASURES if entry.get(name)}
         except ValueError as error:
             raise ValueError(f"--published {file}, line {line}: {error}") from error
         if number != sizes[set_name]:
@@ -293,23 +298,19 @@ def read_attributes(file: Path, sets: Sequence[MaskSet]) -> dict[str, dict[str, 
         ValueError: the file is no such table, or none of its names is that of a mask.
     """
     columns, entries = _read_table(file, f"--attributes {file}", {"name"})
-    files = {name: f"{name}{pair.mask.suffix}" for masks in sets for pair, name in _named_pairs(masks)}
-    known = {**files, **{file: file for file in files.values()}}
-    known |= {pair.image.name: files[name] for masks in sets for pair, name in _named_pairs(masks)}
+    pairs = {name: pair for masks in sets for name, pair in masks.by_row_name().items()}
+    known = {name.removesuffix(pair.mask.suffix): name for name, pair in pairs.items()}
+    known |= {name: name for name in pairs} | {pair.image.name: name for name, pair in pairs.items()}
     found = {known[entry["name"]]: entry for entry in entries if entry["name"] in known}
     if not found:
         raise ValueError(f"--attributes {file}: none of its names, such as {entries[0]['name']}, is that of a mask")
-    if missing := set(files.values()) - found.keys():
+    if missing := pairs.keys() - found.keys():
         logger.warning(f"--attributes {file}: nothing about {len(missing)} images, such as {min(missing)}")
     return {
         attribute: {name: (entry[attribute] or "").strip() for name, entry in found.items()}
         for attribute in columns
         if attribute != "name"
     }
-
-
-def _named_pairs(masks: MaskSet) -> Iterator[tuple[Pair, str]]:
-    return zip(masks.pairs, masks.names, strict=True)
 
 
 def _read_table(file: Path, flag: str, needed: set[str]) -> tuple[list[str], list[dict[str, str]]]:
@@ -337,21 +338,23 @@ def differences_to(
     p-values are corrected for the number of methods and sets, for each measure by itself.
     """
     places = [[name] for name in sets] + ([list(sets)] if len(sets) > 1 else [])
+    others = [method for method in methods if method is not baseline]
     found: list[dict[str, Any]] = []
     for measure in (name for name in measures if name in _PAIRED):
-        results: list[tuple[Method, list[str], Difference]] = []
-        for method in (method for method in methods if method is not baseline):
-            for where in places:
-                first, second = (
-                    [np.array([*one.image_scores(name, measure).values()]) for name in where]
-                    for one in (method, baseline)
-                )
-                results.append((method, where, difference(first, second)))
+        scores = [
+            {name: np.array([*method.image_scores(name, measure).values()]) for name in sets}
+            for method in (baseline, *others)
+        ]
+        results: list[tuple[Method, list[str], Difference]] = [
+            (method, where, difference([own[name] for name in where], [scores[0][name] for name in where]))
+            for method, own in zip(others, scores[1:], strict=True)
+            for where in places
+        ]
         p_values = [result.p for _, _, result in results if result.p is not None]
         corrected = holm(p_values) if len(p_values) == len(results) else [None] * len(results)
         for (method, where, result), p in zip(results, corrected, strict=True):
             text = sentence(
-                method.name, baseline.name, where[0] if len(where) == 1 else "all sets", COLUMNS[measure], result, p,
+                method.name, baseline.name, where[0] if len(where) == 1 else "all sets", MEASURES[measure], result, p,
                 measure in LOWER_IS_BETTER,
             )  # fmt: skip
             found.append(
@@ -378,7 +381,7 @@ def disputed_images(methods: Sequence[Method], sets: Sequence[MaskSet]) -> list[
 
 def _panels(methods: Sequence[Method], masks: MaskSet, name: str) -> list[Panel]:
     """Return pictures of an image, its mask, and its saved predictions; networks have none."""
-    pair = next(pair for pair, stem in _named_pairs(masks) if f"{stem}{pair.mask.suffix}" == name)
+    pair = masks.by_row_name()[name]
     labels = decode_mask(pair.mask, masks.reading)
     pictures: list[tuple[str, Path | ByteArray]] = [] if pair.image == pair.mask else [("image", pair.image)]
     pictures.append(("mask", (labels == 1).astype(np.uint8) * 255))

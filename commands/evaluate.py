@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from commands.cli import MEASURES
 from commands.output import print_lines, progress_bar, require_writable
 from commands.own_files import is_json_with, is_picture_with, require_own, save_picture
 from commands.scoring import (
-    COLUMNS,
     GROUP_COLUMNS,
     MARK,
     Case,
@@ -238,11 +238,11 @@ def _keep_if_bad(worst: list[Bad], case: Case, scores: ImageScores, number: int)
 
 def _table(reports: dict[str, SetReport]) -> list[str]:
     """Return the aligned lines of the table."""
-    rows = [("", "images", list(COLUMNS.values()))]
+    rows = [("", "images", list(MEASURES.values()))]
     for name, report in reports.items():
         means = report.totals.means()
-        rows.append((name, str(report.totals.num_images), [f"{means[key]:.3f}" for key in COLUMNS]))
-    titles = [COLUMNS[key] for key in GROUP_COLUMNS]
+        rows.append((name, str(report.totals.num_images), [f"{means[key]:.3f}" for key in MEASURES]))
+    titles = [MEASURES[key] for key in GROUP_COLUMNS]
     for name, report in reports.items():
         for title, groups in (("by object size", report.by_size()), ("by superclass", report.by_superclass())):
             if len(groups) > 1:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from commands.scoring import COLUMNS, CURVES, PREDICTION_SUFFIXES, Case, MaskSet, SetReport
+from commands.cli import MEASURES
+from commands.scoring import CURVES, PREDICTION_SUFFIXES, Case, MaskSet, SetReport
 from data.listing import files_by_stem, subfolders
 from reporting.comparison import MethodDetails
 from reporting.score_table import Row
@@ -77,7 +78,7 @@ class Method:
         """Return the scores of each run, for the tables."""
         scores = {
             set_name: {
-                measure: [report[set_name].totals.means()[measure] for report in self.reports] for measure in COLUMNS
+                measure: [report[set_name].totals.means()[measure] for report in self.reports] for measure in MEASURES
             }
             for set_name in self.reports[0]
         }

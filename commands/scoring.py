@@ -35,10 +35,6 @@ from evaluation.metrics import ByteArray, ImageScores, MeanScores, score_image
 
 logger = logging.getLogger("train_ultimate")
 
-COLUMNS = {  # names as in papers
-    "s_measure": "S", "weighted_f": "wF", "mae": "MAE", "adaptive_e": "adpE", "mean_e": "meanE", "max_e": "maxE",
-    "adaptive_f": "adpF", "mean_f": "meanF", "max_f": "maxF", "iou": "IoU", "dice": "Dice",
-}  # fmt: skip
 GROUP_COLUMNS = ("s_measure", "weighted_f", "mae", "mean_e", "mean_f", "iou", "dice")  # means of image scores
 CURVES: Sequence[str] = ("e", "f", "precision", "recall")  # in the order of MeanScores
 MARK = "train_ultimate evaluate"  # in each picture that evaluate writes
@@ -58,6 +54,11 @@ class Case:
     mask_reading: MaskReading = ABOVE_HALF
     prediction_reading: PredictionReading = field(default_factory=PredictionReading)
     stretch: bool = True  # the prediction to its full range
+
+    @property
+    def row_name(self) -> str:
+        """The mask's file name in the set, which its row of scores has."""
+        return f"{self.name or self.mask.stem}{self.mask.suffix}"
 
     def labels(self) -> ByteArray:
         """Return the mask, (H, W): 0 background, 1 object, IGNORED."""
@@ -86,6 +87,10 @@ class MaskSet:
     names: Sequence[str]
     reading: MaskReading
 
+    def by_row_name(self) -> dict[str, Pair]:
+        """Return the pairs by the names of their rows of scores, see ``Case``."""
+        return {f"{name}{pair.mask.suffix}": pair for name, pair in zip(self.names, self.pairs, strict=True)}
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -107,8 +112,8 @@ class SetReport:
     def add(self, case: Case, scored: Scored) -> None:
         self.totals.add(scored.scores)
         self.num_resized += scored.was_resized
-        name, superclass = f"{case.name or case.mask.stem}{case.mask.suffix}", superclass_of(case.mask.stem)
-        row = {"name": name, "superclass": superclass, "object_share": scored.object_share, **scored.scores.numbers()}
+        groups = {"superclass": superclass_of(case.mask.stem), "object_share": scored.object_share}
+        row = {"name": case.row_name, **groups, **scored.scores.numbers()}
         self.images.append(row)
 
     def by_superclass(self) -> dict[str, dict[str, float]]:

@@ -335,6 +335,7 @@ def _line(
 
 
 def layout_of(x_title: str, y_title: str, annotations: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Return the layout of a chart, in colours for light and dark pages."""
     axis = {"automargin": True, "zeroline": False, "gridcolor": "rgba(128,128,128,0.25)", "linecolor": LIMIT}
     return {
         "height": _HEIGHT,

@@ -1,7 +1,7 @@
 """The page of ``compare``: tables to sort, curves, groups, methods image by image, and where they differ most."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -43,7 +43,7 @@ class Disputed:
 
     name: str
     scores: Mapping[str, float]  # method -> S
-    panels: Sequence[Panel] = field(default_factory=list)
+    panels: Sequence[Panel]
 
 
 def render_comparison(
