@@ -26,10 +26,15 @@ from training.settings import (
 from training.settings import flag as flag_of
 
 PUBLISHED = Path(__file__).parents[1] / "evaluation" / "published.csv"
-MEASURES = {  # names as in papers
+MEASURES = {  # titles as in papers
     "s_measure": "S", "weighted_f": "wF", "mae": "MAE", "adaptive_e": "adpE", "mean_e": "meanE", "max_e": "maxE",
     "adaptive_f": "adpF", "mean_f": "meanF", "max_f": "maxF", "iou": "IoU", "dice": "Dice",
 }  # fmt: skip
+FURTHER_MEASURES = {  # computed only when asked for
+    "balanced_error": "BER", "multiscale_iou": "MSIoU", "context": "C", "camouflage_context": "CC",
+    "size_invariant_f": "SI-F", "size_invariant_mae": "SI-MAE", "correction_effort": "HCE",
+}  # fmt: skip
+ALL_MEASURES = MEASURES | FURTHER_MEASURES
 EXPORT_FORMATS = ("onnx", "torch", "safetensors")
 _SEVERAL_GPUS = ("--gpus", "--num-gpus", "--devices", "--ngpus", "--nproc-per-node", "--distributed")  # elsewhere
 
@@ -388,6 +393,9 @@ def _add_protocol_flags(flag: Callable[..., Any]) -> None:
     flag("--stretch", action=argparse.BooleanOptionalAction, default=True,
          help="stretch each prediction from its darkest to its brightest value before it is scored, as the field does; "
          "--no-stretch: score it as it is, so that a faint one stays faint")
+    flag("--convention", choices=("pysod", "matlab"), default="pysod",
+         help="whose curves of E and F: those of PySODMetrics, or of the MATLAB code of older papers, where a pixel at "
+         "a threshold does not count for E, and values are not rounded to 8 bits; S, weighted F and MAE are the same")
     # fmt: on
 
 
@@ -410,8 +418,8 @@ def _add_compare(commands: "argparse._SubParsersAction[_Parser]") -> None:
          help="where scores are kept, so that a new method costs only itself (default: the user's cache folder)")
 
     flag = parser.add_argument_group("what to compare").add_argument
-    flag("--measures", nargs="+", choices=MEASURES, default=["s_measure", "weighted_f", "mae", "mean_e"],
-         metavar="NAME", help=f"of {', '.join(MEASURES)} (default: s_measure weighted_f mae mean_e)")
+    flag("--measures", nargs="+", choices=ALL_MEASURES, default=["s_measure", "weighted_f", "mae", "mean_e"],
+         metavar="NAME", help=f"of {', '.join(ALL_MEASURES)} (default: s_measure weighted_f mae mean_e)")
     flag("--baseline", metavar="NAME",
          help="say of each other method whether it differs from this one beyond chance: bootstrap interval, Wilcoxon's "
          "test, Holm's correction")

@@ -11,13 +11,13 @@ import logging
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from commands.cli import MEASURES
+from commands.cli import ALL_MEASURES
 from commands.evaluate import cases_of_networks
 from commands.methods import Method, Source, find_methods
 from commands.output import print_lines, progress_bar, require_writable
@@ -29,15 +29,18 @@ from commands.scoring import (
     cases_in_folder,
     mask_sets,
     masks_alone,
+    protocol_of,
+    scored_by,
     scored_cases,
     test_sets,
 )
 from data.cache import default_directory
 from data.decoding import decode_mask
 from data.layouts import size_and_time
-from evaluation import metrics
+from evaluation import further, metrics
 from evaluation.figures import thumbnail
-from evaluation.metrics import ByteArray
+from evaluation.further import FURTHER, NEED_PHOTOGRAPHS, require_packages
+from evaluation.metrics import ByteArray, Protocol
 from evaluation.statistics import Difference, difference, holm
 from reporting.comparison import Disputed, render_comparison
 from reporting.pictures import Panel, panel
@@ -59,8 +62,9 @@ from runtime.folder import best_weights, read_json
 from runtime.log import environment
 
 _NUM_DISPUTED = 12  # images on the page
+_CODE = [Path(file).read_text(encoding="utf-8") for file in (metrics.__file__, further.__file__)]  # scores depend on it
 _FORMAT = "1"  # of the cache's files: raise it whenever the same files give other scores
-_PAIRED = tuple(name for name in MEASURES if not name.startswith("max_"))  # an image has no maximum of mean curves
+_PAIRED = tuple(name for name in ALL_MEASURES if not name.startswith("max_"))  # an image has no maximum of mean curves
 _OUTPUTS = {  # flag -> whether compare wrote a file
     "json": is_json_with("methods", "differences"),
     "markdown": contains(f"<!-- {MADE_BY} -->".encode()),
@@ -87,6 +91,9 @@ def compare(args: argparse.Namespace, num_processes: int) -> int:
         require_writable(file)
         require_own([file], _OUTPUTS[name], "compare", f"--{name} {file}")
     plotly = "" if args.page is None else plotly_script()
+    require_packages(args.measures)
+    if args.masks is not None and (need := NEED_PHOTOGRAPHS & set(args.measures)):
+        raise ValueError(f"--measures {min(need)} needs the photographs: give --dataset-path instead of --masks")
     found = masks_alone(args.masks) if args.masks else test_sets(args.dataset_path, args.include_noncam)
     sets, rules = mask_sets(found, args.mask_values)
     methods = find_methods(args.methods, sets)
@@ -96,14 +103,14 @@ def compare(args: argparse.Namespace, num_processes: int) -> int:
     published, left_out = ([], []) if args.published is None else published_rows(args.published, sizes)
     score(methods, sets, args, num_processes)
     table = ScoreTable(
-        sizes, {name: MEASURES[name] for name in args.measures}, [*published, *(m.row() for m in methods)]
+        sizes, {name: ALL_MEASURES[name] for name in args.measures}, [*published, *(m.row() for m in methods)]
     )
     print_lines(["", *terminal_lines(table), "", "* best, + second best" + _about_runs(methods), *left_out])
     differences = [] if baseline is None else differences_to(baseline, methods, list(sizes), args.measures)
     print_lines(_about_differences(differences, methods, baseline, args))
     if args.json is not None:
         content = {
-            "masks": rules, "stretch": args.stretch, **environment(Path(__file__), ("numpy", "pillow", "scipy")),
+            "masks": rules, **scored_by(args), **environment(Path(__file__), ("numpy", "pillow", "scipy")),
             "methods": [_as_json(method) for method in methods],
             "published": [asdict(row) for row in published],
             "baseline": args.baseline, "differences": differences,
@@ -133,7 +140,7 @@ def _about_differences(
     first = [one["sentence"] for one in differences if one["measure"] == args.measures[0]]
     lines = ["", *first] if first else []
     if len(first) < len(differences):
-        others = ", ".join(MEASURES[name] for name in args.measures[1:] if name in _PAIRED)
+        others = ", ".join(ALL_MEASURES[name] for name in args.measures[1:] if name in _PAIRED)
         lines.append(f"The same by {others}: {args.json or args.page or 'in --json FILE or --page FILE'}")
     return [
         *lines,
@@ -161,10 +168,11 @@ def score(methods: Sequence[Method], sets: Sequence[MaskSet], args: argparse.Nam
     files: list[Path] = []  # in the cache, of each source
     missing: dict[Path, Callable[[], Iterator[Case | str]]] = {}
     reports: dict[Path, dict[str, SetReport]] = {}
-    common: list[Any] = [_FORMAT, Path(metrics.__file__).read_text(encoding="utf-8"), args.stretch]
+    protocol = protocol_of(args, sorted(FURTHER.keys() & set(args.measures)))
+    common: list[Any] = [_FORMAT, *_CODE, astuple(protocol)]
     common += [(masks.name, str(masks.reading), *(_fingerprint(pair.mask) for pair in masks.pairs)) for masks in sets]
     for method, source in [(each, source) for each in methods for source in each.sources]:
-        cases, key, saved = _cases_and_key(source, sets, args, num_processes, common)
+        cases, key, saved = _cases_and_key(source, sets, args, num_processes, protocol, common)
         method.cases = method.cases or {(case.set_name, case.row_name): case for case in saved}
         files.append(file := folder / f"{key}.json")
         kept = read_json(file)
@@ -212,7 +220,12 @@ def score(methods: Sequence[Method], sets: Sequence[MaskSet], args: argparse.Nam
 
 
 def _cases_and_key(
-    source: Source, sets: Sequence[MaskSet], args: argparse.Namespace, num_processes: int, common: Sequence[Any]
+    source: Source,
+    sets: Sequence[MaskSet],
+    args: argparse.Namespace,
+    num_processes: int,
+    protocol: Protocol,
+    common: Sequence[Any],
 ) -> tuple[Callable[[], Iterator[Case | str]], str, list[Case]]:
     """Return a function that yields a run's cases, a key of all that its scores depend on, and the saved cases.
 
@@ -221,9 +234,7 @@ def _cases_and_key(
     facts = [*common]
     if source.folders:
         cases = [
-            case
-            for masks in sets
-            for case in cases_in_folder(source.folders[masks.name], masks, args.stretch, is_own=True)
+            case for masks in sets for case in cases_in_folder(source.folders[masks.name], masks, protocol, is_own=True)
         ]
         facts += [(str(case.prediction_reading), _fingerprint(Path(str(case.prediction)))) for case in cases]
         return lambda: iter(cases), _key(facts), cases
@@ -240,7 +251,7 @@ def _cases_and_key(
     def predicted() -> Iterator[Case | str]:
         network = load_network(source.path, args.device, args.precision, args.img_size, args.tta)
         pairs = [pair for masks in sets for pair in masks.pairs]
-        return cases_of_networks([(network, pairs)], sets, args.batch_size, args.stretch, num_processes)
+        return cases_of_networks([(network, pairs)], sets, args.batch_size, protocol, num_processes)
 
     return predicted, _key(facts), []
 
@@ -275,7 +286,7 @@ def published_rows(file: Path, sizes: Mapping[str, int]) -> tuple[list[Row], lis
             continue
         try:
             number = int(entry["images"])
-            values = {name: [float(entry[name])] for name in MEASURES if entry.get(name)}
+            values = {name: [float(entry[name])] for name in ALL_MEASURES if entry.get(name)}
         except ValueError as error:
             raise ValueError(f"--published {file}, line {line}: {error}") from error
         if number != sizes[set_name]:
@@ -354,8 +365,8 @@ def differences_to(
         corrected = holm(p_values) if len(p_values) == len(results) else [None] * len(results)
         for (method, where, result), p in zip(results, corrected, strict=True):
             text = sentence(
-                method.name, baseline.name, where[0] if len(where) == 1 else "all sets", MEASURES[measure], result, p,
-                measure in LOWER_IS_BETTER,
+                method.name, baseline.name, where[0] if len(where) == 1 else "all sets", ALL_MEASURES[measure], result,
+                p, measure in LOWER_IS_BETTER,
             )  # fmt: skip
             found.append(
                 {"method": method.name, "sets": where, "measure": measure, **asdict(result), "p_corrected": p,

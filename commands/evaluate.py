@@ -26,13 +26,15 @@ from commands.scoring import (
     cases_in_folder,
     mask_sets,
     masks_alone,
+    protocol_of,
+    scored_by,
     scored_cases,
     test_sets,
 )
 from data.layouts import OUTSIDE, Pair, find_subsets, named_pairs, training_pairs
 from data.survey import AUTO
 from evaluation.figures import contact_sheet, thumbnail
-from evaluation.metrics import ImageScores
+from evaluation.metrics import ImageScores, Protocol
 from runtime.files import write_json
 from runtime.log import environment
 
@@ -113,8 +115,8 @@ def evaluate(args: argparse.Namespace, num_processes: int, say: Callable[[Iterab
 
 
 def cases_of_networks(
-    parts: Sequence[tuple["TrainedNetwork", Sequence[Pair]]], sets: Sequence[MaskSet], batch_size: int, stretch: bool,
-    num_processes: int, folder: Path | None = None,
+    parts: Sequence[tuple["TrainedNetwork", Sequence[Pair]]], sets: Sequence[MaskSet], batch_size: int,
+    protocol: Protocol, num_processes: int, folder: Path | None = None,
 ) -> Iterator[Case | str]:  # fmt: skip
     """Yield the masks of sets with their predictions, or the reason why there is none.
 
@@ -122,7 +124,7 @@ def cases_of_networks(
         parts: networks, each with the pairs that it predicts; all together are the pairs of the sets, in order.
         sets: the masks.
         batch_size: images that go through a network at once.
-        stretch: each prediction to its full range.
+        protocol: how to score.
         num_processes: processes that score; half as many decode.
         folder: where predictions are saved, in a folder of each set; None for nowhere.
     """
@@ -134,7 +136,7 @@ def cases_of_networks(
     predictions = (
         (start + index, prediction)
         for start, (network, pairs) in zip(starts, parts, strict=False)
-        for index, prediction in predict_pairs(network, pairs, batch_size, num_loaders, stretch)
+        for index, prediction in predict_pairs(network, pairs, batch_size, num_loaders, protocol.stretch)
     )
     for index, prediction in predictions:
         masks, pair, name = named[index]
@@ -142,7 +144,7 @@ def cases_of_networks(
             yield prediction
         else:
             save_as = None if folder is None else folder / masks.name / f"{name}.png"
-            yield Case(masks.name, pair.mask, pair.image, prediction, save_as, name, masks.reading, stretch=stretch)
+            yield Case(masks.name, pair.mask, pair.image, prediction, save_as, name, masks.reading, protocol=protocol)
 
 
 def _cases_of_checkpoint(
@@ -173,9 +175,9 @@ def _cases_of_checkpoint(
         "img_size": network.img_size,
         "precision": network.precision.name,
         "tta": network.tta,
-        "stretch": args.stretch,
+        **scored_by(args),
     }
-    cases = cases_of_networks(parts, sets, args.batch_size, args.stretch, num_processes, folder)
+    cases = cases_of_networks(parts, sets, args.batch_size, protocol_of(args), num_processes, folder)
     return cases, sum(len(pairs) for _, pairs in parts), source
 
 
@@ -217,8 +219,8 @@ def _cases_of_folder(args: argparse.Namespace) -> tuple[Iterator[Case | str], in
     for masks in sets:
         own = [root / name for name in (masks.name, *([] if args.masks is None else [Path(args.masks).resolve().name]))]
         folder = next((folder for folder in own if folder.is_dir()), root)
-        cases += cases_in_folder(folder, masks, args.stretch, folder != root or len(sets) == 1)
-    return iter(cases), len(cases), {"masks": rules, "predictions": str(root), "stretch": args.stretch}
+        cases += cases_in_folder(folder, masks, protocol_of(args), folder != root or len(sets) == 1)
+    return iter(cases), len(cases), {"masks": rules, "predictions": str(root), **scored_by(args)}
 
 
 def _keep_if_bad(worst: list[Bad], case: Case, scores: ImageScores, number: int) -> None:

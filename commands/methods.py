@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from commands.cli import MEASURES
+from commands.cli import ALL_MEASURES
 from commands.scoring import CURVES, PREDICTION_SUFFIXES, Case, MaskSet, SetReport
 from data.listing import files_by_stem, subfolders
 from reporting.comparison import MethodDetails
@@ -78,9 +78,10 @@ class Method:
         """Return the scores of each run, for the tables."""
         scores = {
             set_name: {
-                measure: [report[set_name].totals.means()[measure] for report in self.reports] for measure in MEASURES
+                measure: [means[measure] for means in of_runs] for measure in ALL_MEASURES if measure in of_runs[0]
             }
             for set_name in self.reports[0]
+            if (of_runs := [report[set_name].totals.means() for report in self.reports])
         }
         return Row(self.name, scores)
 

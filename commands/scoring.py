@@ -3,6 +3,7 @@
 Images stream from the network (or from files) to the processes that score them; only sums and a row each are kept.
 """
 
+import argparse
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from commands.own_files import save_picture
-from data.decoding import decode_mask
+from data.decoding import decode_image, decode_mask
 from data.layouts import (
     MASK_SUFFIXES,
     PAIR_FOLDER_NAMES,
@@ -31,7 +32,8 @@ from data.pairing import match_names
 from data.predictions import PredictionReading, decode_prediction, survey_predictions
 from data.processes import map_in_order
 from data.survey import survey_pairs
-from evaluation.metrics import ByteArray, ImageScores, MeanScores, score_image
+from evaluation.further import NEED_PHOTOGRAPHS, further_scores
+from evaluation.metrics import ByteArray, ImageScores, MeanScores, Protocol, score_image
 
 logger = logging.getLogger("train_ultimate")
 
@@ -53,7 +55,7 @@ class Case:
     name: str = ""  # the mask's name in the set, without ending; empty for that of its file
     mask_reading: MaskReading = ABOVE_HALF
     prediction_reading: PredictionReading = field(default_factory=PredictionReading)
-    stretch: bool = True  # the prediction to its full range
+    protocol: Protocol = field(default_factory=Protocol)
 
     @property
     def row_name(self) -> str:
@@ -97,6 +99,7 @@ class Scored:
     """Result of a scoring process."""
 
     scores: ImageScores
+    further: dict[str, float]  # of ``evaluation.further``
     object_share: float  # share of the object in the image's pixels
     was_resized: bool  # whether the prediction had another size than the mask
 
@@ -110,10 +113,10 @@ class SetReport:
     num_resized: int = 0
 
     def add(self, case: Case, scored: Scored) -> None:
-        self.totals.add(scored.scores)
+        self.totals.add(scored.scores, scored.further)
         self.num_resized += scored.was_resized
         groups = {"superclass": superclass_of(case.mask.stem), "object_share": scored.object_share}
-        row = {"name": case.row_name, **groups, **scored.scores.numbers()}
+        row = {"name": case.row_name, **groups, **scored.scores.numbers(), **scored.further}
         self.images.append(row)
 
     def by_superclass(self) -> dict[str, dict[str, float]]:
@@ -159,6 +162,16 @@ class SetReport:
         }
 
 
+def protocol_of(args: argparse.Namespace, further: Iterable[str] = ()) -> Protocol:
+    """Return how the flags say that predictions are scored."""
+    return Protocol(args.stretch, args.convention, tuple(further))
+
+
+def scored_by(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the same for a JSON file."""
+    return {"stretch": args.stretch, "convention": args.convention}
+
+
 def scored_cases(cases: Iterable[Case | str], num_processes: int) -> Iterator[tuple[Case, Scored] | str]:
     """Yield each case with its scores, in order, or the reason why it has none. Few cases are in memory at once.
 
@@ -185,7 +198,9 @@ def score_case(case: Case | str) -> Scored | str:
         if not fits:
             size = mask.shape[1], mask.shape[0]
             prediction = np.array(Image.fromarray(prediction).resize(size, Image.Resampling.BILINEAR))
-        scored = Scored(score_image(prediction, mask, case.stretch), float((mask == 1).mean()), not fits)
+        further = further_scores(case.protocol.further, prediction, mask, case.protocol, _photograph(case, mask.shape))
+        scores = score_image(prediction, mask, case.protocol)
+        scored = Scored(scores, further, float((mask == 1).mean()), not fits)
     except ValueError as error:
         return str(error) if str(case.mask) in str(error) else f"{case.mask}: {error}"
     if case.save_as is not None:
@@ -194,6 +209,19 @@ def score_case(case: Case | str) -> Scored | str:
         except OSError as error:
             return f"{case.save_as}: cannot be saved ({error.strerror or error})"
     return scored
+
+
+def _photograph(case: Case, shape: tuple[int, ...]) -> ByteArray | None:
+    """Return a case's photograph at its mask's size, if it has one and a measure needs it.
+
+    Raises:
+        ValueError: it cannot be decoded.
+    """
+    if case.image is None or not NEED_PHOTOGRAPHS & set(case.protocol.further):
+        return None
+    photograph = decode_image(case.image).convert("RGB")
+    size = shape[1], shape[0]
+    return np.array(photograph if photograph.size == size else photograph.resize(size, Image.Resampling.BILINEAR))
 
 
 def means_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -264,13 +292,13 @@ def mask_sets(
     return [MaskSet(name, pairs, names_of_masks(pairs), readings[name]) for name, pairs in sets.items()], rules
 
 
-def cases_in_folder(folder: Path, masks: MaskSet, stretch: bool, is_own: bool) -> list[Case]:
+def cases_in_folder(folder: Path, masks: MaskSet, protocol: Protocol, is_own: bool) -> list[Case]:
     """Pair each mask of a set with its prediction in a folder.
 
     Args:
         folder: of one method's predictions.
         masks: of the set.
-        stretch: each prediction to its full range.
+        protocol: how to score.
         is_own: The folder is the set's own: a prediction without a mask is named in a warning.
 
     Raises:
@@ -291,7 +319,7 @@ def cases_in_folder(folder: Path, masks: MaskSet, stretch: bool, is_own: bool) -
         logger.warning(f"predictions of {masks.name}: {advice}")
     images = [None if pair.image == pair.mask else pair.image for pair in masks.pairs]
     return [
-        Case(masks.name, pair.mask, image, predictions[name], None, name, masks.reading, reading, stretch)
+        Case(masks.name, pair.mask, image, predictions[name], None, name, masks.reading, reading, protocol)
         for pair, image, name in zip(masks.pairs, images, masks.names, strict=True)
     ]
 

@@ -1,19 +1,20 @@
 """Scores of a prediction against a mask, by the protocol of the field.
 
 A prediction is an 8-bit grey image, stretched to its full range before scoring; the score of a dataset is the mean over
-its images. The numbers equal those of pysodmetrics 1.6.2 within 1e-6. So do S, weighted F and MAE those of the papers'
-MATLAB code, but its curves differ: there, E counts pixels above a threshold, here also those at it, and F compares
-values that are not rounded to 8 bits. Over a set, that is about 1e-5 of mean E and max F. Masks may mark pixels as
-ignored, which the field's code does not know: these count nowhere, not even for the stretch.
+its images. The numbers equal those of pysodmetrics 1.6.2 within 1e-6. The papers' MATLAB code has the same S, weighted
+F and MAE, but other curves: there, E counts pixels above a threshold, here also those at it, and values are compared
+that are not rounded to 8 bits. Over a set, that is about 1e-5 of mean E and max F; ``Protocol`` chooses. Masks may mark
+pixels as ignored, which the field's code does not know: these count nowhere, not even for the stretch.
 
 One pass over the pixels suffices for all scores but weighted F: they are functions of how many pixels there are of each
 grey level, inside and outside the mask, in the four regions that meet at the mask's centroid.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,31 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
 _EPSILON = float(np.spacing(1))
-_BETA_SQUARED = 0.3  # F-measure: precision counts for more than recall
+BETA_SQUARED = 0.3  # F-measure: precision counts for more than recall
 _REACH = 100  # pixels; farther away, the distance weight of weighted F is below 1e-6
 _FAR = 30_000  # stands for any squared distance above _REACH ** 2; twice this still fits 16 bits
 _BLUR_RADIUS, _BLUR_SIGMA = 3, 5.0  # pixels
+
+
+CONVENTIONS = ("pysod", "matlab")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How predictions are scored.
+
+    Attributes:
+        stretch: each prediction to its full range, unless all its pixels are equal.
+        convention: of ``CONVENTIONS``, which thresholds a pixel passes.
+        further: measures of ``evaluation.further`` to compute too.
+    """
+
+    stretch: bool = True
+    convention: str = "pysod"
+    further: tuple[str, ...] = ()
+
+
+_OF_THE_FIELD = Protocol()
 
 
 @dataclass(frozen=True)
@@ -73,9 +95,15 @@ class MeanScores:
     sums: dict[str, float] = field(default_factory=dict)
     curve_sums: FloatArray = field(default_factory=lambda: np.zeros((4, 256)))  # E, F, precision, recall
 
-    def add(self, scores: ImageScores) -> None:
+    def add(self, scores: ImageScores, further: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Take in an image.
+
+        Args:
+            scores: its scores.
+            further: other measures of it, the same ones for every image.
+        """
         self.num_images += 1
-        for name, value in scores.numbers().items():
+        for name, value in {**scores.numbers(), **further}.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.curve_sums += (scores.e_curve, scores.f_curve, scores.precision, scores.recall)
 
@@ -92,25 +120,30 @@ class MeanScores:
         return {**means, "max_e": float(e_curve.max()), "max_f": float(f_curve.max())}
 
 
-def score_image(prediction: ByteArray, mask: BoolArray | ByteArray, stretch: bool = True) -> ImageScores:
+def score_image(prediction: ByteArray, mask: BoolArray | ByteArray, protocol: Protocol = _OF_THE_FIELD) -> ImageScores:
     """Return every score of one image.
 
     Args:
         prediction: (H, W), 0 background to 255 object.
         mask: (H, W), True on the object; or 0 for background, 1 for object, and more for pixels that do not count.
-        stretch: stretch the prediction to its full range, unless all pixels are equal.
+        protocol: how to score.
 
     Raises:
         ValueError: their sizes differ, or they have no pixel that counts.
     """
-    counts = _Counts(prediction, mask, stretch)
-    levels = counts.levels
-    hits, alarms = counts.at_least(np.arange(256), (levels * 255).astype(np.uint8))
-    threshold_mask = levels >= counts.adaptive_threshold()
-    adaptive_hits, adaptive_alarms = counts.inside[threshold_mask].sum(), counts.outside[threshold_mask].sum()
+    counts = _Counts(prediction, mask, protocol.stretch)
+    above = "right" if protocol.convention == "matlab" else "left"  # of its threshold, for E: above it, or also at it
+    if protocol.convention == "matlab":
+        levels, thresholds = counts.levels, _matlab_thresholds()
+    else:
+        levels, thresholds = (counts.levels * 255).astype(np.int64), np.arange(256.0)
+    hits, alarms = counts.from_level_on(np.searchsorted(levels, thresholds))
+    e_hits, e_alarms = counts.from_level_on(np.searchsorted(levels, thresholds, above))
+    adaptive = counts.adaptive_threshold()
+    adaptive_hits, adaptive_alarms = counts.from_level_on(np.searchsorted(counts.levels, [adaptive]))
     precision = hits / np.maximum(hits + alarms, 1)
     recall = hits / max(counts.num_inside, 1)
-    adaptive_precision = adaptive_hits / max(adaptive_hits + adaptive_alarms, 1)
+    adaptive_precision = adaptive_hits / np.maximum(adaptive_hits + adaptive_alarms, 1)
     adaptive_recall = adaptive_hits / max(counts.num_inside, 1)
     return ImageScores(
         s_measure=counts.s_measure(),
@@ -118,13 +151,26 @@ def score_image(prediction: ByteArray, mask: BoolArray | ByteArray, stretch: boo
         mae=counts.mae(),
         iou=counts.iou(),
         dice=counts.dice(),
-        adaptive_e=float(counts.e_measure(np.array([adaptive_hits]), np.array([adaptive_alarms]))[0]),
-        adaptive_f=float(_f_measure(np.array([adaptive_precision]), np.array([adaptive_recall]))[0]),
-        e_curve=counts.e_measure(hits, alarms),
+        adaptive_e=float(counts.e_measure(*counts.from_level_on(np.searchsorted(counts.levels, [adaptive], above)))[0]),
+        adaptive_f=float(_f_measure(adaptive_precision, adaptive_recall)[0]),
+        e_curve=counts.e_measure(e_hits, e_alarms),
         f_curve=_f_measure(precision, recall),
         precision=precision,
         recall=recall,
     )
+
+
+def values_of(prediction: ByteArray, mask: BoolArray | ByteArray, stretch: bool) -> tuple[FloatArray, BoolArray]:
+    """Return a prediction's values in [0, 1] and where the object is, (H, W); a pixel that does not count is 0 in both.
+
+    Args:
+        prediction, mask: see ``score_image``.
+        stretch: the prediction to its full range.
+    """
+    if mask.max() < 2:
+        return _levels(prediction, stretch).take(prediction), mask == 1
+    counted = mask < 2
+    return np.where(counted, _levels(prediction[counted], stretch).take(prediction), 0.0), mask == 1
 
 
 def quick_scores(prediction: ByteArray, mask: BoolArray | ByteArray) -> dict[str, float]:
@@ -172,10 +218,7 @@ class _Counts:
         if not pixels.size:
             raise ValueError("the mask has no pixel that counts")
         self.size = pixels.size
-        self.levels = np.arange(256) / 255  # value of each grey level, in [0, 1]
-        low, high = self.levels[pixels.min()], self.levels[pixels.max()]
-        if stretch and low != high:  # in the reference's steps, so that ties break the same way
-            self.levels = (self.levels - low) / (high - low)
+        self.levels = _levels(pixels, stretch)
         joint = mask.astype(np.uint16)
         if self.counted is not None:
             np.minimum(joint, 2, out=joint)
@@ -199,17 +242,14 @@ class _Counts:
         """Return an image's values, or a region's, without those of pixels that do not count."""
         return values[region] if self.counted is None else values[region][self.counted[region]]
 
-    def at_least(self, thresholds: NDArray[np.int_], bins: ByteArray) -> tuple[IntArray, IntArray]:
-        """Return how many pixels inside and outside the mask have a bin at or above each threshold.
+    def from_level_on(self, first: NDArray[np.int_]) -> tuple[IntArray, IntArray]:
+        """Return how many pixels inside and outside the mask have a grey level or a higher one.
 
         Args:
-            thresholds: (n,), in [0, 255].
-            bins: (256,), the bin of each grey level.
+            first: (n,), grey levels in [0, 256]; none has 256.
         """
-        inside = np.bincount(bins, weights=self.inside, minlength=256)
-        outside = np.bincount(bins, weights=self.outside, minlength=256)
-        above = [np.cumsum(counts[::-1])[::-1][thresholds].astype(np.int64) for counts in (inside, outside)]
-        return above[0], above[1]
+        inside, outside = (np.append(np.cumsum(counts[::-1])[::-1], 0)[first] for counts in (self.inside, self.outside))
+        return inside, outside
 
     def adaptive_threshold(self) -> float:
         """Return twice the mean of the prediction, at most 1.
@@ -304,6 +344,22 @@ class _Counts:
         return int(self.inside[above].sum()), int(self.outside[above].sum())
 
 
+def _levels(pixels: ByteArray, stretch: bool) -> FloatArray:
+    """Return the value of each grey level, (256,): those of the pixels are in [0, 1]."""
+    levels = np.arange(256, dtype=np.float64) / 255
+    low, high = levels[pixels.min()], levels[pixels.max()]
+    if stretch and low != high:  # in the reference's steps, so that ties break the same way
+        levels = (levels - low) / (high - low)
+    return levels
+
+
+@cache
+def _matlab_thresholds() -> FloatArray:
+    """Return MATLAB's ``1:-1/255:0`` in rising order, to the last bit: it counts from both ends to the middle."""
+    steps = np.arange(128, dtype=np.float64) * (1 / 255)
+    return np.concatenate([steps, (1 - steps)[::-1]])
+
+
 def _centroid(mask: BoolArray) -> tuple[int, int]:
     """Return the row and column after the mask's centroid, where the four regions meet; (0, 0) for an empty mask."""
     per_row, per_column = np.count_nonzero(mask, axis=1), np.count_nonzero(mask, axis=0)
@@ -322,8 +378,8 @@ def _object_score(counts: IntArray, values: FloatArray) -> float:
 
 
 def _f_measure(precision: FloatArray, recall: FloatArray) -> FloatArray:
-    weighted = _BETA_SQUARED * precision + recall
-    return (1 + _BETA_SQUARED) * precision * recall / np.where(weighted == 0, 1, weighted)
+    weighted = BETA_SQUARED * precision + recall
+    return (1 + BETA_SQUARED) * precision * recall / np.where(weighted == 0, 1, weighted)
 
 
 def _weighted_f(counts: _Counts) -> float:
@@ -334,7 +390,7 @@ def _weighted_f(counts: _Counts) -> float:
     """
     if not counts.num_inside:
         return 0.0
-    rows, columns = _bounding_box(counts.mask, margin=_REACH)
+    rows, columns = bounding_box(counts.mask, margin=_REACH)
     prediction, mask, levels = counts.prediction[rows, columns], counts.mask[rows, columns], counts.levels
     distances = _squared_distances(mask)
     error_inside = _error_inside(prediction, mask, levels, distances)
@@ -358,7 +414,7 @@ def _distance_relief() -> FloatArray:
     return relief
 
 
-def _bounding_box(mask: BoolArray, margin: int) -> tuple[slice, slice]:
+def bounding_box(mask: BoolArray, margin: int) -> tuple[slice, slice]:
     """Return rows and columns of a mask's bounding box, with a margin, clipped to the image."""
     found = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
     rows, columns = (slice(max(0, int(where[0]) - margin), int(where[-1]) + margin + 1) for where in found)
@@ -402,7 +458,7 @@ def _error_inside(prediction: ByteArray, mask: BoolArray, levels: FloatArray, di
     The mean is that of a Gaussian window, in which a pixel outside the object has the error of the nearest one inside.
     """
     reach = math.isqrt(2 * _BLUR_RADIUS**2)  # from a pixel of the window to the nearest one inside, at most
-    rows, columns = _bounding_box(mask, margin=_BLUR_RADIUS)
+    rows, columns = bounding_box(mask, margin=_BLUR_RADIUS)
     mask, distances = mask[rows, columns], distances[rows, columns]
     errors = np.where(mask, (1 - levels)[prediction[rows, columns]], 0.0)
     inside, padded = np.pad(mask, reach).ravel(), np.pad(errors, reach)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from evaluation.statistics import SIGNIFICANT, Difference
 
-LOWER_IS_BETTER = frozenset({"mae"})
+LOWER_IS_BETTER = frozenset({"mae", "balanced_error", "size_invariant_mae", "correction_effort"})
 MADE_BY = "train_ultimate compare"  # in each file, so that it may be replaced
 CSV_HEADER = ("method", "set", "images", "run", "source")  # then the measures
 _BEST, _SECOND = 1, 2

@@ -302,6 +302,42 @@ def test_images_are_grouped_by_attributes_of_a_table(data: Path, compare: Compar
     assert "--attributes goes with --page" in compare.failing(method, "--attributes", table)
 
 
+def test_rare_measures_are_computed_when_named_and_ranked_by_their_direction(
+    data: Path, compare: Compare, tmp_path: Path
+) -> None:
+    methods = [predict(data, tmp_path / "good", 20), predict(data, tmp_path / "bad", 120)]
+    rare = ["balanced_error", "size_invariant_f", "camouflage_context"]
+    content = compare(*methods, "--measures", "mae", *rare, "--baseline", "bad")
+    good, bad = (method["scores"]["CAMO"] for method in content["methods"])
+    assert good["balanced_error"] < bad["balanced_error"]
+    assert good["size_invariant_f"] > bad["size_invariant_f"]
+    assert 0 < bad["camouflage_context"] < good["camouflage_context"] <= 1
+    lines = [line for line in compare.out.splitlines() if line.startswith("good  ")]
+    assert [line.count("*") for line in lines] == [4, 4]
+    assert {one["measure"] for one in content["differences"]} == {"mae", *rare}
+    assert "balanced_error" not in compare(*methods)["methods"][0]["scores"]["CAMO"]
+
+
+def test_the_convention_moves_the_curves_alone(data: Path, compare: Compare, tmp_path: Path) -> None:
+    method = predict(data, tmp_path / "good", 20)
+    pysod, matlab = (
+        compare(method, "--convention", convention)["methods"][0]["scores"]["CAMO"]
+        for convention in ("pysod", "matlab")
+    )
+    assert pysod["mean_e"] != matlab["mean_e"]
+    for name in ("s_measure", "weighted_f", "mae", "iou", "adaptive_f"):
+        assert pysod[name] == matlab[name]
+
+
+def test_the_camouflage_context_is_refused_without_photographs(data: Path, tmp_path: Path, compare: Compare) -> None:
+    method = predict(data, tmp_path / "good", 20, ("CAMO",))
+    masks = ["--masks", str(data / "CAMO" / "TestDataset" / "GT"), "--cache-dir", str(tmp_path / "c")]
+    compare.flags = [*masks, "--num-workers", "0"]
+    assert "needs the photographs: give --dataset-path" in compare.failing(
+        method / "CAMO", "--measures", "camouflage_context"
+    )
+
+
 def test_what_is_missing_or_wrong_is_named(data: Path, compare: Compare, tmp_path: Path) -> None:
     method = predict(data, tmp_path / "unet", 40)
     assert "nowhere: no such file or folder" in compare.failing(tmp_path / "nowhere")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from py_sod_metrics import sod_metrics
 from py_sod_metrics.fmeasurev2 import DICEHandler, FmeasureV2, IOUHandler
 
-from evaluation.metrics import BoolArray, ByteArray, MeanScores, quick_scores, score_image
+from evaluation.metrics import BoolArray, ByteArray, MeanScores, Protocol, quick_scores, score_image, values_of
 
 CURVES = ("e_curve", "f_curve", "precision", "recall")
 
@@ -134,7 +134,7 @@ def test_empty_prediction_of_an_empty_mask_has_iou_and_dice_of_one() -> None:
 def test_a_faint_prediction_of_an_empty_mask_is_wrong_after_the_stretch_and_right_without() -> None:
     nothing, faint = np.zeros((10, 10), dtype=np.bool_), np.zeros((10, 10), dtype=np.uint8)
     faint[:, 7:] = 51  # a fifth of the range, on three tenths of the pixels
-    as_it_is, stretched = score_image(faint, nothing, stretch=False), score_image(faint, nothing)
+    as_it_is, stretched = score_image(faint, nothing, Protocol(stretch=False)), score_image(faint, nothing)
     for scores, iou, mean in ((as_it_is, 1, 0.06), (stretched, 0, 0.3)):
         assert (scores.iou, scores.dice, scores.weighted_f, scores.adaptive_f) == (iou, iou, 0, 0)
         assert (scores.mae, scores.s_measure) == (pytest.approx(mean), pytest.approx(1 - mean))
@@ -240,6 +240,27 @@ def test_without_the_stretch_a_faint_prediction_is_scored_as_it_is() -> None:
     mask = np.zeros((20, 20), dtype=np.bool_)
     mask[5:15, 5:15] = True
     faint = np.where(mask, 60, 20).astype(np.uint8)
-    assert score_image(faint, mask, stretch=False).iou == 0
-    assert score_image(faint, mask, stretch=False).mae == pytest.approx(quick_scores(faint, mask)["mae"])
+    assert score_image(faint, mask, Protocol(stretch=False)).iou == 0
+    assert score_image(faint, mask, Protocol(stretch=False)).mae == pytest.approx(quick_scores(faint, mask)["mae"])
     assert score_image(faint, mask).iou == 1
+
+
+@given(cases())
+@settings(max_examples=100, deadline=None)
+def test_by_the_convention_of_the_matlab_code_values_are_not_rounded_and_e_is_above_its_threshold(
+    case: tuple[ByteArray, BoolArray],
+) -> None:
+    """Each threshold by itself, as that code does it; S, weighted F and MAE do not depend on the convention."""
+    prediction, mask = case
+    scores, pysod = score_image(prediction, mask, Protocol(convention="matlab")), score_image(prediction, mask)
+    values, _ = values_of(prediction, mask, stretch=True)
+    steps = np.arange(128) * (1 / 255)
+    for number, threshold in enumerate([*steps, *(1 - steps)[::-1]]):
+        found = values >= threshold
+        hits = np.count_nonzero(found & mask)
+        assert scores.precision[number] == (hits / found.sum() if hits else 0)
+        assert scores.recall[number] == (hits / mask.sum() if hits else 0)
+        above = (values > threshold).astype(np.uint8) * 255
+        by_itself = score_image(above, mask, Protocol(stretch=False)).e_curve[128]
+        np.testing.assert_allclose(scores.e_curve[number], by_itself, rtol=1e-12)
+    assert (scores.s_measure, scores.weighted_f, scores.mae) == (pysod.s_measure, pysod.weighted_f, pysod.mae)
