@@ -430,6 +430,11 @@ def _add_compare(commands: "argparse._SubParsersAction[_Parser]") -> None:
          help="a CSV of groups to show on the page: a column name, and a column for each attribute of the images")
 
     flag = parser.add_argument_group("what to write").add_argument
+    flag("--figure", type=Path, metavar="FILE",
+         help="an SVG or PDF for a paper: images, masks and predictions in a grid (needs matplotlib)")
+    flag("--figure-rows", metavar="NAME", nargs="+", default=[],
+         help="its images, by name (default: the 6 on which methods differ most)")
+    flag("--curves", type=Path, metavar="FILE", help="an SVG or PDF of the curves (needs matplotlib)")
     for name, what in (("json", "everything: scores, curves, groups, each image's scores, and the differences"),
                        ("markdown", "the table in Markdown"), ("latex", "the table for LaTeX, with booktabs"),
                        ("csv", "the table for a spreadsheet, with all digits"),
@@ -515,6 +520,8 @@ def _add_report(commands: "argparse._SubParsersAction[_Parser]") -> None:
 def _check_compare(args: argparse.Namespace) -> None:
     if (args.dataset_path is None) == (args.masks is None):
         raise UsageError("compare needs --dataset-path or --masks, one of them")
+    if args.figure_rows and args.figure is None:
+        raise UsageError("--figure-rows goes with --figure, whose images they are")
     if args.attributes is not None and args.page is None:
         raise UsageError("--attributes goes with --page, which shows their groups")
 

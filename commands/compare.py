@@ -43,7 +43,8 @@ from evaluation.further import FURTHER, NEED_PHOTOGRAPHS, require_packages
 from evaluation.metrics import ByteArray, Protocol
 from evaluation.statistics import Difference, difference, holm
 from reporting.comparison import Disputed, render_comparison
-from reporting.pictures import Panel, panel
+from reporting.paper_figures import CELL, GridRow, draw_curves, draw_grid, require_drawing
+from reporting.pictures import panel
 from reporting.report import plotly_script
 from reporting.score_table import (
     CSV_HEADER,
@@ -57,11 +58,12 @@ from reporting.score_table import (
     sentence,
     terminal_lines,
 )
-from runtime.files import write_json, write_text
+from runtime.files import write_bytes, write_json, write_text
 from runtime.folder import best_weights, read_json
 from runtime.log import environment
 
 _NUM_DISPUTED = 12  # images on the page
+_NUM_GRID_ROWS = 6  # of the figure
 _CODE = [Path(file).read_text(encoding="utf-8") for file in (metrics.__file__, further.__file__)]  # scores depend on it
 _FORMAT = "1"  # of the cache's files: raise it whenever the same files give other scores
 _PAIRED = tuple(name for name in ALL_MEASURES if not name.startswith("max_"))  # an image has no maximum of mean curves
@@ -71,6 +73,8 @@ _OUTPUTS = {  # flag -> whether compare wrote a file
     "latex": contains(f"% {MADE_BY}".encode()),
     "csv": contains(",".join(CSV_HEADER).encode()),
     "page": is_report,
+    "figure": contains(MADE_BY.encode()),
+    "curves": contains(MADE_BY.encode()),
 }
 
 logger = logging.getLogger("train_ultimate")
@@ -91,6 +95,7 @@ def compare(args: argparse.Namespace, num_processes: int) -> int:
         require_writable(file)
         require_own([file], _OUTPUTS[name], "compare", f"--{name} {file}")
     plotly = "" if args.page is None else plotly_script()
+    require_drawing([file for file in (args.figure, args.curves) if file is not None])
     require_packages(args.measures)
     if args.masks is not None and (need := NEED_PHOTOGRAPHS & set(args.measures)):
         raise ValueError(f"--measures {min(need)} needs the photographs: give --dataset-path instead of --masks")
@@ -101,7 +106,9 @@ def compare(args: argparse.Namespace, num_processes: int) -> int:
     attributes = {} if args.attributes is None else read_attributes(args.attributes, sets)
     sizes = {masks.name: len(masks.pairs) for masks in sets}
     published, left_out = ([], []) if args.published is None else published_rows(args.published, sizes)
+    named = images_called(args.figure_rows, sets)
     score(methods, sets, args, num_processes)
+    chosen = named or widest_spread(methods, sets)[:_NUM_GRID_ROWS]
     table = ScoreTable(
         sizes, {name: ALL_MEASURES[name] for name in args.measures}, [*published, *(m.row() for m in methods)]
     )
@@ -121,9 +128,14 @@ def compare(args: argparse.Namespace, num_processes: int) -> int:
             write_text(file, write(table))
     if args.page is not None:
         sentences = [one["sentence"] for one in differences]
-        disputed = disputed_images(methods, sets) if len(methods) > 1 else []
+        disputed = disputed_images(methods, widest_spread(methods, sets)) if len(methods) > 1 else []
         details = [method.details(attributes) for method in sorted(methods, key=lambda method: method is not baseline)]
         write_text(args.page, render_comparison(table, sentences, details, disputed, plotly))
+    if args.figure is not None:
+        write_bytes(args.figure, draw_grid(grid_rows(methods, chosen), args.figure.suffix.lower()))
+    if args.curves is not None:
+        details = [method.details({}) for method in methods]
+        write_bytes(args.curves, draw_curves(details, list(sizes), args.curves.suffix.lower()))
     print_lines([f"Written: {', '.join(map(str, outputs.values()))}"] if outputs else [])
     return 0
 
@@ -375,31 +387,73 @@ def differences_to(
     return found
 
 
-def disputed_images(methods: Sequence[Method], sets: Sequence[MaskSet]) -> list[Disputed]:
-    """Return the images whose S scatters most from method to method, with the saved predictions of each."""
-    spread: list[tuple[float, MaskSet, str, dict[str, float]]] = []
+def images_called(names: Sequence[str], sets: Sequence[MaskSet]) -> list[tuple[MaskSet, str]]:
+    """Return images by their masks' or photographs' names, with ending or without, in the order of the names.
+
+    Raises:
+        ValueError: no image, or several, have a name.
+    """
+    chosen: list[tuple[MaskSet, str]] = []
+    for text in names:
+        found = [
+            (masks, row_name)
+            for masks in sets
+            for row_name, pair in masks.by_row_name().items()
+            if text in {form for path in (pair.mask, pair.image) for form in (path.name, path.stem)}
+            or text in (row_name, f"{masks.name}/{row_name}", f"{masks.name}/{row_name.removesuffix(pair.mask.suffix)}")
+        ]
+        if not found:
+            raise ValueError(f"--figure-rows {text}: no mask or photograph has this name")
+        if len(found) > 1:
+            several = ", ".join(f"{masks.name}/{name}" for masks, name in found[:3])
+            raise ValueError(f"--figure-rows {text}: {several} have this name; name one of them")
+        chosen += found
+    return chosen
+
+
+def widest_spread(methods: Sequence[Method], sets: Sequence[MaskSet]) -> list[tuple[MaskSet, str]]:
+    """Return all images, those first whose S scatters most from method to method."""
+    spread: list[tuple[float, MaskSet, str]] = []
     for masks in sets:
-        scores = {method.name: method.image_scores(masks.name, "s_measure") for method in methods}
-        for name in scores[methods[0].name]:
-            of_image = {method: scores[method][name] for method in scores}
-            spread.append((statistics.pstdev(of_image.values()), masks, name, of_image))
+        scores = [method.image_scores(masks.name, "s_measure") for method in methods]
+        spread += [(statistics.pstdev(of_method[name] for of_method in scores), masks, name) for name in scores[0]]
     spread.sort(key=lambda entry: -entry[0])
+    return [(masks, name) for _, masks, name in spread]
+
+
+def disputed_images(methods: Sequence[Method], images: Sequence[tuple[MaskSet, str]]) -> list[Disputed]:
+    """Return the first images for the page, with the saved predictions of each method."""
+    shown = []
+    for masks, name in images[:_NUM_DISPUTED]:
+        scores = {method.name: method.image_scores(masks.name, "s_measure")[name] for method in methods}
+        pictures = _pictures(methods, masks, name)
+        panels = [panel(title, f"{title} of {name}", thumbnail(picture)) for title, picture in pictures.items()]
+        shown.append(Disputed(f"{masks.name}/{name}", scores, panels))
+    return shown
+
+
+def grid_rows(methods: Sequence[Method], images: Sequence[tuple[MaskSet, str]]) -> list[GridRow]:
+    """Return the rows of the figure; methods without saved predictions are named in a warning."""
+    if unseen := [method.name for method in methods if not method.cases]:
+        logger.warning(
+            f"not in the figure: {', '.join(unseen)}, no predictions were saved (evaluate --save-predictions)"
+        )
     return [
-        Disputed(f"{masks.name}/{name}", of_image, _panels(methods, masks, name))
-        for _, masks, name, of_image in spread[:_NUM_DISPUTED]
+        GridRow(name, {title: thumbnail(picture, CELL) for title, picture in _pictures(methods, masks, name).items()})
+        for masks, name in images
     ]
 
 
-def _panels(methods: Sequence[Method], masks: MaskSet, name: str) -> list[Panel]:
-    """Return pictures of an image, its mask, and its saved predictions; networks have none."""
+def _pictures(methods: Sequence[Method], masks: MaskSet, name: str) -> dict[str, Path | ByteArray]:
+    """Return an image, its mask, and its saved predictions, by title; networks have none."""
     pair = masks.by_row_name()[name]
     labels = decode_mask(pair.mask, masks.reading)
-    pictures: list[tuple[str, Path | ByteArray]] = [] if pair.image == pair.mask else [("image", pair.image)]
-    pictures.append(("mask", (labels == 1).astype(np.uint8) * 255))
+    pictures: dict[str, Path | ByteArray] = {} if pair.image == pair.mask else {"image": pair.image}
+    pictures["mask"] = (labels == 1).astype(np.uint8) * 255
     for method in methods:
         if (case := method.cases.get((masks.name, name))) is not None:
-            pictures.append((method.name, case.grey_levels()))
-    return [panel(title, f"{title} of {name}", thumbnail(picture)) for title, picture in pictures]
+            pictures[method.name] = case.grey_levels()
+    return pictures
 
 
 def _about_runs(methods: Sequence[Method]) -> str:

@@ -18,17 +18,18 @@ _TINT = 0.35  # its share in the pixels of an object
 _THICKEST_OUTLINE = 8  # pixels
 
 
-def thumbnail(source: Path | NDArray[np.uint8]) -> Image.Image:
+def thumbnail(source: Path | NDArray[np.uint8], size: tuple[int, int] = _PANEL) -> Image.Image:
     """Return an image no larger than a panel; small ones keep their size.
 
     Args:
         source: An image file, or grey levels (H, W).
+        size: width and height of the panel.
 
     Raises:
         ValueError: the file cannot be decoded.
     """
     image = decode_image(source) if isinstance(source, Path) else Image.fromarray(source).convert("RGB")
-    image.thumbnail(_PANEL, Image.Resampling.BILINEAR)
+    image.thumbnail(size, Image.Resampling.BILINEAR)
     return image
 
 

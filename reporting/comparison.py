@@ -12,7 +12,7 @@ from reporting.page import chart_section, document, figure, section
 from reporting.pictures import Panel
 from reporting.score_table import LOWER_IS_BETTER, ScoreTable
 
-_CURVES = (  # key, title, title of the axis, description
+CURVES = (  # key, title, title of the axis, description
     ("pr", "Precision and recall", "precision", "At thresholds from 0 to 255, means over images."),
     ("f", "F-measure by threshold", "F", "Mean over images; its mean and maximum are meanF and maxF."),
     ("e", "E-measure by threshold", "E", "Mean over images; its mean and maximum are meanE and maxE."),
@@ -60,7 +60,7 @@ def render_comparison(
         plotly: plotly's JavaScript.
     """
     charts = {
-        "curves": [_curve_chart(methods, name, *curve) for name in table.sets for curve in _CURVES],
+        "curves": [_curve_chart(methods, name, *curve) for name in table.sets for curve in CURVES],
         "groups": [
             _group_chart(methods, name, kind)
             for name in table.sets

@@ -76,6 +76,12 @@ def write_text(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file in one step."""
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(content)
+
+
 def json_safe(value: Any) -> Any:
     """Return nested values with NaN and infinity, which JSON lacks, as the strings "nan", "inf" and "-inf"."""
     if isinstance(value, float) and not math.isfinite(value):

@@ -283,6 +283,35 @@ def test_the_page_has_tables_curves_and_the_images_on_which_methods_differ(
     assert "compare did not write it" in compare.failing(*methods, "--page", tmp_path / "page.html")
 
 
+@pytest.mark.parametrize("suffix", [".svg", ".pdf"])
+def test_figures_for_papers_are_drawn_alike_each_time(
+    suffix: str, data: Path, compare: Compare, tmp_path: Path
+) -> None:
+    methods = [predict(data, tmp_path / "good", 20), predict(data, tmp_path / "bad", 120)]
+    grid, curves = tmp_path / f"grid{suffix}", tmp_path / f"curves{suffix}"
+    contents = []
+    for _ in range(2):  # the second time it replaces its own
+        compare(*methods, "--figure", grid, "--curves", curves)
+        contents.append((grid.read_bytes(), curves.read_bytes()))
+    assert contents[0] == contents[1]
+    if suffix == ".svg":
+        assert contents[0][0].count(b"<image") == 6 * 4  # image, mask and two methods
+        assert b"<image" not in contents[0][1]  # lines only
+    else:
+        assert contents[0][0].startswith(b"%PDF")
+    grid.write_text("mine")
+    assert "compare did not write it" in compare.failing(*methods, "--figure", grid)
+
+
+def test_the_rows_of_the_figure_are_chosen_by_name(data: Path, compare: Compare, tmp_path: Path) -> None:
+    method, grid = predict(data, tmp_path / "good", 20), tmp_path / "grid.svg"
+    compare(method, "--figure", grid, "--figure-rows", "CAMO/3", "NC4K/5.png")
+    assert grid.read_bytes().count(b"<image") == 2 * 3
+    assert "CAMO/3.png, NC4K/3.png have this name" in compare.failing(method, "--figure", grid, "--figure-rows", "3")
+    assert "99: no mask or photograph" in compare.failing(method, "--figure", grid, "--figure-rows", "99")
+    assert "name a .svg or .pdf file" in compare.failing(method, "--figure", tmp_path / "grid.jpg")
+
+
 def test_images_are_grouped_by_attributes_of_a_table(data: Path, compare: Compare, tmp_path: Path) -> None:
     method, table = predict(data, tmp_path / "unet", 40), tmp_path / "attributes.csv"
     lines = [f"{index}.jpg,{'day' if index < 4 else 'night'},{'' if index else 'rain'}" for index in range(9)]
