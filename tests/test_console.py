@@ -347,6 +347,7 @@ def test_handler_writes_to_the_streams_of_the_moment(monkeypatch: pytest.MonkeyP
 # --- whole runs ---
 
 
+@pytest.mark.slow
 def test_in_a_pipe_there_are_only_lines_and_one_names_each_epoch(tiny_argv: Argv) -> None:
     result = run(*tiny_argv(*SHORT))
     assert result.returncode == 0, result.stderr

@@ -110,6 +110,7 @@ def test_every_fault_in_every_count_stage_and_precision(
                     print(row)
 
 
+@pytest.mark.slow
 def test_kill_strikes_once_and_the_resumed_run_ends_in_the_same_weights(
     tiny_dataset: Path, tiny_argv: Argv, tmp_path: Path
 ) -> None:

@@ -138,6 +138,7 @@ def test_onnx_is_one_file_with_named_dimensions_and_the_networks_probabilities(
         torch.testing.assert_close(run_onnx(exported, images), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_convolutions_that_leave_bf16_are_exported_as_plain_ones() -> None:
     model = build_network(NetworkSettings("tf_efficientnet_lite0", decoder_channels=16, img_size=64)).eval()
     graph = trace(model, 64, fixed_size=True).program.graph
@@ -273,6 +274,7 @@ def test_incomplete_folders_are_refused(folder: Path, tmp_path: Path) -> None:
         CamouflageSegmenter.from_pretrained(tmp_path / "net")
 
 
+@pytest.mark.slow
 def test_model_card_has_the_hubs_header_and_its_code_runs(folder: Path) -> None:
     card = (folder / "README.md").read_text()
     header = card.split("---\n")[1]

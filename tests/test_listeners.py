@@ -135,6 +135,7 @@ def test_a_run_writes_its_scalars_and_images(tiny_argv: Argv, tmp_path: Path) ->
     assert "incidents/text_summary" in found.Tags()["tensors"]
 
 
+@pytest.mark.slow
 def test_resumed_runs_show_no_window_twice(tiny_argv: Argv, tmp_path: Path) -> None:
     with signal_at_step(11):
         assert main(tiny_argv()) == 143

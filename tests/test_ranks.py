@@ -23,10 +23,8 @@ from runtime.heartbeat import meet
 from runtime.ranks import Ranks
 
 
-@pytest.mark.parametrize(
-    ("ranks", "flags"),
-    [(1, ("--accumulation-steps", "6")), pytest.param(3, ("--accumulation-steps", "2"), marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "flags"), [(1, ("--accumulation-steps", "6")), (3, ("--accumulation-steps", "2"))])
 def test_any_number_of_ranks_has_the_losses_and_scores_of_two(
     ranks: int, flags: tuple[str, ...], two_ranks: Launch, odd_dataset: Path, tmp_path: Path
 ) -> None:

@@ -45,6 +45,7 @@ def test_another_number_of_workers_changes_nothing(finished: Path, tmp_path: Pat
     assert differing_tensors(final_state(tmp_path), final_state(finished)) == []
 
 
+@pytest.mark.slow
 def test_a_resumed_run_draws_the_same_scales_for_its_windows(tiny_argv: Argv, tmp_path: Path) -> None:
     seen: list[set[int]] = [set(), set()]
 
@@ -62,6 +63,7 @@ def test_a_resumed_run_draws_the_same_scales_for_its_windows(tiny_argv: Argv, tm
     assert differing_tensors(final_state(cut), final_state(tmp_path / "whole")) == []
 
 
+@pytest.mark.slow
 def test_frozen_levels_keep_their_weights_and_a_resumed_run_keeps_them_frozen(tiny_argv: Argv, tmp_path: Path) -> None:
     pretrained = build_backbone("test_efficientnet", pretrained=False, weights=None, img_size=64).body.state_dict()
     save_file(pretrained, tmp_path / "weights.safetensors")
@@ -76,6 +78,7 @@ def test_frozen_levels_keep_their_weights_and_a_resumed_run_keeps_them_frozen(ti
     assert not {"blocks.2.0.conv_exp.weight", "blocks.2.0.bn2.bias", "blocks.4.0.bn2.bias"} & same
 
 
+@pytest.mark.slow
 def test_zoomed_run_resumes_bitwise_and_its_checkpoint_is_evaluated(
     tiny_dataset: Path, tiny_argv: Argv, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ def test_gradient_checkpointing_gives_the_same_run_bitwise(finished: Path, tiny_
     assert differing_tensors(final_state(tmp_path / "run"), final_state(finished)) == []
 
 
+@pytest.mark.slow
 def test_augmented_on_the_device_a_run_sees_the_same_images_and_resumes_bitwise(
     finished: Path, tiny_argv: Argv, tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def test_another_number_format_on_resume_is_reported(
     assert "Device: cpu" in out
 
 
+@pytest.mark.slow
 def test_auto_precision_on_a_cpu_is_the_one_that_trains_this_network_faster(
     tiny_argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

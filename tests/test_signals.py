@@ -49,9 +49,9 @@ def test_killed_with_9_and_resumed_a_run_ends_in_the_same_weights(
     assert differing_tensors(final_state(directory), final_state(finished)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("signal_number", "exit_code", "after_epoch"),
-    [pytest.param(signal.SIGINT, 130, 1, marks=pytest.mark.slow), (signal.SIGTERM, 143, 2)],
+    ("signal_number", "exit_code", "after_epoch"), [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 2)]
 )
 def test_signal_to_the_process_group_saves_and_exits_and_the_resumed_run_is_bitwise_the_same(
     finished: Path, tiny_argv: Argv, tmp_path: Path, signal_number: int, exit_code: int, after_epoch: int
@@ -81,8 +81,13 @@ def assert_resumes_like(finished: Path, directory: Path) -> None:
 
 @pytest.mark.parametrize(
     "step",
-    [2, 8, 9, 10, 12],
-    ids=["stage 1", "end of stage 1", "start of stage 2", "stage 2", "end of an epoch"],
+    [
+        pytest.param(2, id="stage 1", marks=pytest.mark.slow),
+        pytest.param(8, id="end of stage 1"),
+        pytest.param(9, id="start of stage 2", marks=pytest.mark.slow),
+        pytest.param(10, id="stage 2", marks=pytest.mark.slow),
+        pytest.param(12, id="end of an epoch"),
+    ],
 )
 def test_stopped_at_any_step_the_resumed_run_is_bitwise_the_same(
     finished: Path, tiny_argv: Argv, tmp_path: Path, step: int
