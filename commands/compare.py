@@ -26,6 +26,7 @@ from commands.scoring import (
     Case,
     MaskSet,
     SetReport,
+    about_empty,
     cases_in_folder,
     mask_sets,
     masks_alone,
@@ -65,7 +66,7 @@ from runtime.log import environment
 _NUM_DISPUTED = 12  # images on the page
 _NUM_GRID_ROWS = 6  # of the figure
 _CODE = [Path(file).read_text(encoding="utf-8") for file in (metrics.__file__, further.__file__)]  # scores depend on it
-_FORMAT = "1"  # of the cache's files: raise it whenever the same files give other scores
+_FORMAT = "2"  # of the cache's files: raise it whenever the same files give other scores
 _PAIRED = tuple(name for name in ALL_MEASURES if not name.startswith("max_"))  # an image has no maximum of mean curves
 _OUTPUTS = {  # flag -> whether compare wrote a file
     "json": is_json_with("methods", "differences"),
@@ -113,6 +114,8 @@ def compare(args: argparse.Namespace, num_processes: int) -> int:
         sizes, {name: ALL_MEASURES[name] for name in args.measures}, [*published, *(m.row() for m in methods)]
     )
     print_lines(["", *terminal_lines(table), "", "* best, + second best" + _about_runs(methods), *left_out])
+    for method, name in [(method, name) for method in methods for name in sizes]:
+        print_lines(about_empty(f"{method.name} on {name}", method.reports[0][name].presence(), args.stretch))
     differences = [] if baseline is None else differences_to(baseline, methods, list(sizes), args.measures)
     print_lines(_about_differences(differences, methods, baseline, args))
     if args.json is not None:

@@ -23,6 +23,7 @@ from commands.scoring import (
     Case,
     MaskSet,
     SetReport,
+    about_empty,
     cases_in_folder,
     mask_sets,
     masks_alone,
@@ -100,6 +101,8 @@ def evaluate(args: argparse.Namespace, num_processes: int, say: Callable[[Iterab
     if not reports:
         raise ValueError(f"no image could be scored; the first reason: {failures[0] if failures else 'no image'}")
     say(_table(reports))
+    for name, report in reports.items():
+        say(about_empty(name, report.presence(), args.stretch))
     print_lines((f"Not scored: {failure}" for failure in failures), to_stderr=True)
     if args.json is not None:
         sets = {name: report.to_json() for name, report in reports.items()}

@@ -34,6 +34,7 @@ from data.processes import map_in_order
 from data.survey import survey_pairs
 from evaluation.further import NEED_PHOTOGRAPHS, further_scores
 from evaluation.metrics import ByteArray, ImageScores, MeanScores, Protocol, score_image
+from evaluation.statistics import auroc
 
 logger = logging.getLogger("train_ultimate")
 
@@ -101,6 +102,7 @@ class Scored:
     scores: ImageScores
     further: dict[str, float]  # of ``evaluation.further``
     object_share: float  # share of the object in the image's pixels
+    highest: float  # value of the prediction, as it was saved, in [0, 1]
     was_resized: bool  # whether the prediction had another size than the mask
 
 
@@ -115,7 +117,9 @@ class SetReport:
     def add(self, case: Case, scored: Scored) -> None:
         self.totals.add(scored.scores, scored.further)
         self.num_resized += scored.was_resized
-        groups = {"superclass": superclass_of(case.mask.stem), "object_share": scored.object_share}
+        groups = {
+            "superclass": superclass_of(case.mask.stem), "object_share": scored.object_share, "highest": scored.highest,
+        }  # fmt: skip
         row = {"name": case.row_name, **groups, **scored.scores.numbers(), **scored.further}
         self.images.append(row)
 
@@ -139,6 +143,20 @@ class SetReport:
                 thirds[f"{name}, to {chosen[-1]['object_share']:.1%}"] = means_of(chosen)
         return thirds
 
+    def presence(self) -> dict[str, float] | None:
+        """Return how well images without an object are told apart by the highest value of their predictions.
+
+        Returns:
+            ``auroc`` and ``false_alarms``, the share of images without an object where one is found, above 0.5; None
+            for a set that does not have images of both kinds.
+        """
+        with_object = np.array([row["highest"] for row in self.images if row["object_share"] > 0])
+        without = np.array([row["highest"] for row in self.images if row["object_share"] == 0])
+        if not len(with_object) or not len(without):
+            return None
+        rates = {"auroc": auroc(with_object, without), "false_alarms": float((without > 0.5).mean())}
+        return {"num_empty": len(without), **rates}
+
     def state(self) -> dict[str, Any]:
         """Return everything, for ``of``."""
         totals = {**asdict(self.totals), "curve_sums": self.totals.curve_sums.tolist()}
@@ -156,6 +174,7 @@ class SetReport:
             "num_images": self.totals.num_images,
             "scores": self.totals.means(),
             "curves": {name: curve.tolist() for name, curve in curves},
+            "presence": self.presence(),
             "by_superclass": self.by_superclass(),
             "by_size": self.by_size(),
             "images": self.images,
@@ -200,7 +219,7 @@ def score_case(case: Case | str) -> Scored | str:
             prediction = np.array(Image.fromarray(prediction).resize(size, Image.Resampling.BILINEAR))
         further = further_scores(case.protocol.further, prediction, mask, case.protocol, _photograph(case, mask.shape))
         scores = score_image(prediction, mask, case.protocol)
-        scored = Scored(scores, further, float((mask == 1).mean()), not fits)
+        scored = Scored(scores, further, float((mask == 1).mean()), float(prediction[mask < 2].max()) / 255, not fits)
     except ValueError as error:
         return str(error) if str(case.mask) in str(error) else f"{case.mask}: {error}"
     if case.save_as is not None:
@@ -222,6 +241,25 @@ def _photograph(case: Case, shape: tuple[int, ...]) -> ByteArray | None:
     photograph = decode_image(case.image).convert("RGB")
     size = shape[1], shape[0]
     return np.array(photograph if photograph.size == size else photograph.resize(size, Image.Resampling.BILINEAR))
+
+
+def about_empty(name: str, presence: Mapping[str, float] | None, stretch: bool) -> list[str]:
+    """Return a line on the images of a set that have no object; none for a set without such images.
+
+    Args:
+        name: of the set, or of a method on it.
+        presence: see ``SetReport.presence``.
+        stretch: Predictions were stretched: their highest values say nothing.
+    """
+    if presence is None:
+        return []
+    number = int(presence["num_empty"])
+    if stretch:
+        return [f"{name}: {number} images without an object; --no-stretch says how well they are told apart"]
+    return [
+        f"{name}: {number} images without an object: something is found in {presence['false_alarms']:.0%} of them; "
+        f"AUROC {presence['auroc']:.3f}"
+    ]
 
 
 def means_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -86,6 +86,19 @@ def _signed_rank_p(differences: FloatArray) -> float | None:
     return float(np.asarray(wilcoxon(differences))[1])
 
 
+def auroc(positives: FloatArray, negatives: FloatArray) -> float:
+    """Return how often a positive has a higher score than a negative; equal scores count half.
+
+    That is the area under the ROC curve (Hanley and McNeil, 1982).
+
+    Args:
+        positives, negatives: their scores, at least one of each.
+    """
+    ordered = np.sort(negatives)
+    lower, not_higher = (np.searchsorted(ordered, positives, side) for side in ("left", "right"))
+    return float((lower + not_higher).mean() / 2 / len(ordered))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values corrected for the number of comparisons (Holm, 1979).
 

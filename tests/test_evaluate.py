@@ -689,3 +689,26 @@ def test_masks_one_or_two_levels_too_high_are_answered_with_the_folder_of_the_ma
     line = failing(["--predictions", str(masks), "--masks", str(above)], capsys)
     assert f"--masks {above}: is the folder of a dataset, whose masks are in {masks}; name that folder" in line
     assert f"or give --dataset-path {above}" in line
+
+
+@pytest.mark.parametrize("stretch", [False, True])
+def test_images_without_an_object_are_told_apart_by_predictions_that_are_not_stretched(
+    stretch: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of four empty frames has a false alarm, and that one looks more certain than one of the two objects."""
+    mask = np.zeros((20, 20), dtype=np.uint8)
+    mask[5:10, 5:10] = 255
+    for name, value, truth in (
+        ("a", 240, mask), ("b", 120, mask), ("c", 10, mask * 0), ("d", 90, mask * 0), ("e", 200, mask * 0),
+        ("f", 30, mask * 0),
+    ):  # fmt: skip
+        for folder, pixels in (("GT", truth), ("found", np.where(mask > 0, value, 0).astype(np.uint8))):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{name}.png")
+    argv = ["--predictions", str(tmp_path / "found"), "--masks", str(tmp_path / "GT"), "--num-workers", "0"]
+    assert main(["evaluate", *argv, "--stretch" if stretch else "--no-stretch"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "4 images without an object" in line)
+    if stretch:
+        assert "--no-stretch says" in line
+    else:
+        assert "found in 25% of them; AUROC 0.875" in line

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import wilcoxon
 
-from evaluation.statistics import SIGNIFICANT, difference, holm
+from evaluation.statistics import SIGNIFICANT, auroc, difference, holm
 
 scores = st.lists(st.floats(0, 1), min_size=6, max_size=40)
 
@@ -110,3 +110,11 @@ def test_the_intervals_miss_the_truth_about_as_often_as_promised() -> None:
         found = difference([generator.normal(0.01, 0.07, 124)], [np.zeros(124)], resamples=400)
         missed += not found.low <= 0.01 <= found.high
     assert abs(missed / 1000 - 0.05) < 3 * np.sqrt(0.05 * 0.95 / 1000) + 0.01
+
+
+def test_auroc_is_the_share_of_pairs_in_order_and_equal_ones_count_half() -> None:
+    generator = np.random.default_rng(0)
+    positives, negatives = generator.integers(2, 9, 40) / 8, generator.integers(0, 7, 25) / 8
+    pairs = [(a > b) + 0.5 * (a == b) for a in positives for b in negatives]
+    assert auroc(positives, negatives) == pytest.approx(np.mean(pairs))
+    assert auroc(np.ones(3), np.ones(4)) == 0.5
