@@ -174,6 +174,7 @@ def test_training_excludes_the_images_that_check_data_lists(
     assert "1 paths match no training pair, the first: TrainDataset/Imgs/nobody.jpg" in out
 
 
+@pytest.mark.slow
 def test_resumed_run_excludes_the_same_images_if_the_list_is_gone(
     tiny_dataset: Path, tiny_argv: Argv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

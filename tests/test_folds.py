@@ -106,6 +106,7 @@ def test_predict_and_evaluate_take_the_folder(
     assert len([*(tmp_path / "found").glob("*.png")]) == 3
 
 
+@pytest.mark.slow
 def test_folds_stopped_by_their_time_go_on_where_they_were(
     tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +138,7 @@ def test_folds_killed_in_the_second_end_in_the_same_weights(tiny_dataset: Path, 
         assert not differing_tensors(one, other)
 
 
+@pytest.mark.slow
 def test_one_fold_alone_is_trained_in_its_folder(tiny_dataset: Path, folds: Path, tmp_path: Path) -> None:
     assert train(fold_arguments(tiny_dataset, tmp_path / "run", "--fold", "2")) == 0
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["fold_2"]

@@ -260,7 +260,8 @@ def test_by_the_convention_of_the_matlab_code_values_are_not_rounded_and_e_is_ab
         hits = np.count_nonzero(found & mask)
         assert scores.precision[number] == (hits / found.sum() if hits else 0)
         assert scores.recall[number] == (hits / mask.sum() if hits else 0)
-        above = (values > threshold).astype(np.uint8) * 255
-        by_itself = score_image(above, mask, Protocol(stretch=False)).e_curve[128]
-        np.testing.assert_allclose(scores.e_curve[number], by_itself, rtol=1e-12)
+        if number % 17 == 0:  # of 256, the first and the last too
+            above = (values > threshold).astype(np.uint8) * 255
+            by_itself = score_image(above, mask, Protocol(stretch=False)).e_curve[128]
+            np.testing.assert_allclose(scores.e_curve[number], by_itself, rtol=1e-12)
     assert (scores.s_measure, scores.weighted_f, scores.mae) == (pysod.s_measure, pysod.weighted_f, pysod.mae)

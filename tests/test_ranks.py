@@ -77,6 +77,7 @@ def test_ranks_meet_whatever_earlier_ones_have_left_behind() -> None:
     assert gatherings[0] != gatherings[1]
 
 
+@pytest.mark.slow
 def test_only_rank_0_writes(two_ranks: Launch) -> None:
     files = {path.name for path in two_ranks.directory.iterdir()}
     checkpoints = {"epoch_0001.pth", "epoch_0002.pth", "best_model.pth"}
