@@ -109,13 +109,15 @@ def compare(args: argparse.Namespace, num_processes: int) -> int:
     published, left_out = ([], []) if args.published is None else published_rows(args.published, sizes)
     named = images_called(args.figure_rows, sets)
     score(methods, sets, args, num_processes)
-    chosen = named or widest_spread(methods, sets)[:_NUM_GRID_ROWS]
+    disputed = widest_spread(methods, sets)
     table = ScoreTable(
         sizes, {name: ALL_MEASURES[name] for name in args.measures}, [*published, *(m.row() for m in methods)]
     )
     print_lines(["", *terminal_lines(table), "", "* best, + second best" + _about_runs(methods), *left_out])
-    for method, name in [(method, name) for method in methods for name in sizes]:
-        print_lines(about_empty(f"{method.name} on {name}", method.reports[0][name].presence(), args.stretch))
+    for name in sizes:
+        for method in methods[:1] if args.stretch else methods:
+            title = name if args.stretch else f"{method.name} on {name}"
+            print_lines(about_empty(title, method.reports[0][name].presence(), args.stretch))
     differences = [] if baseline is None else differences_to(baseline, methods, list(sizes), args.measures)
     print_lines(_about_differences(differences, methods, baseline, args))
     if args.json is not None:
@@ -131,11 +133,13 @@ def compare(args: argparse.Namespace, num_processes: int) -> int:
             write_text(file, write(table))
     if args.page is not None:
         sentences = [one["sentence"] for one in differences]
-        disputed = disputed_images(methods, widest_spread(methods, sets)) if len(methods) > 1 else []
+        shown = disputed_images(methods, disputed) if len(methods) > 1 else []
         details = [method.details(attributes) for method in sorted(methods, key=lambda method: method is not baseline)]
-        write_text(args.page, render_comparison(table, sentences, details, disputed, plotly))
+        write_text(args.page, render_comparison(table, sentences, details, shown, plotly))
     if args.figure is not None:
-        write_bytes(args.figure, draw_grid(grid_rows(methods, chosen), args.figure.suffix.lower()))
+        write_bytes(
+            args.figure, draw_grid(grid_rows(methods, named or disputed[:_NUM_GRID_ROWS]), args.figure.suffix.lower())
+        )
     if args.curves is not None:
         details = [method.details({}) for method in methods]
         write_bytes(args.curves, draw_curves(details, list(sizes), args.curves.suffix.lower()))
@@ -430,7 +434,7 @@ def disputed_images(methods: Sequence[Method], images: Sequence[tuple[MaskSet, s
     for masks, name in images[:_NUM_DISPUTED]:
         scores = {method.name: method.image_scores(masks.name, "s_measure")[name] for method in methods}
         pictures = _pictures(methods, masks, name)
-        panels = [panel(title, f"{title} of {name}", thumbnail(picture)) for title, picture in pictures.items()]
+        panels = [panel(title, f"{title} of {name}", thumbnail(picture)) for title, picture in pictures]
         shown.append(Disputed(f"{masks.name}/{name}", scores, panels))
     return shown
 
@@ -442,20 +446,20 @@ def grid_rows(methods: Sequence[Method], images: Sequence[tuple[MaskSet, str]]) 
             f"not in the figure: {', '.join(unseen)}, no predictions were saved (evaluate --save-predictions)"
         )
     return [
-        GridRow(name, {title: thumbnail(picture, CELL) for title, picture in _pictures(methods, masks, name).items()})
+        GridRow(name, [(title, thumbnail(picture, CELL)) for title, picture in _pictures(methods, masks, name)])
         for masks, name in images
     ]
 
 
-def _pictures(methods: Sequence[Method], masks: MaskSet, name: str) -> dict[str, Path | ByteArray]:
-    """Return an image, its mask, and its saved predictions, by title; networks have none."""
+def _pictures(methods: Sequence[Method], masks: MaskSet, name: str) -> list[tuple[str, Path | ByteArray]]:
+    """Return an image, its mask, and its saved predictions, each with a title; networks have none."""
     pair = masks.by_row_name()[name]
     labels = decode_mask(pair.mask, masks.reading)
-    pictures: dict[str, Path | ByteArray] = {} if pair.image == pair.mask else {"image": pair.image}
-    pictures["mask"] = (labels == 1).astype(np.uint8) * 255
+    pictures: list[tuple[str, Path | ByteArray]] = [] if pair.image == pair.mask else [("image", pair.image)]
+    pictures.append(("mask", (labels == 1).astype(np.uint8) * 255))
     for method in methods:
         if (case := method.cases.get((masks.name, name))) is not None:
-            pictures[method.name] = case.grey_levels()
+            pictures.append((method.name, case.grey_levels()))
     return pictures
 
 

@@ -217,8 +217,8 @@ def score_case(case: Case | str) -> Scored | str:
         if not fits:
             size = mask.shape[1], mask.shape[0]
             prediction = np.array(Image.fromarray(prediction).resize(size, Image.Resampling.BILINEAR))
-        further = further_scores(case.protocol.further, prediction, mask, case.protocol, _photograph(case, mask.shape))
         scores = score_image(prediction, mask, case.protocol)
+        further = further_scores(case.protocol.further, prediction, mask, case.protocol, _photograph(case, mask.shape))
         scored = Scored(scores, further, float((mask == 1).mean()), float(prediction[mask < 2].max()) / 255, not fits)
     except ValueError as error:
         return str(error) if str(case.mask) in str(error) else f"{case.mask}: {error}"

@@ -1,7 +1,7 @@
 """Figures of ``compare`` for papers, as SVG or PDF: the grid of images, masks and predictions, and the curves."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,10 +23,10 @@ _DASHES = ("-", "--", ":")  # more methods than colours
 
 @dataclass(frozen=True)
 class GridRow:
-    """A row of the grid: pictures by the titles of their columns."""
+    """A row of the grid: pictures, each with the title of its column."""
 
     name: str
-    pictures: Mapping[str, Image.Image]
+    pictures: Sequence[tuple[str, Image.Image]]
 
 
 def require_drawing(files: Sequence[Path]) -> None:
@@ -52,15 +52,15 @@ def draw_grid(rows: Sequence[GridRow], suffix: str) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    titles = list(rows[0].pictures)
-    heights = [min(max(image.height / image.width, 0.4), 1.6) for image in (row.pictures[titles[0]] for row in rows)]
+    titles = [title for title, _ in rows[0].pictures]
+    heights = [min(max(image.height / image.width, 0.4), 1.6) for image in (row.pictures[0][1] for row in rows)]
     with rc_context(_STYLE):
         figure = Figure((_CELL_WIDTH * len(titles), _CELL_WIDTH * sum(heights) + 0.25), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)  # pyright: ignore
         grid = figure.subplots(len(rows), len(titles), squeeze=False, height_ratios=heights)
         for row, axes in zip(rows, grid, strict=True):
-            for title, own in zip(titles, axes, strict=True):
-                own.imshow(np.asarray(row.pictures[title]), interpolation="none")
+            for (_, picture), own in zip(row.pictures, axes, strict=True):
+                own.imshow(np.asarray(picture), interpolation="none")
                 own.set_axis_off()
         for title, own in zip(titles, grid[0], strict=True):
             own.set_title(title, pad=3)

@@ -308,6 +308,8 @@ def test_the_rows_of_the_figure_are_chosen_by_name(data: Path, compare: Compare,
     compare(method, "--figure", grid, "--figure-rows", "CAMO/3", "NC4K/5.png")
     assert grid.read_bytes().count(b"<image") == 2 * 3
     assert "CAMO/3.png, NC4K/3.png have this name" in compare.failing(method, "--figure", grid, "--figure-rows", "3")
+    compare(f"mask={method}", "--figure", grid, "--figure-rows", "CAMO/3")  # called like the mask's own column
+    assert grid.read_bytes().count(b"<image") == 3
     assert "99: no mask or photograph" in compare.failing(method, "--figure", grid, "--figure-rows", "99")
     assert "name a .svg or .pdf file" in compare.failing(method, "--figure", tmp_path / "grid.jpg")
 
@@ -356,6 +358,26 @@ def test_the_convention_moves_the_curves_alone(data: Path, compare: Compare, tmp
     assert pysod["mean_e"] != matlab["mean_e"]
     for name in ("s_measure", "weighted_f", "mae", "iou", "adaptive_f"):
         assert pysod[name] == matlab[name]
+
+
+@pytest.mark.parametrize("stretch", [True, False])
+def test_images_without_an_object_are_named_once_or_told_apart_for_each_method(
+    stretch: bool, data: Path, compare: Compare, tmp_path: Path
+) -> None:
+    methods = [predict(data, tmp_path / name, noise) for name, noise in (("good", 20), ("bad", 120))]
+    empty, masks = np.zeros((40, 50), dtype=np.uint8), tmp_path / "masks"
+    shutil.copytree(data / "CAMO" / "TestDataset" / "GT", masks)
+    for folder in (masks, *(method / "CAMO" for method in methods)):
+        Image.fromarray(empty + 10 * (folder != masks)).save(folder / "empty.png")
+    compare.flags = ["--masks", str(masks), *compare.flags[2:]]
+    paths = [f"{method.name}={method / 'CAMO'}" for method in methods]
+    content = compare(*paths, "--stretch" if stretch else "--no-stretch")
+    lines = [line for line in compare.out.splitlines() if "images without an object" in line]
+    assert len(lines) == (1 if stretch else 2)
+    assert ("--no-stretch says" in lines[0]) == stretch
+    if not stretch:
+        (presence,) = (one["presence"] for one in content["methods"][0]["runs"][0]["sets"].values())
+        assert presence == {"num_empty": 1, "auroc": 1.0, "false_alarms": 0.0}
 
 
 def test_the_camouflage_context_is_refused_without_photographs(data: Path, tmp_path: Path, compare: Compare) -> None:
