@@ -32,7 +32,7 @@ from commands.scoring import (
     masks_alone,
     protocol_of,
     scored_by,
-    scored_cases,
+    scored_groups,
     test_sets,
 )
 from data.cache import default_directory
@@ -185,31 +185,41 @@ def score(methods: Sequence[Method], sets: Sequence[MaskSet], args: argparse.Nam
     folder = (args.cache_dir or default_directory()) / "scores"
     names = [masks.name for masks in sets]
     files: list[Path] = []  # in the cache, of each source
-    missing: dict[Path, Callable[[], Iterator[Case | str]]] = {}
+    saved: dict[Path, Sequence[Case]] = {}  # of sources to score: predictions in files ...
+    networks: dict[Path, Callable[[], Iterator[Case | str]]] = {}  # ... and those yet to be made
     reports: dict[Path, dict[str, SetReport]] = {}
     protocol = protocol_of(args, sorted(FURTHER.keys() & set(args.measures)))
     common: list[Any] = [_FORMAT, *_CODE, astuple(protocol)]
     common += [(masks.name, str(masks.reading), *(_fingerprint(pair.mask) for pair in masks.pairs)) for masks in sets]
     for method, source in [(each, source) for each in methods for source in each.sources]:
-        cases, key, saved = _cases_and_key(source, sets, args, num_processes, protocol, common)
-        method.cases = method.cases or {(case.set_name, case.row_name): case for case in saved}
+        cases, key = _cases_and_key(source, sets, args, num_processes, protocol, common)
+        if not callable(cases):
+            method.cases = method.cases or {(case.set_name, case.row_name): case for case in cases}
         files.append(file := folder / f"{key}.json")
         kept = read_json(file)
         if list(kept) == names:
             reports[file] = {name: SetReport.of(state) for name, state in kept.items()}
+            continue
+        reports[file] = {name: SetReport() for name in names}
+        if callable(cases):
+            networks[file] = cases
         else:
-            missing[file], reports[file] = cases, {name: SetReport() for name in names}
+            saved[file] = cases
     waiting: deque[Path] = deque()  # of each image that is being scored
 
-    def stream() -> Iterator[Case | str]:
-        for file, cases in missing.items():
+    def stream() -> Iterator[Sequence[Case | str]]:
+        for of_mask in zip(*saved.values(), strict=True):  # so that a mask is read once for all methods
+            waiting.extend(saved)
+            yield of_mask
+        for file, cases in networks.items():
             for case in cases():
                 waiting.append(file)
-                yield case
+                yield [case]
 
     failures: list[str] = []
+    missing = [*saved, *networks]
     with progress_bar(len(missing) * sum(len(masks.pairs) for masks in sets), "image") as bar:
-        for result in scored_cases(stream(), num_processes):
+        for result in scored_groups(stream(), num_processes):
             bar.update()
             file = waiting.popleft()
             if isinstance(result, str):
@@ -245,8 +255,8 @@ def _cases_and_key(
     num_processes: int,
     protocol: Protocol,
     common: Sequence[Any],
-) -> tuple[Callable[[], Iterator[Case | str]], str, list[Case]]:
-    """Return a function that yields a run's cases, a key of all that its scores depend on, and the saved cases.
+) -> tuple[list[Case] | Callable[[], Iterator[Case | str]], str]:
+    """Return a run's cases, or of a network a function that makes them; and a key of all that its scores depend on.
 
     ``common`` is what the scores of all runs depend on.
     """
@@ -256,7 +266,7 @@ def _cases_and_key(
             case for masks in sets for case in cases_in_folder(source.folders[masks.name], masks, protocol, is_own=True)
         ]
         facts += [(str(case.prediction_reading), _fingerprint(Path(str(case.prediction)))) for case in cases]
-        return lambda: iter(cases), _key(facts), cases
+        return cases, _key(facts)
 
     if args.masks is not None:
         raise ValueError(f"{source.path}: a network needs photographs: give --dataset-path instead of --masks")
@@ -272,7 +282,7 @@ def _cases_and_key(
         pairs = [pair for masks in sets for pair in masks.pairs]
         return cases_of_networks([(network, pairs)], sets, args.batch_size, protocol, num_processes)
 
-    return predicted, _key(facts), []
+    return predicted, _key(facts)
 
 
 def _fingerprint(file: Path) -> tuple[str, Any]:

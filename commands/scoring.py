@@ -33,7 +33,7 @@ from data.predictions import PredictionReading, decode_prediction, survey_predic
 from data.processes import map_in_order
 from data.survey import survey_pairs
 from evaluation.further import NEED_PHOTOGRAPHS, further_scores
-from evaluation.metrics import ByteArray, ImageScores, MeanScores, Protocol, score_image
+from evaluation.metrics import ByteArray, ImageScores, MeanScores, PreparedMask, Protocol, score_image
 from evaluation.statistics import auroc
 
 logger = logging.getLogger("train_ultimate")
@@ -198,26 +198,46 @@ def scored_cases(cases: Iterable[Case | str], num_processes: int) -> Iterator[tu
         cases: images to score, or reasons why there is none.
         num_processes: processes that score; 0 to score in this one.
     """
+    yield from scored_groups(([case] for case in cases), num_processes)
+
+
+def scored_groups(groups: Iterable[Sequence[Case | str]], num_processes: int) -> Iterator[tuple[Case, Scored] | str]:
+    """Do the same for groups of cases, each scored by one process: predictions of one mask, which is read once."""
     way_out = "try fewer with --num-workers"
-    for case, scored in map_in_order(score_case, cases, num_processes, "scores", way_out):
-        if isinstance(scored, str):
-            yield scored
-        else:
-            assert isinstance(case, Case)
-            yield case, scored
+    for group, results in map_in_order(_score_group, groups, num_processes, "scores", way_out):
+        for case, scored in zip(group, results, strict=True):
+            if isinstance(scored, str):
+                yield scored
+            else:
+                assert isinstance(case, Case)
+                yield case, scored
 
 
-def score_case(case: Case | str) -> Scored | str:
-    """Score one image, and save its prediction if asked to. Return the reason if that fails, or if ``case`` is one."""
+def _score_group(cases: Sequence[Case | str]) -> list[Scored | str]:
+    masks: dict[Path, PreparedMask] = {}
+    return [score_case(case, masks) for case in cases]
+
+
+def score_case(case: Case | str, masks: dict[Path, PreparedMask] | None = None) -> Scored | str:
+    """Score one image, and save its prediction if asked to. Return the reason if that fails, or if ``case`` is one.
+
+    Args:
+        case: the image.
+        masks: those that were read for other cases; its own is added.
+    """
     if isinstance(case, str):
         return case
+    masks = {} if masks is None else masks
     try:
-        mask, prediction = case.labels(), case.grey_levels()
+        if case.mask not in masks:
+            masks[case.mask] = PreparedMask(case.labels())
+        prepared = masks[case.mask]
+        mask, prediction = prepared.labels, case.grey_levels()
         fits = prediction.shape == mask.shape
         if not fits:
             size = mask.shape[1], mask.shape[0]
             prediction = np.array(Image.fromarray(prediction).resize(size, Image.Resampling.BILINEAR))
-        scores = score_image(prediction, mask, case.protocol)
+        scores = score_image(prediction, prepared, case.protocol)
         further = further_scores(case.protocol.further, prediction, mask, case.protocol, _photograph(case, mask.shape))
         scored = Scored(scores, further, float((mask == 1).mean()), float(prediction[mask < 2].max()) / 255, not fits)
     except ValueError as error:

@@ -13,7 +13,7 @@ grey level, inside and outside the mask, in the four regions that meet at the ma
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -30,6 +30,7 @@ BETA_SQUARED = 0.3  # F-measure: precision counts for more than recall
 _REACH = 100  # pixels; farther away, the distance weight of weighted F is below 1e-6
 _FAR = 30_000  # stands for any squared distance above _REACH ** 2; twice this still fits 16 bits
 _BLUR_RADIUS, _BLUR_SIGMA = 3, 5.0  # pixels
+_BLUR_REACH = math.isqrt(2 * _BLUR_RADIUS**2)  # from a pixel of the window to the nearest one inside, at most
 
 
 CONVENTIONS = ("pysod", "matlab")
@@ -120,18 +121,49 @@ class MeanScores:
         return {**means, "max_e": float(e_curve.max()), "max_f": float(f_curve.max())}
 
 
-def score_image(prediction: ByteArray, mask: BoolArray | ByteArray, protocol: Protocol = _OF_THE_FIELD) -> ImageScores:
+class PreparedMask:
+    """A mask with all that scores need of it alone: prepared once, it serves the predictions of many methods."""
+
+    def __init__(self, mask: BoolArray | ByteArray) -> None:
+        """Prepare a mask.
+
+        Args:
+            mask: (H, W), True on the object; or 0 for background, 1 for object, and more for pixels that do not count.
+        """
+        self.labels = mask
+        self.inside = mask == 1
+        self.counted: BoolArray | None = mask < 2 if mask.size and mask.max() > 1 else None  # None: every pixel
+
+    @cached_property
+    def centroid(self) -> tuple[int, int]:
+        """The row and column after the mask's centroid, where the four regions meet; (0, 0) for an empty mask."""
+        per_row, per_column = np.count_nonzero(self.inside, axis=1), np.count_nonzero(self.inside, axis=0)
+        total = per_row.sum()
+        if not total:
+            return 0, 0
+        row, column = (counts @ np.arange(len(counts)) / total for counts in (per_row, per_column))
+        return int(np.round(row)) + 1, int(np.round(column)) + 1
+
+    @cached_property
+    def surroundings(self) -> "_Surroundings":
+        """How errors around the object weigh; of a mask that is not empty."""
+        return _surroundings(self.inside, self.counted)
+
+
+def score_image(
+    prediction: ByteArray, mask: BoolArray | ByteArray | PreparedMask, protocol: Protocol = _OF_THE_FIELD
+) -> ImageScores:
     """Return every score of one image.
 
     Args:
         prediction: (H, W), 0 background to 255 object.
-        mask: (H, W), True on the object; or 0 for background, 1 for object, and more for pixels that do not count.
+        mask: (H, W), see ``PreparedMask``.
         protocol: how to score.
 
     Raises:
         ValueError: their sizes differ, or they have no pixel that counts.
     """
-    counts = _Counts(prediction, mask, protocol.stretch)
+    counts = _Counts(prediction, mask if isinstance(mask, PreparedMask) else PreparedMask(mask), protocol.stretch)
     above = "right" if protocol.convention == "matlab" else "left"  # of its threshold, for E: above it, or also at it
     if protocol.convention == "matlab":
         levels, thresholds = counts.levels, _matlab_thresholds()
@@ -181,7 +213,7 @@ def quick_scores(prediction: ByteArray, mask: BoolArray | ByteArray) -> dict[str
     Args:
         prediction, mask: see ``score_image``.
     """
-    counts = _Counts(prediction, mask, stretch=False)
+    counts = _Counts(prediction, PreparedMask(mask), stretch=False)
     return {"iou": counts.iou(), "dice": counts.dice(), "mae": counts.mae(), "s_measure": counts.s_measure()}
 
 
@@ -209,22 +241,23 @@ def interval_of_mean(values: Sequence[float], resamples: int = 1000) -> tuple[fl
 class _Counts:
     """Numbers of pixels of each grey level, by region, inside and outside the mask."""
 
-    def __init__(self, prediction: ByteArray, mask: BoolArray | ByteArray, stretch: bool) -> None:
-        if prediction.shape != mask.shape or prediction.ndim != 2 or not prediction.size:
-            raise ValueError(f"a prediction of {prediction.shape} pixels and a mask of {mask.shape} cannot be compared")
-        self.prediction, self.mask = prediction, mask == 1
-        self.counted: BoolArray | None = mask < 2 if mask.max() > 1 else None  # None: every pixel
+    def __init__(self, prediction: ByteArray, mask: PreparedMask, stretch: bool) -> None:
+        if prediction.shape != mask.labels.shape or prediction.ndim != 2 or not prediction.size:
+            raise ValueError(
+                f"a prediction of {prediction.shape} pixels and a mask of {mask.labels.shape} cannot be compared"
+            )
+        self.prediction, self.mask, self.counted = prediction, mask, mask.counted
         pixels = self.among_counted(prediction)
         if not pixels.size:
             raise ValueError("the mask has no pixel that counts")
         self.size = pixels.size
         self.levels = _levels(pixels, stretch)
-        joint = mask.astype(np.uint16)
+        joint = mask.labels.astype(np.uint16)
         if self.counted is not None:
             np.minimum(joint, 2, out=joint)
         joint <<= 8
         joint |= prediction
-        row, column = _centroid(self.mask)
+        row, column = mask.centroid
         self.regions: list[tuple[slice, slice]] = []
         self.region_counts: list[IntArray] = []  # (2, 256) each: outside and inside the mask
         num_kinds = 2 if self.counted is None else 3
@@ -360,16 +393,6 @@ def _matlab_thresholds() -> FloatArray:
     return np.concatenate([steps, (1 - steps)[::-1]])
 
 
-def _centroid(mask: BoolArray) -> tuple[int, int]:
-    """Return the row and column after the mask's centroid, where the four regions meet; (0, 0) for an empty mask."""
-    per_row, per_column = np.count_nonzero(mask, axis=1), np.count_nonzero(mask, axis=0)
-    total = per_row.sum()
-    if not total:
-        return 0, 0
-    row, column = (counts @ np.arange(len(counts)) / total for counts in (per_row, per_column))
-    return int(np.round(row)) + 1, int(np.round(column)) + 1
-
-
 def _object_score(counts: IntArray, values: FloatArray) -> float:
     number = int(counts.sum())
     mean = float(counts @ values) / number
@@ -382,6 +405,52 @@ def _f_measure(precision: FloatArray, recall: FloatArray) -> FloatArray:
     return (1 + BETA_SQUARED) * precision * recall / np.where(weighted == 0, 1, weighted)
 
 
+@dataclass(frozen=True)
+class _Surroundings:
+    """Weights of errors by where they are.
+
+    Attributes:
+        box: rows and columns around the object; beyond them, an error counts twice.
+        relief: of the box, how much less than twice an error counts.
+        window: rows and columns of the box, around the object as far as the blur reaches.
+        inside: of the window, True on the object.
+        targets, sources: flat indices in the padded window, of pixels outside and the nearest ones inside.
+    """
+
+    box: tuple[slice, slice]
+    relief: FloatArray
+    window: tuple[slice, slice]
+    inside: BoolArray
+    targets: IntArray
+    sources: IntArray
+
+
+def _surroundings(inside: BoolArray, counted: BoolArray | None) -> _Surroundings:
+    box = bounding_box(inside, margin=_REACH)
+    mask = inside[box]
+    distances = _squared_distances(mask)
+    relief = _distance_relief().take(distances)
+    if counted is not None:
+        relief[~counted[box]] = 0
+    window = bounding_box(mask, margin=_BLUR_RADIUS)
+    padded, squared_distances = (np.pad(pixels[window], _BLUR_REACH) for pixels in (mask, distances))
+    flat, width, squared_distances = padded.ravel(), padded.shape[1], squared_distances.ravel()
+    outside = np.flatnonzero((squared_distances > 0) & (squared_distances <= 2 * _BLUR_RADIUS**2))
+    outside_distances = squared_distances[outside]
+    targets, sources = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for squared, offsets in _neighbours().items():
+        where = outside[outside_distances == squared]
+        for row, column in offsets:
+            if not len(where):
+                break
+            nearest = where + row * width + column
+            found = flat[nearest]
+            targets.append(where[found])
+            sources.append(nearest[found])
+            where = where[~found]
+    return _Surroundings(box, relief, window, mask[window], np.concatenate(targets), np.concatenate(sources))
+
+
 def _weighted_f(counts: _Counts) -> float:
     """Return the weighted F-measure (Margolin et al., CVPR 2014); 0 for an empty mask.
 
@@ -390,15 +459,11 @@ def _weighted_f(counts: _Counts) -> float:
     """
     if not counts.num_inside:
         return 0.0
-    rows, columns = bounding_box(counts.mask, margin=_REACH)
-    prediction, mask, levels = counts.prediction[rows, columns], counts.mask[rows, columns], counts.levels
-    distances = _squared_distances(mask)
-    error_inside = _error_inside(prediction, mask, levels, distances)
-    relief_map = _distance_relief().take(distances)
-    if counts.counted is not None:
-        relief_map[~counts.counted[rows, columns]] = 0
+    around, levels = counts.mask.surroundings, counts.levels
+    prediction = counts.prediction[around.box]
+    error_inside = _error_inside(prediction[around.window], levels, around)
     # Not a dot product: BLAS would start threads for it in each scoring process.
-    relief = float((levels.take(prediction) * relief_map).sum())
+    relief = float((levels.take(prediction) * around.relief).sum())
     error_outside = 2 * float(counts.outside @ levels) - relief
     hits = counts.num_inside - error_inside
     recall = 1 - error_inside / counts.num_inside
@@ -452,32 +517,23 @@ def _squared_distances(mask: BoolArray) -> NDArray[np.uint16]:
     return distances
 
 
-def _error_inside(prediction: ByteArray, mask: BoolArray, levels: FloatArray, distances: NDArray[np.uint16]) -> float:
+def _error_inside(prediction: ByteArray, levels: FloatArray, around: _Surroundings) -> float:
     """Return the sum of the errors inside the object, each at most the mean error around it.
 
     The mean is that of a Gaussian window, in which a pixel outside the object has the error of the nearest one inside.
+
+    Args:
+        prediction: of the window.
+        levels: (256,), value of each grey level.
+        around: how errors weigh.
     """
-    reach = math.isqrt(2 * _BLUR_RADIUS**2)  # from a pixel of the window to the nearest one inside, at most
-    rows, columns = bounding_box(mask, margin=_BLUR_RADIUS)
-    mask, distances = mask[rows, columns], distances[rows, columns]
-    errors = np.where(mask, (1 - levels)[prediction[rows, columns]], 0.0)
-    inside, padded = np.pad(mask, reach).ravel(), np.pad(errors, reach)
-    flat, width = padded.ravel(), padded.shape[1]
-    squared_distances = np.pad(distances, reach).ravel()
-    outside = np.flatnonzero((squared_distances > 0) & (squared_distances <= 2 * _BLUR_RADIUS**2))
-    outside_distances = squared_distances[outside]
-    for squared, offsets in _neighbours().items():
-        where = outside[outside_distances == squared]
-        for row, column in offsets:
-            if not len(where):
-                break
-            nearest = where + row * width + column
-            found = inside[nearest]
-            flat[where[found]] = flat[nearest[found]]
-            where = where[~found]
-    trim = slice(reach - _BLUR_RADIUS, _BLUR_RADIUS - reach)
-    around = _blur(_blur(padded[trim, trim]).T).T
-    return float(np.minimum(errors, around)[mask].sum())
+    errors = np.where(around.inside, (1 - levels)[prediction], 0.0)
+    padded = np.pad(errors, _BLUR_REACH)
+    flat = padded.ravel()
+    flat[around.targets] = flat[around.sources]
+    trim = slice(_BLUR_REACH - _BLUR_RADIUS, _BLUR_RADIUS - _BLUR_REACH)
+    mean_errors = _blur(_blur(padded[trim, trim]).T).T
+    return float(np.minimum(errors, mean_errors)[around.inside].sum())
 
 
 @cache
