@@ -118,6 +118,8 @@ def parse(argv: Sequence[str] | None) -> Request:
         _check_evaluate(args)
     if command == "compare":
         _check_compare(args)
+    if command == "predict" and args.csv is None and (args.sort or args.least_object is not None):
+        raise UsageError("--sort and --least-object go with --csv, the table they shape")
     if command in ("evaluate", "compare", "predict", "export") and args.img_size is not None:
         check_img_size(args.img_size)
     return Request(command, args=args)
@@ -460,6 +462,12 @@ def _add_predict(commands: "argparse._SubParsersAction[_Parser]") -> None:
     flag("--overlay", action=argparse.BooleanOptionalAction, default=False,
          help="beside them, in DIR/overlays, JPEGs of the photographs with the objects (probability from --threshold "
          "on, or else 0.5) tinted and outlined")
+    flag("--csv", metavar="FILE", type=Path,
+         help="a table of all photographs: share of object, presence, number of objects, their boxes, doubt")
+    flag("--sort", choices=("input", "doubt"),
+         help="the table's order; doubt: most doubtful first, what to label next (default: input)")
+    flag("--least-object", metavar="SHARE", type=_number(Range(0, 1)),
+         help="smallest object in the table, as a share of its photograph (default: 0.0001)")
 
     flag = parser.add_argument_group("network").add_argument
     flag("--checkpoint", metavar="PATH", required=True,

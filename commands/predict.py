@@ -1,9 +1,11 @@
-"""``predict``: find the objects in photographs, as PNGs and as overlays for people. No masks needed.
+"""``predict``: find the objects in photographs, as PNGs, as overlays for people, and as a table. No masks needed.
 
 Images stream from the processes that decode them through the network to the processes that write predictions.
 """
 
 import argparse
+import csv
+import io
 import itertools
 import os
 import sys
@@ -12,17 +14,19 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from commands.output import print_lines, progress_bar
-from commands.own_files import is_picture_with, require_own, save_picture
+from commands.output import print_lines, progress_bar, require_writable
+from commands.own_files import contains, is_picture_with, require_own, save_picture
 from data.decoding import decode_image
 from data.processes import map_in_order
 from evaluation.figures import overlay
-from evaluation.metrics import ByteArray
+from evaluation.objects import CSV_COLUMNS, Finding, Found, describe, require_scipy
 from evaluation.sources import Source, find_sources, name_predictions
+from runtime.files import write_text
 
-_OBJECT = 128  # grey levels from here on are probabilities of at least one half
+_LEAST = 0.0001  # smallest object, as a share of its photograph
 _MARK = "train_ultimate predict"  # in each file that predict writes
 
 
@@ -30,10 +34,12 @@ _MARK = "train_ultimate predict"  # in each file that predict writes
 class Prediction:
     """A prediction to write."""
 
-    levels: ByteArray  # (H, W)
+    found: Found
     image: Path
     save_as: Path
+    as_mask: bool  # write 0 and 255 instead of probabilities
     overlay: Path | None  # None: no overlay is written
+    least: float | None  # size of an object, as a share of the photograph; None: they are not counted
 
 
 def predict(args: argparse.Namespace, num_processes: int) -> int:
@@ -62,6 +68,10 @@ def predict(args: argparse.Namespace, num_processes: int) -> int:
     folders = {path.parent for path in (*names, *overlays) if path is not None}
     _require_apart(sources.images, folders, output)
     require_own([*names, *filter(None, overlays)], is_picture_with(_MARK), "predict", f"--output {output}")
+    if args.csv is not None:
+        require_writable(args.csv)
+        require_own([args.csv], contains(",".join(CSV_COLUMNS).encode()), "predict", f"--csv {args.csv}")
+        require_scipy()
 
     from evaluation.predictor import load_network, predict_images  # torch: mistakes so far need not wait for it
 
@@ -73,21 +83,33 @@ def predict(args: argparse.Namespace, num_processes: int) -> int:
     num_loaders, num_writers = (num_processes + 1) // 2, max(1, num_processes // 2) if num_processes else 0
 
     def predictions() -> Iterator[Prediction | str]:
-        for index, levels in predict_images(network, images, args.batch_size, num_loaders, args.threshold):
-            failed = isinstance(levels, str)
-            yield levels if failed else Prediction(levels, images[index], names[index], overlays[index])
+        threshold, as_mask = args.threshold or 0.5, args.threshold is not None
+        least = None if args.csv is None else _LEAST if args.least_object is None else args.least_object
+        for index, found in predict_images(network, images, args.batch_size, num_loaders, threshold):
+            if isinstance(found, str):
+                yield found
+            else:
+                yield Prediction(found, images[index], names[index], as_mask, overlays[index], least)
 
+    findings: list[tuple[Path, Finding]] = []
     failures = list(sources.problems)
     print_lines((f"Not predicted: {problem}" for problem in failures), to_stderr=True)
     with warnings.catch_warnings(), progress_bar(len(images), "image") as bar:
         warnings.simplefilter("ignore")  # Pillow's, about metadata and very large images, which it reads all the same
         way_out = "try fewer with --num-workers"
-        for _, problem in map_in_order(save_prediction, predictions(), num_writers, "writes predictions", way_out):
+        saved = map_in_order(save_prediction, predictions(), num_writers, "writes predictions", way_out)
+        for prediction, finding in saved:
             bar.update()
-            if problem:
-                failures.append(problem)
+            if isinstance(finding, str):
+                failures.append(finding)
                 with bar.external_write_mode(file=sys.stderr):
-                    print_lines([f"Not predicted: {problem}"], to_stderr=True)
+                    print_lines([f"Not predicted: {finding}"], to_stderr=True)
+            elif finding is not None and isinstance(prediction, Prediction):
+                findings.append((prediction.image, finding))
+    if args.csv is not None:
+        if args.sort == "doubt":
+            findings.sort(key=lambda entry: -entry[1].doubt)
+        write_text(args.csv, _table(findings))
     what = (
         "probabilities x 255" if args.threshold is None else f"masks, 255 from a probability of {args.threshold:g} on"
     )
@@ -96,24 +118,40 @@ def predict(args: argparse.Namespace, num_processes: int) -> int:
     summary += [f"as many overlays in {folder}"] if args.overlay else []
     summary += [f"{sources.num_repeated} named more than once, predicted once"] if sources.num_repeated else []
     summary += [f"{len(failures)} not predicted, named above"] if failures else []
+    if args.csv is not None:
+        with_object = sum(bool(finding.boxes) for _, finding in findings)
+        summary.append(f"objects in {with_object} of them, listed in {args.csv}")
     print_lines([f"Predicted: {'; '.join(summary)}"])
     return 1 if failures else 0
 
 
-def save_prediction(prediction: Prediction | str) -> str:
-    """Write an image's prediction and overlay. Return the reason if that fails or ``prediction`` is one, else ""."""
+def _table(findings: Sequence[tuple[Path, Finding]]) -> str:
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    writer.writerows(finding.row(str(image)) for image, finding in findings)
+    return stream.getvalue()
+
+
+def save_prediction(prediction: Prediction | str) -> Finding | str | None:
+    """Write an image's prediction and overlay.
+
+    Returns:
+        what was found in numbers, if they were asked for; or the reason if writing fails or ``prediction`` is one.
+    """
     if isinstance(prediction, str):
         return prediction
     what = "prediction"
     try:
-        save_picture(Image.fromarray(prediction.levels), prediction.save_as, _MARK)
+        levels = prediction.found.mask.astype(np.uint8) * 255 if prediction.as_mask else prediction.found.levels
+        save_picture(Image.fromarray(levels), prediction.save_as, _MARK)
         if prediction.overlay is not None:
             what = "overlay"  # JPEG allows at most 65,535 pixels a side
-            marked = overlay(decode_image(prediction.image), prediction.levels >= _OBJECT)
+            marked = overlay(decode_image(prediction.image), prediction.found.mask)
             save_picture(marked, prediction.overlay, _MARK)
     except (OSError, ValueError) as error:
         return f"{prediction.image}: {what} cannot be saved ({error})"
-    return ""
+    return None if prediction.least is None else describe(prediction.found, prediction.least)
 
 
 def _unused_name(name: str, used: Collection[str]) -> str:

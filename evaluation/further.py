@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.metrics import BETA_SQUARED, BoolArray, ByteArray, FloatArray, Protocol, bounding_box, values_of
+from evaluation.objects import connected
 
 _EPSILON = float(np.spacing(1))
 _CONTEXT_SPREAD = 6.0  # pixels: alpha of the context measure
@@ -217,13 +218,9 @@ def _size_invariant_mae(image: _Image) -> float:
 
 def _boxes(mask: BoolArray) -> list[tuple[slice, slice]]:
     """Return the boxes of the objects: connected at the sides, and of some size, or else the largest."""
-    ndimage = _imported("scipy.ndimage", "scipy", "size_invariant_f")
-    labels, number = ndimage.label(mask)
-    areas = np.bincount(labels.ravel(), minlength=number + 1)[1:]
-    if not number:
-        return []
-    chosen = areas >= min(_LEAST_OBJECT, areas.max())
-    return [box for box, is_chosen in zip(ndimage.find_objects(labels), chosen, strict=True) if is_chosen]
+    areas, boxes = connected(mask, corners=False)
+    least = min(_LEAST_OBJECT, areas.max(initial=0))
+    return [box for area, box in zip(areas, boxes, strict=True) if area >= least]
 
 
 def _camouflage_context(image: _Image) -> float:

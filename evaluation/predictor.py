@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from data.loading import unit_range
 from data.masks import MaskReading
 from evaluation.images import PreparedBatch, images_to_predict, images_to_score
 from evaluation.metrics import ByteArray
+from evaluation.objects import Found
 from evaluation.trained import network_of
 from models.network import CamouflageSegmenter
 from runtime.checkpoint import read_checkpoint
@@ -22,6 +23,8 @@ from runtime.folder import best_weights
 from runtime.machine import Precision, memory_errors, on_device, resolve_device, resolve_precision
 
 logger = logging.getLogger("train_ultimate")
+
+Answer = TypeVar("Answer")
 
 OUT_OF_MEMORY = "out of memory with one image: choose a smaller --img-size, or --device cpu"
 
@@ -118,15 +121,19 @@ def predict_pairs(
 
 
 def predict_images(
-    network: TrainedNetwork, images: Sequence[Path], batch_size: int, num_workers: int, threshold: float | None = None
-) -> Iterator[tuple[int, ByteArray | str]]:
-    """Yield each image's index with the prediction at its upright size, or with the reason why there is none.
+    network: TrainedNetwork, images: Sequence[Path], batch_size: int, num_workers: int, threshold: float = 0.5
+) -> Iterator[tuple[int, Found | str]]:
+    """Yield each image's index with what was found at its upright size, or with the reason why there is none.
 
-    Predictions are probabilities times 255. With a threshold they are masks: 255 for a probability that reaches it,
-    else 0.
+    Args:
+        network: that predicts.
+        images: files.
+        batch_size: images that go through the network at once.
+        num_workers: processes that decode; 0 to decode in this one.
+        threshold: The object is where the probability reaches it.
     """
     loader = images_to_predict(images, network.img_size, batch_size, num_workers, network.device.type == "cuda")
-    return _predict(network, loader, images, lambda logits, size: probability_levels(logits, size, threshold))
+    return _predict(network, loader, images, lambda logits, size: found_in(logits, size, threshold))
 
 
 @torch.inference_mode()
@@ -134,8 +141,8 @@ def _predict(
     network: TrainedNetwork,
     batches: Iterable[PreparedBatch],
     images: Sequence[Path],
-    levels: Callable[[Tensor, tuple[int, int]], ByteArray],
-) -> Iterator[tuple[int, ByteArray | str]]:
+    levels: Callable[[Tensor, tuple[int, int]], Answer],
+) -> Iterator[tuple[int, Answer | str]]:
     parts = 1
     for batch in batches:
         inputs = unit_range(batch.images.to(network.device, non_blocking=True), network.memory_format)
@@ -155,8 +162,8 @@ def _predict(
 
 
 def _levels_that_fit(
-    levels: Callable[[Tensor, tuple[int, int]], ByteArray], logits: Tensor, size: tuple[int, int]
-) -> ByteArray:
+    levels: Callable[[Tensor, tuple[int, int]], Answer], logits: Tensor, size: tuple[int, int]
+) -> Answer:
     """Compute grey levels, on the CPU if the photograph is too large for the device's memory."""
     try:
         with memory_errors():
@@ -166,8 +173,8 @@ def _levels_that_fit(
     return levels(logits.cpu(), size)
 
 
-def probability_levels(logits: Tensor, size: tuple[int, int], threshold: float | None = None) -> ByteArray:
-    """Return one image's probabilities times 255, or with a threshold a mask of 0 and 255. Waits for the device.
+def found_in(logits: Tensor, size: tuple[int, int], threshold: float) -> Found:
+    """Return one image's probabilities times 255, and where they reach a threshold. Waits for the device.
 
     The logits are resized bilinearly before the logistic function. Values are not stretched, so that an image without
     an object stays dark. Works in place, to save memory with large photographs.
@@ -176,9 +183,13 @@ def probability_levels(logits: Tensor, size: tuple[int, int], threshold: float |
         logits (1, h, w) -> (H, W) uint8
     """
     probabilities = _resized(logits, size).sigmoid_()
-    if threshold is not None:
-        return (probabilities >= threshold).to(torch.uint8).mul_(255).cpu().numpy()
-    return probabilities.mul_(255).round_().to(torch.uint8).cpu().numpy()
+    mask = (probabilities >= threshold).cpu().numpy()
+    return Found(probabilities.mul_(255).round_().to(torch.uint8).cpu().numpy(), mask)
+
+
+def probability_levels(logits: Tensor, size: tuple[int, int]) -> ByteArray:
+    """Return one image's probabilities times 255, see ``found_in``."""
+    return _resized(logits, size).sigmoid_().mul_(255).round_().to(torch.uint8).cpu().numpy()
 
 
 def grey_levels(logits: Tensor, size: tuple[int, int]) -> ByteArray:

@@ -1,5 +1,6 @@
 """``predict``: from photographs of any kind to PNGs, masks and overlays."""
 
+import csv
 import os
 import signal
 import struct
@@ -21,6 +22,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 import train_ultimate
 from commands.predict import Prediction, save_prediction
 from evaluation.figures import overlay
+from evaluation.objects import Found
 from evaluation.predictor import load_network
 from models import CamouflageSegmenter
 from train_ultimate import main
@@ -55,6 +57,11 @@ def levels_of(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         assert image.mode == "L"
         return np.array(image)
+
+
+def nothing_found(image: Path, save_as: Path, overlay: Path | None = None) -> Prediction:
+    found = Found(np.zeros((4, 5), dtype=np.uint8), np.zeros((4, 5), dtype=np.bool_))
+    return Prediction(found, image, save_as, as_mask=False, overlay=overlay, least=None)
 
 
 # What is written
@@ -101,6 +108,42 @@ def test_threshold_makes_masks_of_two_values(
     sure = np.abs(levels - middle * 255) > 1
     assert np.array_equal(mask[sure] == 255, levels[sure] > middle * 255)
     assert "(masks, 255 from a probability of" in capsys.readouterr().out
+
+
+def test_the_table_says_of_each_photograph_what_its_prediction_shows(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(3):
+        photograph(tmp_path / "p" / f"{number}.png", (60 + 10 * number, 40))
+    (tmp_path / "p" / "broken.png").write_bytes(b"no image")
+    table = tmp_path / "found.csv"
+    flags = ["--csv", table, "--threshold", "0.4", "--least-object", "0"]
+    assert predict(checkpoint, tmp_path / "p", "--output", tmp_path / "masks", *flags) == 1
+    assert predict(checkpoint, tmp_path / "p", "--output", tmp_path / "soft") == 1
+    assert f"listed in {table}" in capsys.readouterr().out
+    rows = list(csv.DictReader(table.open()))
+    assert [Path(row["file"]).name for row in rows] == ["0.png", "1.png", "2.png"]
+    for row in rows:
+        name = Path(row["file"]).name
+        mask, levels = levels_of(tmp_path / "masks" / name) > 0, levels_of(tmp_path / "soft" / name) / 255
+        assert (int(row["height"]), int(row["width"])) == mask.shape
+        assert float(row["object_share"]) == pytest.approx(mask.mean(), abs=1e-6)
+        assert float(row["presence"]) == pytest.approx(levels.max(), abs=1e-4)
+        expected = 1 - 2 * levels[mask].sum() / (mask.sum() + levels.sum()) if mask.any() else levels.max()
+        assert float(row["doubt"]) == pytest.approx(expected, abs=1e-4)
+        boxes = [list(map(int, box.split())) for box in row["boxes"].split("; ") if box]
+        assert len(boxes) == int(row["objects"])
+        inside = np.zeros_like(mask)
+        for left, top, width, height in boxes:
+            inside[top : top + height, left : left + width] = True
+        assert not (mask & ~inside).any()
+
+    assert predict(checkpoint, tmp_path / "p", "--output", tmp_path / "masks", *flags, "--sort", "doubt") == 1
+    doubts = [float(row["doubt"]) for row in csv.DictReader(table.open())]
+    assert doubts == sorted(doubts, reverse=True)
+    table.write_text("mine\n")
+    assert predict(checkpoint, tmp_path / "p", "--output", tmp_path / "masks", *flags) == 2
+    assert "predict did not write it" in capsys.readouterr().err
 
 
 def test_overlays_are_written_beside_predictions_and_never_replace_one(checkpoint: Path, tmp_path: Path) -> None:
@@ -351,8 +394,7 @@ def test_link_with_a_predictions_name_is_replaced_and_its_target_stays(tmp_path:
     kept = photograph(tmp_path / "kept.png")
     before = kept.read_bytes()
     (tmp_path / "a.png").symlink_to(kept)
-    prediction = Prediction(np.zeros((4, 5), dtype=np.uint8), kept, tmp_path / "a.png", None)
-    assert save_prediction(prediction) == ""
+    assert save_prediction(nothing_found(kept, tmp_path / "a.png")) is None
     assert kept.read_bytes() == before
     assert levels_of(tmp_path / "a.png").shape == (4, 5)
 
@@ -381,6 +423,7 @@ def test_prediction_that_cannot_be_saved_is_named_and_leaves_nothing_behind(
         (["--checkpoint", "a.pth", "a.jpg"], "the following arguments are required: --output"),
         (["--checkpoint", "a", "b", "--output", "c", "--threshold", "0"], "--threshold: must be above 0 and at most 1"),
         (["--checkpoint", "a", "b", "--output", "c", "--img-size", "100"], "--img-size 100 is not a multiple of 32"),
+        (["--checkpoint", "a", "b", "--output", "c", "--sort", "doubt"], "--sort and --least-object go with --csv"),
         (["--checkpoint", __file__, "nowhere", "--output", "c"], "no image found; give files, folders or patterns"),
         (["--checkpoint", __file__, "b", "--output", __file__], "is a file; name a folder"),
         (["--checkpoint", __file__, str(Path(__file__).parent / "?.jpg"), "--output", "c"], "no image found"),
