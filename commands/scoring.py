@@ -239,7 +239,9 @@ def score_case(case: Case | str, masks: dict[Path, PreparedMask] | None = None) 
             prediction = np.array(Image.fromarray(prediction).resize(size, Image.Resampling.BILINEAR))
         scores = score_image(prediction, prepared, case.protocol)
         further = further_scores(case.protocol.further, prediction, mask, case.protocol, _photograph(case, mask.shape))
-        scored = Scored(scores, further, float((mask == 1).mean()), float(prediction[mask < 2].max()) / 255, not fits)
+        scored = Scored(
+            scores, further, float(prepared.inside.mean()), float(prediction[mask < 2].max()) / 255, not fits
+        )
     except ValueError as error:
         return str(error) if str(case.mask) in str(error) else f"{case.mask}: {error}"
     if case.save_as is not None:
@@ -258,7 +260,7 @@ def _photograph(case: Case, shape: tuple[int, ...]) -> ByteArray | None:
     """
     if case.image is None or not NEED_PHOTOGRAPHS & set(case.protocol.further):
         return None
-    photograph = decode_image(case.image).convert("RGB")
+    photograph = decode_image(case.image)
     size = shape[1], shape[0]
     return np.array(photograph if photograph.size == size else photograph.resize(size, Image.Resampling.BILINEAR))
 

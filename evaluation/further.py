@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.metrics import BETA_SQUARED, BoolArray, ByteArray, FloatArray, Protocol, bounding_box, values_of
+from evaluation.metrics import BoolArray, ByteArray, FloatArray, Protocol, bounding_box, f_measure, values_of
 from evaluation.objects import connected
 
 _EPSILON = float(np.spacing(1))
@@ -196,8 +196,7 @@ def _size_invariant_f(image: _Image) -> float:
         hits, alarms = counts[0], counts[1]
         alarms[0] = mask.size - hits[0] + image.mask.size - mask.size  # all else is 0, and at the lowest threshold
         precision, recall = hits / np.maximum(hits + alarms, 1), hits / max(int(np.count_nonzero(mask)), 1)
-        weighted = BETA_SQUARED * precision + recall
-        means.append(float(((1 + BETA_SQUARED) * precision * recall / np.where(weighted == 0, 1, weighted)).mean()))
+        means.append(float(f_measure(precision, recall).mean()))
     return float(np.mean(means))
 
 

@@ -26,7 +26,7 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
 _EPSILON = float(np.spacing(1))
-BETA_SQUARED = 0.3  # F-measure: precision counts for more than recall
+_BETA_SQUARED = 0.3  # F-measure: precision counts for more than recall
 _REACH = 100  # pixels; farther away, the distance weight of weighted F is below 1e-6
 _FAR = 30_000  # stands for any squared distance above _REACH ** 2; twice this still fits 16 bits
 _BLUR_RADIUS, _BLUR_SIGMA = 3, 5.0  # pixels
@@ -184,9 +184,9 @@ def score_image(
         iou=counts.iou(),
         dice=counts.dice(),
         adaptive_e=float(counts.e_measure(*counts.from_level_on(np.searchsorted(counts.levels, [adaptive], above)))[0]),
-        adaptive_f=float(_f_measure(adaptive_precision, adaptive_recall)[0]),
+        adaptive_f=float(f_measure(adaptive_precision, adaptive_recall)[0]),
         e_curve=counts.e_measure(e_hits, e_alarms),
-        f_curve=_f_measure(precision, recall),
+        f_curve=f_measure(precision, recall),
         precision=precision,
         recall=recall,
     )
@@ -400,9 +400,14 @@ def _object_score(counts: IntArray, values: FloatArray) -> float:
     return 2 * mean / (mean**2 + 1 + deviation + _EPSILON)
 
 
-def _f_measure(precision: FloatArray, recall: FloatArray) -> FloatArray:
-    weighted = BETA_SQUARED * precision + recall
-    return (1 + BETA_SQUARED) * precision * recall / np.where(weighted == 0, 1, weighted)
+def f_measure(precision: FloatArray, recall: FloatArray) -> FloatArray:
+    """Return the F-measure (Achanta et al., CVPR 2009), (n,); 0 where precision and recall are.
+
+    Args:
+        precision, recall: (n,), in [0, 1].
+    """
+    weighted = _BETA_SQUARED * precision + recall
+    return (1 + _BETA_SQUARED) * precision * recall / np.where(weighted == 0, 1, weighted)
 
 
 @dataclass(frozen=True)
